@@ -1,0 +1,175 @@
+"""The loop. `run_round` is the only way in which tokens are made: generation, the benchmark and training's evaluation
+all call it, with any drafter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .drafting.drafter import Drafter, NoDraft
+from .errors import InputError
+from .models.target import Target
+from .noise import Noise, gumbel
+from .sampling import SamplingParams
+from .state import DecodeState, Emitted, Row, new_row
+from .stats import RoundStats, Stats
+from .tree import TokenTree
+from .verify import verify_row
+
+
+@torch.no_grad()
+def run_round(target: Target, drafter: Drafter, state: DecodeState, stats: Stats | None = None) -> list[Emitted]:
+    """One proposal and one target forward: every row emits its accepted tokens and a bonus token."""
+    started = time.perf_counter()
+    tree = drafter.propose(state)
+    drafted = time.perf_counter()
+    output = target.forward(tree.tokens, tree.positions(state.root_positions), state.cache, tree.ancestors)
+    laws = state.laws(tree, output.logits)
+    verified = time.perf_counter()
+    events, paths = [], []
+    for i, row in enumerate(state.rows):
+        path, bonus = verify_row(tree, i, laws[i], row.chance)
+        kept, tokens = state.clip(row, tree, path, bonus, i)
+        events.append(_emit(row, tree, i, path, tokens))
+        paths.append(kept)
+    state.cache.keep(paths)
+    drafter.commit(state, tree, paths)
+    if stats is not None:
+        stats.draft_s += drafted - started
+        stats.verify_s += verified - drafted
+        stats.total_s += time.perf_counter() - started
+        for event in events:
+            stats.add(event.stats)
+    return events
+
+
+def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int]) -> Emitted:
+    """Append a round's tokens to its row (the last one becomes the root) and describe the round."""
+    row.tokens.extend(tokens)
+    accepted = min(len(path) - 1, len(tokens))
+    rejected = any(tree.children(i)[path[-1]]) if len(tokens) > len(path) - 1 else False
+    round_stats = RoundStats(int(tree.num_drafted[i]), accepted, len(tokens), accepted + rejected)
+    row.rounds.append(round_stats)
+    origins = [*tree.origins(i, path)[:accepted], "bonus"][: len(tokens)]
+    return Emitted(row.index, tokens, origins, round_stats, row.finish)
+
+
+def start(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    noise: Noise = gumbel,
+    limit_bytes: int | None = None,
+) -> DecodeState:
+    """Check the prompts, allocate the caches and read the prompts.
+
+    Raises:
+        InputError: no prompt, an empty one, a token id out of range, a prompt longer than the context, or not enough room
+            for the cache.
+    """
+    if not prompts:
+        raise InputError("no prompt: give at least one")
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one, or one a prompt")
+    for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+        if not prompt:
+            raise InputError(f"prompt {i} is empty: give at least one token to continue")
+        if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:
+            raise InputError(f"prompt {i} holds token id {bad[0]}, outside the vocabulary of {target.vocab_size}")
+        if len(prompt) + own.max_new_tokens > target.context:
+            raise InputError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {own.max_new_tokens} that is more than the "
+                f"target's context of {target.context}: shorten it, or emit {max(0, target.context - len(prompt))} at most"
+            )
+    rows = [
+        new_row(i, list(prompt), own, target.eos_token_ids)
+        for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+    ]
+    # Room for the longest row, a proposal after it, and the padding of ragged catch-ups.
+    capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * drafter.budget + 2
+    state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes), noise=noise)
+    with torch.no_grad():
+        target.prefill([row.tokens for row in rows], state.cache)
+        drafter.admit(state)
+    return state
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    stats: Stats | None = None,
+    noise: Noise = gumbel,
+    limit_bytes: int | None = None,
+) -> Iterator[Emitted]:
+    """Decode a batch of prompts; yields what each row emitted, round by round, until all rows have ended.
+
+    Rows that end leave the batch at once, so the others don't wait for them.
+    """
+    started = time.perf_counter()
+    state = start(target, drafter, prompts, params or SamplingParams(), noise, limit_bytes)
+    if stats is not None:
+        stats.prefill_s += time.perf_counter() - started
+    for i, row in enumerate(state.rows):
+        if row.params.max_new_tokens == 0:
+            row.finish = "length"
+            yield Emitted(i, [], [], RoundStats(0, 0, 0, 0), "length")
+    while True:
+        running = [i for i, row in enumerate(state.rows) if row.finish is None]
+        if not running:
+            return
+        if len(running) < len(state.rows):
+            state.select(running)
+        yield from run_round(target, drafter, state, stats)
+
+
+@dataclass
+class Completion:
+    """What one prompt became.
+
+    Attributes:
+        tokens: emitted ids, a stop token included.
+        text: their text, special tokens left out; "" without a tokenizer.
+        origins: of each token: "chain", "sibling" or "bonus".
+        finish: "stop" or "length".
+        rounds: counts of each round.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    origins: list[str] = field(default_factory=list)
+    finish: str = "length"
+    rounds: list[RoundStats] = field(default_factory=list)
+
+
+def generate(
+    target: Target,
+    prompts: Sequence[str | Sequence[int]],
+    drafter: Drafter | None = None,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    stats: Stats | None = None,
+) -> list[Completion]:
+    """Complete a batch of prompts, text or token ids; without a drafter by plain decoding.
+
+    Raises:
+        InputError: see `start`.
+    """
+    ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    done = [Completion() for _ in ids]
+    for event in decode(target, drafter or NoDraft(), ids, params, stats):
+        one = done[event.row]
+        one.tokens += event.tokens
+        one.origins += event.origins
+        if event.stats.emitted:
+            one.rounds.append(event.stats)
+        one.finish = event.finish or one.finish
+    for one in done:
+        if target.tokenizer is not None:
+            one.text = target.tokenizer.decode(one.tokens, skip_special_tokens=True)
+    return done

@@ -1,0 +1,180 @@
+"""The drafter: runs a draft model along an expansion until the stop policy ends it, and keeps the draft's cache right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..masks import tree_mask
+from ..state import DecodeState
+from ..tree import TokenTree
+from .expansion import Expansion
+from .law import draft_law
+from .stop import StopPolicy
+
+
+class DraftModel(Protocol):
+    """A network that proposes tokens. It writes its keys and values to the scratch of `own`; who is committed is the
+    drafter's business."""
+
+    max_lag: int
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache: ...
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None: ...
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+    ) -> Tensor: ...
+
+
+class Drafter(Protocol):
+    """Makes proposals. All its state lives in `state.draft`, row by row."""
+
+    @property
+    def budget(self) -> int:
+        """Most nodes of a proposal, the root included."""
+
+    def admit(self, state: DecodeState) -> None: ...
+
+    def propose(self, state: DecodeState) -> TokenTree: ...
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None: ...
+
+
+class NoDraft:
+    """Plain decoding: the empty proposal."""
+
+    budget = 1
+
+    def admit(self, state: DecodeState) -> None:
+        state.draft = None
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        return TokenTree(state.roots)
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        return None
+
+
+@dataclass
+class DraftState:
+    """The draft's cache. Its committed length is the trusted one: tokens past it are run again at the next round.
+
+    `ran` holds the tree nodes of this round in the order they were run, one column of nodes a slot.
+    """
+
+    own: KVCache
+    ran: list[Tensor]
+
+    def select(self, rows: list[int]) -> None:
+        self.own.select(rows)
+
+
+class ModelDrafter:
+    """draft model x expansion x stop policy."""
+
+    def __init__(self, model: DraftModel, expansion: Expansion, stop: StopPolicy) -> None:
+        self.model, self.expansion, self.stop = model, expansion, stop
+        self.cap = min(stop.cap, model.max_lag)
+
+    @property
+    def budget(self) -> int:
+        per_depth = 1 + getattr(self.expansion, "most", 0)
+        return 1 + sum(self.expansion.width(d) * per_depth for d in range(self.cap))
+
+    def admit(self, state: DecodeState) -> None:
+        """Read the prompts, all but their last tokens."""
+        own = self.model.new_cache(len(state.rows), state.cache.capacity)
+        self._catch_up(state, own, [len(row.tokens) - 1 for row in state.rows])
+        state.draft = DraftState(own, [])
+
+    def _catch_up(self, state: DecodeState, own: KVCache, upto: list[int], chunk: int = 512) -> None:
+        device = own.keys[0].device
+        while any(have < want for have, want in zip(own.lengths, upto, strict=True)):
+            spans = [(have, min(want, have + chunk)) for have, want in zip(own.lengths, upto, strict=True)]
+            width = max(end - start for start, end in spans)
+            pieces = [row.tokens[start:end] for row, (start, end) in zip(state.rows, spans, strict=True)]
+            tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
+            start = torch.tensor(own.lengths, device=device)[:, None]
+            self.model.catch_up(tokens, start + torch.arange(width, device=device), own)
+            own.commit([len(piece) for piece in pieces])
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        tree, own = TokenTree(state.roots), state.draft.own
+        roots = state.root_positions
+        # A proposal longer than what the rows may still emit would be verified for nothing.
+        cap = min(self.cap, max(1, state.budget - 1))
+        frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=roots.device)
+        logits = self._first_step(state, own)
+        state.draft.ran = [frontier]
+        depth = 0
+        while True:
+            positions = roots[:, None] + depth
+            law = draft_law(state, logits, positions.expand_as(frontier), self.expansion.draws)
+            frontier = self.expansion.grow(tree, frontier, law)
+            depth += 1
+            more = depth < cap and self.stop.more(tree, depth, law)
+            if isinstance(more, Tensor):
+                frontier = frontier.masked_fill(~more[:, None], -1)
+                more = bool(more.any())
+            if not more:
+                return self.expansion.finish(tree)
+            logits = self._step(state, own, tree, frontier, roots)
+
+    def _first_step(self, state: DecodeState, own: KVCache) -> Tensor:
+        """Run every token that the draft has not run yet, up to the root; logits `(batch, 1, vocab)` at the root."""
+        device = own.keys[0].device
+        pieces = [row.tokens[length:] for row, length in zip(state.rows, own.lengths, strict=True)]
+        width = max(len(piece) for piece in pieces)
+        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
+        positions = torch.tensor(own.lengths, device=device)[:, None] + torch.arange(width, device=device)
+        mask = tree_mask(own.lengths, None, width, max(own.lengths) + width)
+        logits = self.model.step(tokens, positions, own, mask, state.cache, positions)
+        last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
+        # The root stays scratch slot 0: it is the first token of this round's tree.
+        own.commit([len(piece) - 1 for piece in pieces])
+        own.scratch = 1
+        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[-1]))
+
+    def _step(self, state: DecodeState, own: KVCache, tree: TokenTree, frontier: Tensor, roots: Tensor) -> Tensor:
+        """Run the frontier; logits `(batch, width, vocab)`. Rows with no frontier node run a dummy."""
+        at = frontier.clamp(min=0)
+        state.draft.ran.append(frontier)
+        ran = torch.cat(state.draft.ran, 1).clamp(min=0)  # (batch, slots): the node in each scratch slot
+        depths = tree.depth.gather(1, ran)
+        keys = max(own.lengths) + ran.shape[1]
+        if ran.shape[1] == len(state.draft.ran):  # width 1 throughout: a chain, every slot is an ancestor
+            mask = tree_mask(own.lengths, None, 1, keys) if len(set(own.lengths)) > 1 else None
+        else:
+            above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
+            mask = tree_mask(own.lengths, above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)), at.shape[1], keys)
+        scratch = roots[:, None] + depths
+        positions = roots[:, None] + tree.depth.gather(1, at)
+        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, state.cache, scratch)
+        own.scratch += at.shape[1]
+        return logits
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        """Trust the longest beginning of each path that was run, in order, in the draft's first scratch slots."""
+        ran = [column.tolist() for column in state.draft.ran]
+        slots: list[list[int]] = [[node for column in ran for node in column[row]] for row in range(tree.batch)]
+        trusted = []
+        for path, in_slot in zip(paths, slots, strict=True):
+            count = 0
+            while count < min(len(path), len(in_slot)) and path[count] == in_slot[count]:
+                count += 1
+            trusted.append(count)
+        state.draft.own.commit(trusted)
+
+

@@ -1,0 +1,98 @@
+"""Expansions: how nodes are added below the frontier.
+
+An expansion has `draws` (may its chain be drawn at random under the residual rule?), `width(depth)`, the frontier's
+static width, and `grow(tree, frontier, law) -> frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none.
+`finish(tree)` may prune, deterministic nodes only. A new one is a class like these, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..tree import TokenTree
+from .law import DraftLaw
+
+
+class Expansion(Protocol):
+    draws: bool
+
+    def width(self, depth: int) -> int: ...
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor: ...
+
+    def finish(self, tree: TokenTree) -> TokenTree: ...
+
+
+class Chain:
+    """One node a depth: the draft's first choice, or a token drawn from its law under the residual rule.
+
+    Lossless: a drawn node is marked `sampled` and verified by min(1, p/q); otherwise it is a point mass.
+    """
+
+    draws = True
+
+    def width(self, depth: int) -> int:
+        return 1
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        first = law.rank.argmax(-1)
+        if law.drawn is None:
+            return tree.add(frontier, first, law.log_q.gather(2, first[..., None])[..., 0])
+        # Greedy and shared-noise rows beside residual ones: each row adds exactly one of the two nodes.
+        random = law.drawn >= 0
+        token = torch.where(random, law.drawn, first)
+        log_prob = law.log_q.gather(2, token[..., None])[..., 0]
+        assert law.drawn_law is not None
+        added = tree.add(frontier, token, log_prob, sampled_from=law.drawn_law)
+        tree.sampled[:, -1:] &= random
+        return added
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        return tree
+
+
+class Cape(Chain):
+    """CaPE: a chain, and at each depth siblings of its node, more of them where the draft is less confident.
+
+    Args:
+        bins: siblings by confidence, the draft's largest probability p at temperature 1: bins[i] for p in the i-th of
+            `len(bins)` equal parts of [0, 1]. The default is the paper's: 7 up to 0.3, 5 up to 0.6, 3 up to 0.8, then 1.
+
+    Siblings are leaves; an accepted one ends the round.
+
+    Lossless: siblings are point masses tried after the chain's node.
+    Source: GliDe paper, section 4.2. Differs: under the residual rule the chain is drawn and its siblings are the most
+    probable other tokens; the paper is greedy only.
+    """
+
+    PAPER = (7, 7, 7, 5, 5, 5, 3, 3, 1, 1)
+    SMALL = (3, 3, 3, 2, 2, 1, 1, 1, 0, 0)  # for CPUs, where 32 nodes cost several times one node (dev/LOG.md)
+
+    def __init__(self, bins: tuple[int, ...] = PAPER) -> None:
+        if not bins or min(bins) < 0 or max(bins) > 64:
+            raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
+        self.bins, self.most = bins, max(bins)
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        ahead = super().grow(tree, frontier, law)
+        if self.most == 0:
+            return ahead
+        chosen = tree.tokens[:, -1:, None]
+        rank = law.rank.scatter(2, chosen, float("-inf"))  # siblings differ from the chain's node
+        best = rank.topk(min(self.most, rank.shape[-1] - 1), dim=-1)
+        part = (law.confidence * len(self.bins)).long().clamp(max=len(self.bins) - 1)
+        wanted = torch.tensor(self.bins, device=rank.device)[part]  # (batch, 1)
+        tokens = best.indices[:, 0]
+        number = torch.arange(tokens.shape[1], device=rank.device)
+        # A token outside the processed law can never be accepted.
+        valid = (number < wanted) & best.values[:, 0].isfinite() & (ahead >= 0)
+        keep = int(valid.sum(1).max())  # valid ones come first: the rest would be padding in every row
+        if keep:
+            log_prob = law.log_q[:, 0].gather(1, tokens)
+            parents = frontier.expand(-1, keep)
+            tree.add(parents, tokens[:, :keep], log_prob[:, :keep], valid[:, :keep])
+        return ahead

@@ -1,0 +1,72 @@
+"""The draft's law at the frontier, as expansions and stop policies see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..sampling import NOISE, log_law, widen
+from ..state import DecodeState
+
+
+@dataclass
+class DraftLaw:
+    """Draft logits at the frontier, and the token order that the sampling mode makes of them.
+
+    Attributes:
+        logits: `(batch, width, vocab)`, raw.
+        rank: `(batch, width, vocab)`; nodes are chosen in descending rank. Greedy: the logits. Shared noise: the
+            processed log-law plus the noise of the *next* position. Residual: the processed log-law.
+        drawn: `(batch, width)` tokens drawn at random (residual rows), -1 in rows that draw nothing; None if no row does.
+        drawn_law: `(batch, width, vocab)` log-law that they were drawn from.
+    """
+
+    logits: Tensor
+    rank: Tensor
+    drawn: Tensor | None = None
+    drawn_law: Tensor | None = None
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """Log-probabilities at temperature 1, full vocabulary: confidence, entropy and scores come from these."""
+        return widen(self.logits).log_softmax(-1)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """`(batch, width)`, in nats."""
+        return torch.special.entr(self.log_q.exp()).sum(-1)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """Largest probability, `(batch, width)`."""
+        return self.log_q.amax(-1).exp()
+
+
+def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool) -> DraftLaw:
+    """Rank the tokens that may follow frontier nodes at `positions (batch, width)`.
+
+    `draws`: the expansion draws a chain (residual rows only); otherwise every node is deterministic.
+    """
+    params = [row.params for row in state.rows]
+    if all(p.greedy for p in params):
+        return DraftLaw(logits, logits)
+    vocab = logits.shape[-1]
+    wide = widen(logits)
+    rank = torch.stack([wide[i] if p.greedy else log_law(wide[i], p) for i, p in enumerate(params)])
+    noisy = [i for i, p in enumerate(params) if not p.greedy and p.sampling == NOISE]
+    if noisy:
+        noise = state.gumbel(positions + 1, vocab)
+        rank[noisy] = rank[noisy] + noise[noisy]
+    residual = [i for i, p in enumerate(params) if not p.greedy and p.sampling != NOISE]
+    if not residual or not draws:
+        return DraftLaw(logits, rank)
+    drawn = torch.full(logits.shape[:2], -1, device=logits.device)
+    law = torch.zeros_like(rank, dtype=torch.float64)
+    for i in residual:
+        law[i] = log_law(logits[i].double(), params[i])
+        for column in range(logits.shape[1]):
+            drawn[i, column] = state.rows[i].chance.categorical(law[i, column].exp())
+    return DraftLaw(logits, rank, drawn, law)

@@ -1,0 +1,25 @@
+"""Every error a user can meet: one sentence that says what was wrong, with the values, and what to do next."""
+
+
+class GlideCapeError(Exception):
+    """Base of all errors raised on purpose; the command line prints its text and exits with code 2."""
+
+
+class InputError(GlideCapeError):
+    """A prompt, option or token that cannot be used as it is."""
+
+
+class DataError(GlideCapeError):
+    """Training or evaluation data that is missing, unreadable or empty."""
+
+
+class CheckpointError(GlideCapeError):
+    """A model or draft folder that is missing, torn, or of an unknown format."""
+
+
+class MismatchError(GlideCapeError):
+    """A draft and a target that do not belong together."""
+
+
+class UnsupportedError(GlideCapeError):
+    """Something GlideCape refuses because it could not keep the output lossless, with the reason."""

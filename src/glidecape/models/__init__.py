@@ -1,0 +1,1 @@
+"""Networks: the target, standalone drafts and GliDe. They know nothing of drafting."""

@@ -1,0 +1,66 @@
+"""Building blocks of draft models, small and plain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(batch, queries, heads x head_dim)` to `(batch, heads, queries, head_dim)`, a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout; only the first `cos.shape[-1]` dimensions turn (partial rotary).
+
+    Args:
+        x: `(batch, heads, queries, head_dim)`.
+        cos, sin: `(batch, queries, rotary_dim)`.
+    """
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned = turned * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention, `(batch, queries, heads x head_dim)`; grouped-query heads without copies.
+
+    Args:
+        q: `(batch, heads, queries, head_dim)`; k, v: `(batch, kv_heads, keys, head_dim)`.
+        mask: bool `(batch, 1, queries, keys)` or None: all, or with `causal` the queries' own causal mask.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1:
+        # One query: the heads of a group become queries of their key-value head.
+        q = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(q.shape[0], 1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,330 @@
+"""`Target`: any transformers causal LM whose attention follows a mask, run on our cache without forked modelling code.
+
+Our attention and mask functions are registered under our own name and set on this model alone. During a forward a
+context variable holds the layout of the scratch slots; the mask function evaluates the model's own rule (causal,
+window, chunk) at the *positions* of tree nodes and joins it with the ancestor test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import KVCache
+from ..errors import CheckpointError, InputError, UnsupportedError
+from ..masks import tree_mask
+from .layers import attend
+
+ATTENTION = "glidecape"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the queries of the forward in progress stand.
+
+    `lengths` of the rows, `positions (batch, queries)` of the queries, `scratch (batch, slots)` positions of all scratch
+    slots, and the tree's mask as made by `masks.tree_mask`, None where every query sees every slot before it.
+    """
+
+    lengths: list[int]
+    positions: Tensor
+    scratch: Tensor
+    mask: Tensor | None
+
+
+_LAYOUT: ContextVar[_Layout | None] = ContextVar("glidecape_layout", default=None)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UnsupportedError(f"{type(module).__name__} adds attention sinks or position biases, not supported yet")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if (cap := kwargs.get("softcap")) is not None:
+        return _capped(query, key, value, attention_mask, scale, cap), None
+    causal = attention_mask is None and query.shape[2] > 1
+    out = attend(query, key, value, attention_mask, scale, causal)
+    return out.unflatten(-1, (query.shape[1], -1)), None
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    """Attention with soft-capped scores (gemma2), the obvious way; `(batch, queries, heads, head_dim)`."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * scale / cap)
+    if mask is None:
+        queries, keys = scores.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function that transformers calls once a forward for each kind of layer."""
+    from transformers.masking_utils import causal_mask_function
+
+    layout = _LAYOUT.get()
+    if layout is None:
+        raise UnsupportedError("this model now belongs to GlideCape: decode it through Target, not by calling it")
+    if mask_function is None or mask_function is causal_mask_function:
+        # Committed slots and ancestors all come before the query: the tree's mask is causal already. A prompt from its
+        # beginning has none; `_attention` then uses the causal kernel.
+        return layout.mask
+    rule = positional_rule(mask_function, layout.lengths, layout.positions, layout.scratch, kv_length)
+    return rule if layout.mask is None else layout.mask & rule
+
+
+def positional_rule(
+    rule: Callable[..., Any], lengths: list[int], positions: Tensor, scratch: Tensor, keys: int
+) -> Tensor:
+    """A model's own mask rule at the positions of slots, `(batch, 1, queries, keys)`.
+
+    A committed slot's position is its number; a scratch slot's is its node's, `scratch (batch, slots)`.
+    """
+    batch, queries = positions.shape
+    start = torch.tensor(lengths, device=positions.device)[:, None]
+    slot = torch.arange(keys, device=positions.device).expand(batch, -1)
+    at = torch.where(slot < start, slot, scratch.gather(1, (slot - start).clamp(0, scratch.shape[1] - 1)))
+    row = torch.arange(batch, device=positions.device)[:, None, None]
+    return rule(row, 0, positions[:, :, None], at[:, None, :]).expand(batch, queries, keys)[:, None]
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What a target's forward gives: `logits (batch, nodes, vocab)`, in the model's dtype."""
+
+    logits: Tensor
+
+
+class Target:
+    """A causal LM that decodes token trees on a `KVCache`.
+
+    Args:
+        model: a transformers causal LM; its attention implementation is replaced by ours.
+        tokenizer: needed for text in and out, not for token ids.
+        probe: check at once that trees decode right on this model (a few small forwards).
+
+    Raises:
+        UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True) -> None:
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
+        self.text_config = model.config.get_text_config()
+        _refuse_by_config(self.text_config)
+        _register()
+        model.set_attn_implementation(ATTENTION)
+        self.shapes = _kv_shapes(model, self.text_config)
+        if probe:
+            from .probe import probe_target
+
+            probe_target(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        probe: bool = True,
+    ) -> Target:
+        """Load a model folder, or a model of the Hub by name.
+
+        Raises:
+            CheckpointError: nothing there, or not a causal LM folder.
+            UnsupportedError: see the class.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(name)
+        if isinstance(name, Path) or folder.exists() or str(name).startswith((".", "/", "~")):
+            if not folder.is_dir():
+                raise CheckpointError(f"no model folder at {name}: name a folder with config.json, or a Hub model")
+            if not (folder / "config.json").is_file():
+                raise CheckpointError(f"{name} has no config.json: is it a Hugging Face model folder?")
+        try:
+            options = {"revision": revision, "trust_remote_code": trust_remote_code}
+            model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load {name} as a causal LM: {_first_sentence(error)}") from None
+        except Exception as error:  # safetensors has its own exception types
+            raise CheckpointError(f"the weights of {name} are torn or unreadable: {_first_sentence(error)}") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
+        except Exception as error:
+            raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
+        return cls(model.to(device), tokenizer, probe)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return getattr(self.text_config, "max_position_embeddings", None) or 2**31 - 1
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        found = self.config.eos_token_id if found is None else found
+        if found is None:
+            return ()
+        return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None) -> KVCache:
+        return KVCache(self.shapes, batch, capacity, self.dtype, self.device, limit_bytes=limit_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own special tokens.
+
+        Raises:
+            InputError: the prompt is empty.
+        """
+        ids = self.tokenizer(text)["input_ids"] if text else []
+        if not ids:
+            raise InputError("the prompt is empty: give at least one token to continue")
+        return list(ids)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        ancestors: Tensor | None = None,
+        logits_to_keep: int = 0,
+        mask: Tensor | None = None,
+        scratch_positions: Tensor | None = None,
+    ) -> TargetOutput:
+        """Run the model on scratch slots; their keys and values are written, nothing is committed.
+
+        Args:
+            tokens, positions: `(batch, nodes)`; positions are absolute.
+            ancestors: `(batch, nodes, nodes)`, or None for a chain.
+            logits_to_keep: logits of the last so many nodes only; 0: of all.
+            mask, scratch_positions: for a draft that runs its tree in several forwards: the mask over all slots (instead
+                of `ancestors`) and the positions `(batch, scratch)` of all scratch slots, the queries' last.
+        """
+        keys = max(cache.lengths) + cache.scratch + tokens.shape[1]
+        causal = ancestors is None and keys == tokens.shape[1]
+        if scratch_positions is None and not causal:
+            mask = tree_mask(cache.lengths, ancestors, tokens.shape[1], keys)
+        scratch = positions if scratch_positions is None else scratch_positions
+        token = _LAYOUT.set(_Layout(cache.lengths, positions, scratch, mask))
+        try:
+            out = self.model(
+                input_ids=tokens,
+                # Nodes past the context are only ever clipped off; a learned position table must not be overrun by them.
+                position_ids=positions.clamp(max=self.context - 1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            )
+        finally:
+            _LAYOUT.reset(token)
+        return TargetOutput(out.logits)
+
+    def prefill(self, prompts: list[list[int]], cache: KVCache, chunk: int = 512) -> None:
+        """Commit each row's prompt but for its last token, which becomes the root. Rows may differ in length."""
+        read_prompts(self, prompts, cache, chunk)
+
+
+def read_prompts(target: Target, prompts: list[list[int]], cache: KVCache, chunk: int) -> None:
+    done, longest = 0, max(len(p) - 1 for p in prompts)
+    while done < longest:
+        width = min(chunk, longest - done)
+        pieces = [p[:-1][done : done + width] for p in prompts]
+        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=target.device)
+        start = torch.tensor(cache.lengths, device=target.device)[:, None]
+        # Padding comes after a row's own tokens, so causal order hides it from them; it is not committed.
+        target.forward(tokens, start + torch.arange(width, device=target.device), cache, logits_to_keep=1)
+        cache.commit([len(piece) for piece in pieces])
+        done += width
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _refuse_by_config(config: Any) -> None:
+    """Architectures that no mask can make into a tree decoder."""
+    kind = getattr(config, "model_type", "unknown")
+    layers = set(getattr(config, "layer_types", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{kind} is an encoder-decoder model; GlideCape decodes causal language models")
+    unknown = layers - {"full_attention", "sliding_attention", "chunked_attention"}
+    if unknown or getattr(config, "layers_block_type", None) or kind in {"mamba", "mamba2", "rwkv", "falcon_mamba"}:
+        reason = ", ".join(sorted(unknown)) or "recurrent layers"
+        raise UnsupportedError(f"{kind} has {reason}: a recurrent or compressed state cannot hold a token tree")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(f"{kind} keeps a compressed (MLA) cache, which GlideCape does not read yet")
+    if getattr(config, "alibi", False) or kind in {"bloom", "mpt"}:
+        raise UnsupportedError(f"{kind} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedError(f"{kind} shares keys and values between layers, which GlideCape does not support yet")
+
+
+def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
+    """`(kv_heads, head_dim)` of each layer, read off a one-token forward (no config field is reliable for all)."""
+    from transformers.cache_utils import DynamicCache
+
+    seen: dict[int, tuple[int, int]] = {}
+
+    class Recorder(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if key_states.ndim != 4 or key_states.shape != value_states.shape:
+                raise UnsupportedError(f"{config.model_type} caches keys and values of different shapes")
+            seen[layer_idx] = (key_states.shape[1], key_states.shape[3])
+            return key_states, value_states
+
+    device = model.get_input_embeddings().weight.device
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    token = _LAYOUT.set(_Layout([0], one, one, None))
+    try:
+        with torch.no_grad():
+            model(input_ids=one, position_ids=one, past_key_values=Recorder(), use_cache=True)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{config.model_type} does not run on our cache ({type(error).__name__}: {_first_sentence(error)})"
+        ) from None
+    finally:
+        _LAYOUT.reset(token)
+    if sorted(seen) != list(range(config.num_hidden_layers)):
+        raise UnsupportedError(
+            f"{config.model_type} wrote keys and values for layers {sorted(seen)} of {config.num_hidden_layers}"
+        )
+    return [seen[i] for i in sorted(seen)]

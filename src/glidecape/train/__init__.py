@@ -1,0 +1,1 @@
+"""Training: corpora, the target of the demo, and drafts."""

@@ -1,0 +1,156 @@
+"""A training corpus from the Python sources that are already installed on this machine: no download.
+
+Layout of the folder written by `build_pysource`:
+
+    tokenizer.json, tokenizer_config.json   byte-level BPE, loadable by `AutoTokenizer.from_pretrained`
+    train.bin, valid.bin                    uint16 token ids; every document is preceded by the end-of-text token
+    sources.json                            packages with version, licence, bytes, and which of them were held out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_BYTES, MAX_BYTES = 400, 200_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file: the package it belongs to (the first folder below the root) and its text."""
+
+    package: str
+    text: str
+
+
+def read_sources(roots: list[Path]) -> Iterator[Source]:
+    """Python files below `roots`, each text once, without generated tables (very long lines).
+
+    Raises:
+        DataError: a root does not exist.
+    """
+    seen: set[bytes] = set()
+    for root in roots:
+        if not root.is_dir():
+            raise DataError(f"no folder at {root}: name one that holds Python packages with --root")
+        for path in sorted(root.rglob("*.py")):
+            try:
+                raw = path.read_bytes()
+                text = raw.decode("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue  # a broken link or another encoding: one file less
+            if not MIN_BYTES <= len(raw) <= MAX_BYTES or len(text) / (text.count("\n") + 1) > 80:
+                continue
+            digest = hashlib.sha256(raw).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield Source(path.relative_to(root).parts[0].removesuffix(".py"), text)
+
+
+def _rank(*parts: str) -> str:
+    """A reproducible shuffle key."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _provenance() -> dict[str, dict[str, str]]:
+    """Version and licence of each importable package, as its own metadata states them."""
+    found: dict[str, dict[str, str]] = {}
+    for package, names in metadata.packages_distributions().items():
+        info = metadata.metadata(names[0])
+        licence = info.get("License-Expression") or next(
+            (c.split("::")[-1].strip() for c in info.get_all("Classifier") or [] if c.startswith("License ::")),
+            (info.get("License") or "unknown").splitlines()[0][:60],
+        )
+        found[package] = {"distribution": names[0], "version": info["Version"], "licence": licence}
+    return found
+
+
+def default_roots() -> list[Path]:
+    """Where this interpreter keeps its installed packages."""
+    return [Path(sysconfig.get_paths()["purelib"])]
+
+
+def build_pysource(
+    out: Path,
+    roots: list[Path] | None = None,
+    hold_out: tuple[str, ...] = (),
+    vocab_size: int = 4096,
+    max_bytes: int | None = None,
+    valid_share: float = 0.02,
+) -> dict[str, int]:
+    """Tokenize installed Python sources into `out`; whole packages are held out for validation.
+
+    Besides the packages named in `hold_out`, packages are held out in a fixed pseudo-random order until they make up
+    `valid_share` of the bytes. `max_bytes` keeps that much text, chosen file by file in the same kind of order.
+
+    Returns:
+        Counts: files, packages, train_tokens, valid_tokens.
+    Raises:
+        DataError: no usable source was found.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    sources = sorted(read_sources(roots or default_roots()), key=lambda s: _rank(s.package, s.text))
+    if not sources:
+        raise DataError(f"no Python sources below {roots or default_roots()}: name folders with --root")
+    size: dict[str, int] = {}
+    for source in sources:
+        size[source.package] = size.get(source.package, 0) + len(source.text)
+    total, held = sum(size.values()), set(hold_out) & size.keys()
+    for package in sorted(size, key=lambda p: _rank("hold out", p)):
+        share = sum(size[p] for p in held) / total
+        if share < valid_share and size[package] < total * valid_share:
+            held.add(package)
+    train = [s for s in sources if s.package not in held]
+    valid = [s for s in sources if s.package in held]
+    if not train or not valid:
+        raise DataError(f"{len(size)} package(s) are too few to hold one out whole: add folders with --root")
+    if max_bytes is not None:
+        kept, used = [], 0
+        for source in train:
+            used += len(source.text)
+            if used > max_bytes:
+                break
+            kept.append(source)
+        train = kept or train[:1]
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((s.text for s in train[:4000]), trainer=trainer)
+    # A prompt begins as every training document does.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, bpe.token_to_id(END_OF_TEXT))]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(out)
+
+    counts = {"files": len(sources), "packages": len(size)}
+    for name, part in (("train", train), ("valid", valid)):
+        rows = [np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch([s.text for s in part])]
+        tokens = np.concatenate(rows)
+        tokens.tofile(out / f"{name}.bin")
+        counts[f"{name}_tokens"] = len(tokens)
+    known = _provenance()
+    table = [
+        {"package": p, "bytes": size[p], "held_out": p in held, **known.get(p, {})} for p in sorted(size, key=str.lower)
+    ]
+    (out / "sources.json").write_text(json.dumps({"counts": counts, "packages": table}, indent=1) + "\n")
+    return counts

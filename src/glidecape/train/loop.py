@@ -1,0 +1,184 @@
+"""What every training here shares: the schedule, the loop with its progress bar, and resuming.
+
+The schedule is warmup-stable-decay over *progress* in [0, 1], which is the larger of "share of the tokens" and "share
+of the minutes". So a run can be given either budget, and any checkpoint of the stable phase can be decayed later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import CheckpointError
+
+STATE_FILE = "training.pt"
+
+
+@dataclass
+class Budget:
+    """When training ends, and the learning rate on the way there.
+
+    `tokens` and `minutes` are upper limits, either may be None, not both. `warmup` and `decay` are shares of the whole.
+    """
+
+    tokens: int | None = None
+    minutes: float | None = None
+    warmup: float = 0.02
+    decay: float = 0.25
+
+    def progress(self, tokens: int, seconds: float) -> float:
+        by_tokens = tokens / self.tokens if self.tokens else 0.0
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(by_tokens, by_time))
+
+    def factor(self, progress: float) -> float:
+        """Share of the peak learning rate at `progress`."""
+        if progress < self.warmup:
+            return max(progress, 1e-3 * self.warmup) / self.warmup
+        return min(1.0, max(0.0, (1 - progress) / self.decay))
+
+
+@dataclass
+class Clock:
+    """Where a run stands; saved with the weights, so that a resumed run goes on exactly there."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def reuse_freed_memory() -> None:
+    """Ask glibc to keep freed blocks instead of returning them to the kernel; elsewhere, do nothing.
+
+    Activations of hundreds of megabytes are freed and taken again each step; giving them back made half of the CPU time
+    page faults (dev/LOG.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path} ({error.strerror or error}); the last good one is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW; with `muon`, hidden matrices go to Muon instead (fewer tokens to the same loss on small targets)."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for n, p in named if muon and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.01},
+                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=rate,
+            betas=(0.9, 0.95),
+        )
+    ]
+    if hidden:
+        made.append(torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+def load_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer]) -> Clock:
+    """Take up a run saved by `save_state`; returns its clock.
+
+    Raises:
+        CheckpointError: the file is torn or belongs to another module.
+    """
+    path = folder / STATE_FILE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["module"])
+        for optimizer, saved in zip(made, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return Clock(**state["clock"])
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+        ) from None
+
+
+def save_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], clock: Clock) -> None:
+    state = {
+        "module": module.state_dict(),
+        "optimizers": [o.state_dict() for o in made],
+        "clock": vars(clock),
+    }
+    write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
+
+
+def fit(
+    module: torch.nn.Module,
+    made: list[torch.optim.Optimizer],
+    budget: Budget,
+    loss_of: Callable[[int], tuple[torch.Tensor, int]],
+    clock: Clock,
+    save: Callable[[Clock], None],
+    save_every_s: float = 300.0,
+    clip: float = 1.0,
+    console: Console | None = None,
+) -> Clock:
+    """Train until the budget is spent. `loss_of(step)` gives the loss of that step's batch and its tokens.
+
+    A step's batch depends on the step alone, so a run killed and resumed sees the same data as one never killed.
+    """
+    console = console or Console(stderr=True)
+    reuse_freed_memory()
+    last_save = started = time.monotonic()
+    before = clock.seconds
+    columns = (TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.3f}"), BarColumn())
+    columns_right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *columns_right, console=console, refresh_per_second=1) as bar:
+        task = bar.add_task("train", total=1.0, step=clock.step, loss=float("nan"), rate=0.0)
+        progress = budget.progress(clock.tokens, clock.seconds)
+        while progress < 1.0:
+            for optimizer in made:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * budget.factor(progress)
+            loss, tokens = loss_of(clock.step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+            for optimizer in made:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            clock.step, clock.tokens = clock.step + 1, clock.tokens + tokens
+            clock.seconds = before + time.monotonic() - started
+            clock.losses.append(float(loss.detach()))
+            progress = budget.progress(clock.tokens, clock.seconds)
+            recent = clock.losses[-20:]
+            mean = sum(recent) / len(recent)
+            bar.update(task, completed=progress, step=clock.step, loss=mean, rate=clock.tokens / clock.seconds)
+            if not console.is_terminal and clock.step % 50 == 0:
+                console.print(f"step {clock.step} tokens {clock.tokens} loss {mean:.4f} {clock.seconds:.0f} s")
+            if time.monotonic() - last_save > save_every_s:
+                save(clock)
+                last_save = time.monotonic()
+    save(clock)
+    return clock

@@ -1,0 +1,122 @@
+"""Train a small Llama-architecture target from scratch, so that a fresh machine has a real model with no download."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ..errors import DataError
+from .data import Windows
+from .loop import STATE_FILE, Budget, Clock, fit, load_state, optimizers, save_state
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """The size of a Llama-architecture target; the defaults make 12 M parameters with a 4k vocabulary."""
+
+    layers: int = 6
+    width: int = 384
+    ffn: int = 1024
+    heads: int = 6
+    kv_heads: int = 6
+    context: int = 1024
+    rope_theta: float = 10_000.0
+
+
+@torch.no_grad()
+def valid_loss(model: torch.nn.Module, tokens: np.ndarray, length: int, max_rows: int = 64) -> float:
+    """Mean loss in nats a token on the first windows of `tokens`."""
+    rows = min(max_rows, len(tokens) // length)
+    if rows < 1:
+        return float("nan")
+    windows = torch.from_numpy(tokens[: rows * length].astype(np.int64)).view(rows, length)
+    device = next(model.parameters()).device
+    losses = [float(model(input_ids=w.to(device), labels=w.to(device)).loss) for w in windows.split(8)]
+    return sum(losses) / len(losses)
+
+
+def train_target(
+    data: Path,
+    out: Path,
+    shape: TargetShape,
+    budget: Budget,
+    length: int = 512,
+    rows: int = 16,
+    rate: float = 3e-3,
+    compile_model: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, float]:
+    """Train on a corpus folder (`glidecape data pysource`) and write a Hugging Face model folder to `out`.
+
+    An interrupted run goes on from `out/training.pt`. Weights are written in bfloat16.
+
+    Returns:
+        Figures: steps, tokens, seconds, train_loss, valid_loss (nats a token).
+    Raises:
+        DataError: no corpus folder at `data`.
+        CheckpointError: `out` holds a run that cannot be resumed.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if not (data / "train.bin").is_file():
+        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`")
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    windows = Windows(np.fromfile(data / "train.bin", dtype=np.uint16), seed)
+    valid = np.fromfile(data / "valid.bin", dtype=np.uint16)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.width // shape.heads,
+        max_position_embeddings=shape.context,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    made = optimizers(model, rate, muon=True)
+    out.mkdir(parents=True, exist_ok=True)
+    clock = load_state(out, model, made) if (out / STATE_FILE).exists() else Clock()
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+    def next_token_loss(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    compiled = torch.compile(next_token_loss) if compile_model else next_token_loss
+
+    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        batch = windows.batch(step, rows, length).to(device)
+        with autocast:
+            return compiled(batch), batch.numel()
+
+    clock = fit(model, made, budget, loss_of, clock, lambda c: save_state(out, model, made, c))
+    model.eval()
+    figures = {
+        "steps": clock.step,
+        "tokens": clock.tokens,
+        "seconds": round(clock.seconds, 1),
+        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "valid_loss": round(valid_loss(model, valid, length), 4),
+    }
+    card = {"command": command, "shape": asdict(shape), "window": length, "seed": seed, "figures": figures}
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    if (data / "sources.json").exists():
+        shutil.copy(data / "sources.json", out / "sources.json")
+    Console(stderr=True).print(f"wrote {out}: {figures}")
+    return figures

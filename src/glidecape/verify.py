@@ -1,0 +1,127 @@
+"""`verify`: the only place where tokens are accepted, a pure function of a tree, the target's law and a source of chance.
+
+At a node the children are tried in the order they were added. A child drawn from the draft's law q is accepted with
+probability min(1, p/q); a child chosen deterministically counts as drawn from a point mass. A rejection leaves the
+residual of p. When no child is left the bonus token is drawn from what remains.
+
+With a one-hot law (greedy, or given the shared noise) this is matching, and with an empty tree ordinary sampling.
+
+Source: Leviathan et al. 2023 (chains); SpecInfer and EAGLE (siblings). Exact enumeration in tests/test_exact_law.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .tree import TokenTree
+
+
+class Chance(Protocol):
+    """Where randomness comes from; the exactness test enumerates it."""
+
+    def bernoulli(self, probability: float) -> bool: ...
+
+    def categorical(self, law: Tensor) -> int:
+        """An index drawn with probabilities `law (vocab,)`, which sum to 1."""
+
+
+class Law(Protocol):
+    """The target's law at one node, as verify consumes it."""
+
+    def of(self, token: int) -> float: ...
+
+    def without(self, drawn_from: Tensor | None, token: int) -> Law:
+        """The residual after `token` was rejected: normalised relu(p - d), d a point mass if `drawn_from` is None."""
+
+    def draw(self, chance: Chance) -> int: ...
+
+
+class PointLaw:
+    """All mass on one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def of(self, token: int) -> float:
+        return 1.0 if token == self.token else 0.0
+
+    def without(self, drawn_from: Tensor | None, token: int) -> PointLaw:
+        return self  # only other tokens are ever rejected
+
+    def draw(self, chance: Chance) -> int:
+        return self.token
+
+
+class DenseLaw:
+    """Probabilities `(vocab,)`, float64."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.p = p
+
+    def of(self, token: int) -> float:
+        return float(self.p[token])
+
+    def without(self, drawn_from: Tensor | None, token: int) -> DenseLaw:
+        if drawn_from is None:
+            rest = self.p.clone()
+            rest[token] = 0.0
+        else:
+            rest = (self.p - drawn_from).clamp(min=0.0)
+        mass = rest.sum()
+        # Nothing left: p equals d, so this rejection has probability 0; keep p as it was.
+        return DenseLaw(rest / mass) if mass > 0 else self
+
+    def draw(self, chance: Chance) -> int:
+        return chance.categorical(self.p)
+
+
+def verify_row(tree: TokenTree, row: int, law_at: Callable[[int], Law], chance: Chance) -> tuple[list[int], int]:
+    """The accepted path of one row (root first) and its bonus token. `law_at(node)` is asked for reached nodes only."""
+    tokens, sampled = tree.tokens[row].tolist(), tree.sampled[row].tolist()
+    children = tree.children(row)
+    node, path = 0, [0]
+    while True:
+        p = law_at(node)
+        log_q = tree.draft_law(row, node)
+        q = None if log_q is None else log_q.double().exp()
+        for child in children[node]:
+            token = tokens[child]
+            drawn_from = q if sampled[child] else None
+            d = 1.0 if drawn_from is None else float(drawn_from[token])
+            if d > 0 and chance.bernoulli(min(1.0, p.of(token) / d)):
+                node, path = child, [*path, child]
+                break
+            p = p.without(drawn_from, token)
+            if drawn_from is not None:
+                q = _without(drawn_from, token)
+        else:
+            return path, p.draw(chance)
+
+
+def _without(q: Tensor, token: int) -> Tensor:
+    """The draft's law for the next sibling drawn without replacement."""
+    rest = q.clone()
+    rest[token] = 0.0
+    mass = rest.sum()
+    return rest / mass if mass > 0 else rest
+
+
+class RandomChance:
+    """The chance of one row: a seeded generator of its own, independent of its neighbours."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def bernoulli(self, probability: float) -> bool:
+        if probability >= 1.0 or probability <= 0.0:
+            return probability >= 1.0  # certain: nothing is drawn
+        return float(torch.rand((), dtype=torch.float64, generator=self.generator)) < probability
+
+    def categorical(self, law: Tensor) -> int:
+        mass = law.double().cpu().cumsum(0)
+        u = torch.rand((), dtype=torch.float64, generator=self.generator) * mass[-1]
+        return int(torch.searchsorted(mass, u, right=True).clamp(max=law.shape[0] - 1))
