@@ -69,8 +69,12 @@ class KVCache(Cache):
             )
         self.capacity, self.dtype = capacity, dtype
         where = devices or [torch.device(device)] * len(shapes)
-        self.keys = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where)]
-        self.values = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where)]
+        self.keys = [
+            torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where, strict=True)
+        ]
+        self.values = [
+            torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where, strict=True)
+        ]
         self.lengths = [0] * batch
         self.scratch = 0  # scratch slots in use before the next write
 

@@ -34,7 +34,9 @@ def tree_mask(lengths: list[int], ancestors: Tensor | None, queries: int, keys: 
         padding = ancestors.new_zeros(batch, queries, keys - lengths[0] - scratch)
         return torch.cat([committed, ancestors, padding], dim=2)[:, None]
     start = torch.tensor(lengths, device=ancestors.device)[:, None]
-    slot = torch.arange(keys, device=ancestors.device) - start  # (batch, keys): scratch slot number, negative: committed
+    slot = (
+        torch.arange(keys, device=ancestors.device) - start
+    )  # (batch, keys): scratch slot number, negative: committed
     inside = (slot >= 0) & (slot < scratch)
     index = slot.clamp(0, scratch - 1)[:, None].expand(-1, queries, -1)
     return ((slot < 0)[:, None] | (inside[:, None] & ancestors.gather(2, index)))[:, None]

@@ -6,6 +6,8 @@ added to every row at once, and is padding (`valid` False) where a row has none,
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -114,10 +116,9 @@ class TokenTree:
         return self.tokens[row, path].tolist()
 
     def origins(self, row: int, path: list[int]) -> list[str]:
-        """"chain" for a node that is its parent's first child, else "sibling"; the root of `path` is left out."""
+        """Of each node after the root of `path`: "chain" if it is its parent's first child, else "sibling"."""
         children = self.children(row)
-        pairs = zip(path, path[1:], strict=False)
-        return ["chain" if children[above][0] == node else "sibling" for above, node in pairs]
+        return ["chain" if children[above][0] == node else "sibling" for above, node in pairwise(path)]
 
     def keep_best(self, count: int) -> TokenTree:
         """The root and the `count` best-scored nodes of each row, in their order; ties go to the earlier node.

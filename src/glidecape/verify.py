@@ -1,4 +1,4 @@
-"""`verify`: the only place where tokens are accepted, a pure function of a tree, the target's law and a source of chance.
+"""Verify: the only place where tokens are accepted, a pure function of a tree, the target's law and chance.
 
 At a node the children are tried in the order they were added. A child drawn from the draft's law q is accepted with
 probability min(1, p/q); a child chosen deterministically counts as drawn from a point mass. A rejection leaves the

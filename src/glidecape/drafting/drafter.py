@@ -176,5 +176,3 @@ class ModelDrafter:
                 count += 1
             trusted.append(count)
         state.draft.own.commit(trusted)
-
-

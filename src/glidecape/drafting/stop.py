@@ -59,4 +59,4 @@ class Entropy:
     def more(self, tree: TokenTree, depth: int, law: DraftLaw) -> Tensor | bool:
         if depth >= self.cap:
             return False
-        return ((self.C * law.entropy[:, 0]).sqrt() <= self.threshold)
+        return (self.C * law.entropy[:, 0]).sqrt() <= self.threshold

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..masks import visible_mask
 from .layers import GatedFeedForward, RMSNorm, attend, rotate, split_heads
 
@@ -297,3 +297,18 @@ class GlideDraft:
         lengths = target_cache.lengths
         visible = torch.tensor(lengths, device=tokens.device)[:, None].expand_as(tokens)
         return self.module(tokens, positions, target_cache.committed(layer), visible, own, own_mask)
+
+    @classmethod
+    def from_pretrained(cls, name: str, target: Target) -> GlideDraft:
+        """Load a GliDe draft from a folder or a Hub repository.
+
+        Raises:
+            CheckpointError: missing or torn, or a plain causal LM.
+            MismatchError: trained for another target.
+        """
+        from .checkpoint import load_draft
+
+        draft = load_draft(name, target)
+        if not isinstance(draft, cls):
+            raise CheckpointError(f"{name} holds a causal LM, not a GliDe draft: load it with `load_draft`")
+        return draft

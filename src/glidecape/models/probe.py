@@ -98,7 +98,16 @@ def _check_rule(target: Target) -> None:
         ours = positional_rule(rule, [length], positions, positions, length + 4)[0, 0]
         for query, position in enumerate(positions[0].tolist()):
             slots = [*range(length), *positions[0].tolist()]
-            for slot in (0, size - 1, size, size + 3, length - size, length - size + 1, length - 1, *range(length, length + 4)):
+            for slot in (
+                0,
+                size - 1,
+                size,
+                size + 3,
+                length - size,
+                length - size + 1,
+                length - 1,
+                *range(length, length + 4),
+            ):
                 at = slots[slot]
                 within = at // size == position // size if is_chunk else at > position - size
                 if bool(ours[query, slot]) != (at <= position and within):

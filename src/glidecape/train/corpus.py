@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def _provenance() -> dict[str, dict[str, str]]:
     """Version and licence of each importable package, as its own metadata states them."""
     found: dict[str, dict[str, str]] = {}
     for package, names in metadata.packages_distributions().items():
-        info = metadata.metadata(names[0])
+        info: Any = metadata.metadata(names[0])  # an email.message.Message, whatever its stub says
         licence = info.get("License-Expression") or next(
             (c.split("::")[-1].strip() for c in info.get_all("Classifier") or [] if c.startswith("License ::")),
             (info.get("License") or "unknown").splitlines()[0][:60],

@@ -77,7 +77,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"could not write {path} ({error.strerror or error}); the last good one is kept") from None
+        raise CheckpointError(
+            f"could not write {path} ({error.strerror or error}); the last good one is kept"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,1 @@
+"""Measuring: methods compared on one target, in one process, in turn."""

@@ -1,0 +1,241 @@
+"""Compare methods on one target: one process, one cache, one timer; the order of methods rotates prompt by prompt, so a
+drifting machine hurts all alike. Outputs are compared token by token with plain decoding as they are made.
+
+A greedy continuation *loops* when its second half repeats an earlier span of 8 tokens three times or more; those are
+reported apart, because a loop is easy to guess and says little about a draft.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..decode import decode
+from ..drafting.drafter import Drafter, DraftModel
+from ..drafting.expansion import Cape
+from ..drafting.methods import make_drafter, parse_method
+from ..errors import InputError
+from ..models.target import Target
+from ..sampling import SamplingParams
+from ..stats import Stats
+
+
+@dataclass(frozen=True)
+class Settings:
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+    prompt_tokens: int = 0
+    limit: int = 32
+    repeats: int = 3
+    draft_length: int = 5
+    bins: tuple[int, ...] = Cape.PAPER
+    threshold: float = 0.3
+
+
+def loops(tokens: list[int], span: int = 8, times: int = 3) -> bool:
+    """Does the second half repeat an earlier span of `span` tokens `times` times or more?
+
+    >>> loops([1, 2, 3, 4] * 16), loops(list(range(64)))
+    (True, False)
+    """
+    seen: set[tuple[int, ...]] = set()
+    repeats = 0
+    for start in range(len(tokens) - span + 1):
+        piece = tuple(tokens[start : start + span])
+        repeats += piece in seen and start >= len(tokens) // 2
+        seen.add(piece)
+    return repeats >= times
+
+
+def _provenance(command: str) -> dict[str, Any]:
+    import transformers
+
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": command,
+        "commit": commit.stdout.strip() or "not a checkout",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Reference:
+    """transformers' own `generate` on the same weights, dtype and threads; prefill taken off its time."""
+
+    def __init__(self, source: str, target: Target) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=target.dtype).to(target.device).eval()
+
+    @torch.no_grad()
+    def run(self, prompt: list[int], settings: Settings) -> tuple[list[int], float]:
+        ids = torch.tensor([prompt], device=self.model.device)
+        options: dict[str, Any] = {"do_sample": settings.temperature > 0, "pad_token_id": 0, "eos_token_id": None}
+        if settings.temperature > 0:
+            options |= {"temperature": settings.temperature, "top_k": 0}
+        times = []
+        for new in (1, settings.max_new_tokens):
+            started = time.perf_counter()
+            out = self.model.generate(ids, max_new_tokens=new, **options)
+            times.append(time.perf_counter() - started)
+        return out[0, len(prompt) :].tolist(), times[1] - times[0]
+
+
+def _run(target: Target, drafter: Drafter, prompt: list[int], params: SamplingParams) -> tuple[list[int], Stats]:
+    stats, tokens = Stats(), []
+    for event in decode(target, drafter, [prompt], params, stats):
+        tokens += event.tokens
+    return tokens, stats
+
+
+def _drafters(drafts: Mapping[str, DraftModel], methods: list[str], settings: Settings) -> dict[str, Drafter]:
+    made: dict[str, Drafter] = {}
+    for name in methods:
+        key, _, method = name.rpartition(":")
+        base, _ = parse_method(method)
+        model = None if base == "plain" else drafts.get(key or base)
+        if base != "plain" and model is None:
+            raise InputError(f"'{name}' needs a draft named '{key or base}': give --draft {key or base}=FOLDER")
+        made[name] = make_drafter(method, model, settings.draft_length, settings.bins, settings.threshold)
+    return made
+
+
+def compare(
+    target: Target,
+    drafts: Mapping[str, DraftModel],
+    methods: list[str],
+    prompts: list[str],
+    settings: Settings,
+    reference_source: str | None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run every method on every prompt; see the module.
+
+    Returns:
+        provenance, settings, prompts used, and for "steady" and "looping" prompts a row a method: tokens/s (median over
+        repeats), speed-up over plain and over transformers, acceptance length, alpha, draft efficiency, nodes a round,
+        share of drafting, whether all tokens equal plain decoding's.
+    Raises:
+        InputError: plain is missing among the methods, an unknown method, or no usable prompt.
+    """
+    if "plain" not in methods:
+        methods = ["plain", *methods]
+    drafters = _drafters(drafts, methods, settings)
+    params = SamplingParams(settings.temperature, max_new_tokens=settings.max_new_tokens, ignore_eos=True, seed=11)
+    ids = [target.encode(p) for p in prompts]
+    ids = [p[: settings.prompt_tokens] if settings.prompt_tokens else p for p in ids]
+    ids = [p for p in ids if len(p) + settings.max_new_tokens <= target.context]
+    if not ids:
+        raise InputError("every prompt is longer than the target's context: set --prompt-tokens")
+    # One pass of plain decoding says which continuations loop; it warms up, too.
+    expected = [_run(target, drafters["plain"], p, params)[0] for p in ids]
+    looping = [settings.temperature == 0 and loops(e) for e in expected]
+    steady = [i for i in range(len(ids)) if not looping[i]][: settings.limit]
+    groups = {"steady": steady, "looping": [i for i in range(len(ids)) if looping[i]][: settings.limit]}
+    reference = _Reference(reference_source, target) if reference_source else None
+    if reference:
+        reference.run(ids[0][:16], Settings(max_new_tokens=4))
+    for drafter in drafters.values():
+        _run(target, drafter, ids[0], SamplingParams(max_new_tokens=8))
+    result: dict[str, Any] = {
+        "provenance": _provenance(command),
+        "settings": asdict(settings),
+        "prompts": {name: len(group) for name, group in groups.items()},
+    }
+    total = sum(map(len, groups.values())) * settings.repeats
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        for name, group in groups.items():
+            totals = {m: [Stats() for _ in range(settings.repeats)] for m in methods}
+            unequal = dict.fromkeys(methods, 0)
+            reference_times = [[0.0, 0.0] for _ in range(settings.repeats)]
+            reference_unequal = 0
+            for repeat in range(settings.repeats):
+                for turn, i in enumerate(group):
+                    for k in range(len(methods)):
+                        method = methods[(k + turn) % len(methods)]
+                        tokens, stats = _run(target, drafters[method], ids[i], params)
+                        unequal[method] += tokens != expected[i]
+                        _merge(totals[method][repeat], stats)
+                    if reference:
+                        tokens, seconds = reference.run(ids[i], settings)
+                        reference_unequal += settings.temperature == 0 and tokens != expected[i]
+                        reference_times[repeat][0] += len(tokens) - 1
+                        reference_times[repeat][1] += seconds
+                    bar.advance(task)
+            result[name] = _rows(totals, unequal, reference_times if reference else None, reference_unequal)
+    return result
+
+
+def _merge(total: Stats, one: Stats) -> None:
+    for field in ("rounds", "drafted", "accepted", "emitted", "tested", "prefill_s", "draft_s", "verify_s", "total_s"):
+        setattr(total, field, getattr(total, field) + getattr(one, field))
+
+
+def _rows(
+    totals: dict[str, list[Stats]], unequal: dict[str, int], times: list[list[float]] | None, reference_unequal: int
+) -> list[dict[str, Any]]:
+    if not totals["plain"][0].rounds:
+        return []
+    plain = [s.tokens_per_s for s in totals["plain"]]
+    peer = [n / s for n, s in times] if times else None
+    rows = []
+    for method, runs in totals.items():
+        speeds = [s.tokens_per_s for s in runs]
+        one = runs[0]
+        row = {
+            "method": method,
+            "tokens_per_s": round(statistics.median(speeds), 1),
+            "over_plain": round(statistics.median(a / b for a, b in zip(speeds, plain, strict=True)), 3),
+            "over_transformers": None,
+            "acceptance_length": round(one.acceptance_length, 3),
+            "alpha": round(one.alpha, 4),
+            "draft_efficiency": round(one.draft_efficiency, 4),
+            "nodes_a_round": round(one.drafted / one.rounds, 2),
+            "draft_share": round(sum(s.draft_s for s in runs) / sum(s.total_s for s in runs), 3),
+            "equal": unequal[method] == 0,
+        }
+        if peer:
+            row["over_transformers"] = round(statistics.median(a / b for a, b in zip(speeds, peer, strict=True)), 3)
+        rows.append(row)
+    if peer:
+        row = {"method": "transformers generate", "tokens_per_s": round(statistics.median(peer), 1)}
+        row["over_plain"] = round(statistics.median(b / a for a, b in zip(plain, peer, strict=True)), 3)
+        rows.append(row | {"over_transformers": 1.0, "equal": reference_unequal == 0})
+    return rows
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console()
+    columns = ["method", "tokens_per_s", "over_plain", "over_transformers", "acceptance_length", "alpha"]
+    columns += ["nodes_a_round", "draft_share", "equal"]
+    for name in ("steady", "looping"):
+        if not result[name]:
+            continue
+        table = Table(
+            title=f"{name} continuations, {result['prompts'][name]} prompts, T={result['settings']['temperature']}"
+        )
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
+        for row in result[name]:
+            table.add_row(*(str(row.get(c, "")) if row.get(c) is not None else "" for c in columns))
+        console.print(table)
+    console.print(result["provenance"])

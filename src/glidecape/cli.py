@@ -1,0 +1,391 @@
+"""The command `glidecape`. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import GlideCapeError, InputError
+
+if TYPE_CHECKING:
+    from .models.target import Target
+
+app = typer.Typer(
+    help="Lossless speculative decoding with GliDe, CaPE and SVIP: the target's own output, sooner.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Make training corpora.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
+
+
+def _target(name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool) -> Target:
+    import torch
+    from transformers.utils import logging
+
+    from .models.target import Target
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    return Target.from_pretrained(name, wanted, device, revision, trust)
+
+
+def _command() -> str:
+    return " ".join(["glidecape", *sys.argv[1:]])
+
+
+def _bins(text: str) -> tuple[int, ...]:
+    from .drafting.expansion import Cape
+
+    named = {"paper": Cape.PAPER, "small": Cape.SMALL}
+    try:
+        return named[text] if text in named else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--cape-bins takes 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
+
+
+@app.command()
+def generate(
+    target: TargetName,
+    draft: Annotated[
+        str | None, typer.Option(help="GliDe draft, or a draft LM for vanilla: folder or Hub name.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="plain, vanilla, vanilla+svip, glide, glide+cape, glide+svip or glide+cape+svip.")
+    ] = "glide+cape",
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A text file (one prompt) or .jsonl with a prompt column.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Row i of the prompts uses seed + i.")] = 0,
+    sampling: Annotated[
+        str, typer.Option(help="noise: same seed, same text with any method. residual: papers' rule.")
+    ] = ("noise"),
+    stop_token: Annotated[list[int] | None, typer.Option(help="Token id that ends a row; repeat for several.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    draft_length: Annotated[int, typer.Option(help="Tokens drafted a round, without SVIP.")] = 5,
+    cape_bins: Annotated[
+        str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
+    ] = "paper",
+    svip_threshold: Annotated[float, typer.Option(help="Stop drafting when sqrt(0.15 entropy) is above.")] = 0.3,
+    svip_cap: Annotated[int, typer.Option(help="Tokens at most with SVIP; the draft's max lag also holds.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt instead of text.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Complete prompts, from --prompt, --file or standard input."""
+    from .decode import decode
+    from .drafting.methods import make_drafter, parse_method
+    from .models.checkpoint import load_draft
+    from .sampling import SamplingParams
+    from .stats import Stats
+
+    base, _ = parse_method(method)
+    prompts = _prompts(prompt, file)
+    params = [
+        SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed + i,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=tuple(stop_token or ()),
+            ignore_eos=ignore_eos,
+            sampling=sampling,
+        )
+        for i in range(len(prompts))
+    ]
+    bins = _bins(cape_bins)
+    model = _target(target, dtype, device, threads, revision, trust_remote_code)
+    loaded = load_draft(draft, model) if draft is not None and base != "plain" else None
+    _check_kind(base, loaded, draft)
+    drafter = make_drafter(method, loaded, draft_length, bins, svip_threshold, svip_cap)
+    ids = [model.encode(text) for text in prompts]
+    for first in range(0, len(ids), batch):
+        rows = list(range(first, min(first + batch, len(ids))))
+        stats = Stats()
+        tokens: dict[int, list[int]] = {r: [] for r in rows}
+        origins: dict[int, list[str]] = {r: [] for r in rows}
+        finish: dict[int, str] = {}
+        shown = 0
+        stream = not as_json and len(rows) == 1
+        if stream:
+            print(prompts[first], end="", flush=True)
+        for event in decode(model, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
+            row = rows[event.row]
+            tokens[row] += event.tokens
+            origins[row] += event.origins
+            finish[row] = event.finish or "length"
+            if stream:
+                text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                    print(text[shown:], end="", flush=True)
+                    shown = len(text)
+        for row in rows:
+            text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
+            if as_json:
+                line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
+                print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
+            elif stream:
+                print(text[shown:])
+            else:
+                print(f"--- {row}\n{prompts[row]}{text}")
+        if not as_json:
+            print(
+                f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "
+                f"acceptance length {stats.acceptance_length:.2f}]",
+                file=sys.stderr,
+            )
+
+
+def _check_kind(base: str, loaded: Any, name: str | None) -> None:
+    from .models.glide import GlideDraft
+
+    if loaded is None:
+        return
+    if (base == "glide") != isinstance(loaded, GlideDraft):
+        kind = "a GliDe draft" if isinstance(loaded, GlideDraft) else "a causal LM"
+        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla or vanilla+svip"
+        raise InputError(f"{name} holds {kind}, which does not fit --method {base}: use {fit}, or name another draft")
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    prompts = list(given or [])
+    if file is not None:
+        from .train.data import read_texts
+
+        prompts += list(read_texts(file))
+    if not prompts:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give --prompt, --file, or text on standard input")
+        prompts = [sys.stdin.read()]
+    for i, text in enumerate(prompts):
+        if not text.strip():
+            raise InputError(f"prompt {i} is empty: give at least one token to continue")
+    return prompts
+
+
+@app.command()
+def train(
+    target: TargetName,
+    data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
+    out: Annotated[Path, typer.Option(help="Folder of the draft; an interrupted run there goes on.")],
+    kind: Annotated[
+        str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
+    ] = "glide",
+    preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
+    loss: Annotated[str, typer.Option(help="kl, ce or kl+ce.")] = "kl",
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
+    max_lag: Annotated[int, typer.Option(help="Deepest draft to train for; 0: the preset's.")] = 0,
+    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the hidden matrices.")] = "adamw",
+    seed: int = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
+    from .train.draft import DraftRecipe, train_draft
+
+    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed)
+    budget = _budget(tokens, minutes)
+    train_draft(
+        _target(target, dtype, device, threads, revision, trust_remote_code), data, out, recipe, budget, _command()
+    )
+
+
+def _is_muon(optimizer: str) -> bool:
+    if optimizer not in ("adamw", "muon"):
+        raise InputError(f"unknown optimizer '{optimizer}': choose adamw or muon")
+    return optimizer == "muon"
+
+
+def _budget(tokens: float | None, minutes: float | None) -> Any:
+    from .train.loop import Budget
+
+    if not tokens and not minutes:
+        raise InputError("give --tokens or --minutes: training has no other end")
+    return Budget(int(tokens) if tokens else None, minutes)
+
+
+@app.command("train-target")
+def train_target_command(
+    data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data pysource`.")],
+    out: Annotated[Path, typer.Option(help="Model folder; an interrupted run there goes on.")],
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 2e7.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
+    layers: int = 6,
+    width: int = 384,
+    ffn: int = 1024,
+    heads: int = 6,
+    kv_heads: int = 6,
+    context: Annotated[int, typer.Option(help="Longest sequence that the model declares.")] = 1024,
+    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
+    seed: int = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Train a small Llama-architecture target from scratch, for a machine without any model."""
+    import torch
+
+    from .train.target import TargetShape, train_target
+
+    if threads:
+        torch.set_num_threads(threads)
+    if width % heads or heads % kv_heads:
+        raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
+    shape = TargetShape(layers, width, ffn, heads, kv_heads, context)
+    train_target(
+        data, out, shape, _budget(tokens, minutes), length, rows, rate, compile_model, device, seed, _command()
+    )
+
+
+@data_app.command()
+def pysource(
+    out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder of Python packages; repeat. Default: site-packages.")
+    ] = None,
+    hold_out: Annotated[str, typer.Option(help="Packages kept out of training, joined by commas.")] = "",
+    vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 4096,
+    max_bytes: Annotated[float | None, typer.Option(help="Training text at most, such as 9e7.")] = None,
+) -> None:
+    """Tokenize the Python sources of installed packages: a corpus without any download."""
+    from .train.corpus import build_pysource
+
+    held = tuple(name for name in hold_out.split(",") if name)
+    counts = build_pysource(out, root, held, vocab_size, int(max_bytes) if max_bytes else None)
+    print(json.dumps(counts))
+
+
+@app.command()
+def bench(
+    target: TargetName,
+    draft: Annotated[list[str], typer.Option(help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")],
+    prompts: Annotated[Path, typer.Option(help=".jsonl with a prompt column, or a text file.")],
+    methods: Annotated[
+        str, typer.Option(help="Joined by commas; NAME:method uses the draft of that name.")
+    ] = "plain,glide",
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompts are cut to so many tokens; 0: whole.")] = 0,
+    limit: Annotated[int, typer.Option(help="Prompts that count: with greedy decoding, ones that don't loop.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; medians are reported.")] = 3,
+    transformers: Annotated[bool, typer.Option(help="Time transformers' own generate in the same run.")] = True,
+    draft_length: int = 5,
+    cape_bins: str = "paper",
+    svip_threshold: float = 0.3,
+    out: Annotated[Path | None, typer.Option(help="Write the table as JSON too.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+) -> None:
+    """Compare methods on one target, prompt by prompt in turn, beside plain decoding and transformers."""
+    from .bench.compare import Settings, compare, report
+    from .models.checkpoint import load_draft
+
+    model = _target(target, dtype, device, threads, None, False)
+    named = {}
+    for item in draft:
+        name, _, folder = item.rpartition("=")
+        named[name or _base_of(folder)] = folder
+    drafts = {name: load_draft(folder, model) for name, folder in named.items()}
+    settings = Settings(
+        temperature, max_new_tokens, prompt_tokens, limit, repeats, draft_length, _bins(cape_bins), svip_threshold
+    )
+    source = target if transformers else None
+    result = compare(model, drafts, methods.split(","), _prompts(None, prompts), settings, source, _command())
+    report(result)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _base_of(folder: str) -> str:
+    from .models.checkpoint import WEIGHTS
+
+    return "glide" if (Path(folder) / WEIGHTS).is_file() else "vanilla"
+
+
+@app.command()
+def demo(
+    target: Annotated[
+        Path | None, typer.Option(help="Model folder; default: the pair shipped in the checkout.")
+    ] = None,
+    draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
+    max_new_tokens: int = 96,
+    threads: Threads = 0,
+) -> None:
+    """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""
+    from .demo import run_demo
+
+    run_demo(target, draft, max_new_tokens, threads)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("glidecape"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors meant for users become one sentence and exit code 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    try:
+        app()
+    except GlideCapeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("error: out of memory: lower the batch, the window or max_new_tokens", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`glidecape demo`: plain decoding and GliDe methods race on a real model, token for token equal."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .decode import decode
+from .drafting.drafter import Drafter
+from .drafting.expansion import Cape
+from .drafting.methods import make_drafter
+from .errors import CheckpointError
+from .models.checkpoint import load_draft
+from .models.target import Target
+from .sampling import SamplingParams
+from .stats import Stats
+
+COLOURS = {"chain": "green", "sibling": "magenta", "bonus": "default"}
+
+
+def shipped_pair() -> tuple[Path, Path]:
+    """The target and draft folders of a checkout.
+
+    Raises:
+        CheckpointError: this is an installed wheel, which holds no weights.
+    """
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        folder = root / "models" / "pysource"
+        if (folder / "target" / "config.json").is_file():
+            return folder / "target", folder / "glide"
+    raise CheckpointError(
+        "the wheel holds no weights: run the demo from a checkout of the repository (`make demo`), or name a pair with "
+        "--target and --draft"
+    )
+
+
+def _stream(
+    target: Target, drafter: Drafter, name: str, prompt: str, params: SamplingParams, stats: Stats, console: Console
+) -> list[int]:
+    """Decode one prompt, each token coloured by its origin as it comes; returns the tokens."""
+    tokens: list[int] = []
+    shown = Text(prompt[-160:], style="dim")
+    with Live(console=console, refresh_per_second=12, transient=not console.is_terminal) as live:
+        for event in decode(target, drafter, [target.encode(prompt)], params, stats):
+            for token, origin in zip(event.tokens, event.origins, strict=True):
+                before = target.tokenizer.decode(tokens, skip_special_tokens=True)
+                tokens.append(token)
+                text = target.tokenizer.decode(tokens, skip_special_tokens=True)
+                shown.append(text[len(before) :], style=COLOURS[origin])
+            live.update(shown)
+    return tokens
+
+
+def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, threads: int = 0) -> bool:
+    """Print the race and a table; returns whether all outputs were equal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    if target is None or draft is None:
+        target, draft = shipped_pair()
+    console = Console()
+    model = Target.from_pretrained(target, dtype=torch.float32)
+    loaded = load_draft(draft, model)
+    prompts: list[str] = json.loads(resources.files("glidecape").joinpath("demo_prompts.json").read_text())
+    racers = {
+        "plain": make_drafter("plain", None),
+        "glide": make_drafter("glide", loaded, length=4),
+        "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=Cape.SMALL),
+    }
+    console.print(
+        f"[bold]GlideCape[/] on {target.name}: {sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters, "
+        f"float32, {torch.get_num_threads()} threads. "
+        "Tokens: [green]drafted chain[/], [magenta]CaPE sibling[/], target's own (plain)."
+    )
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    for drafter in racers.values():  # warm-up, not counted
+        for _ in decode(model, drafter, [model.encode(prompts[0])], SamplingParams(max_new_tokens=12)):
+            pass
+    stats = {name: Stats() for name in racers}
+    equal = True
+    for number, prompt in enumerate(prompts):
+        expected: list[int] | None = None
+        for name, drafter in racers.items():
+            console.rule(f"prompt {number + 1}, {name}", align="left", style="dim")
+            tokens = _stream(model, drafter, name, prompt, params, stats[name], console)
+            expected = tokens if expected is None else expected
+            equal = equal and tokens == expected
+    table = Table(title="greedy, batch 1; prefill not counted")
+    for column in ("method", "tokens/s", "speed-up", "acceptance length", "outputs equal"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, one in stats.items():
+        speedup = one.tokens_per_s / stats["plain"].tokens_per_s
+        table.add_row(
+            name, f"{one.tokens_per_s:.0f}", f"{speedup:.2f}x", f"{one.acceptance_length:.2f}", "yes" if equal else "NO"
+        )
+    console.print(table)
+    return equal

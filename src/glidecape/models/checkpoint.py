@@ -1,0 +1,188 @@
+"""Draft checkpoints: one safetensors file that carries its own description, so that a write is all or nothing.
+
+`draft.safetensors` holds the weights, and in its metadata the JSON that `card.json` repeats for human readers: format
+number, kind, configuration with max lag, the target's fingerprint, the command and the figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import CheckpointError, MismatchError
+from .glide import GlideConfig, GlideDraft, GlideModel
+from .standalone import StandaloneDraft
+from .target import Target
+
+FORMAT = 1
+WEIGHTS, CARD = "draft.safetensors", "card.json"
+_SHAPE_FIELDS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "rope_parameters", "layer_types", "sliding_window"),
+)
+
+
+def fingerprint(target: Target) -> dict[str, str]:
+    """What tells targets apart: sha256 of the shape, of the tokenizer, and of about 1 MB of fixed weight slices."""
+    config = target.text_config
+    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    weights = hashlib.sha256()
+    state = target.model.state_dict()
+    share = max(64, 2**18 // max(1, len(state)))
+    for name in sorted(state):
+        piece = state[name].flatten()[:share]
+        if piece.is_floating_point():  # bfloat16 first: one fingerprint for every dtype the same weights are loaded in
+            weights.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    vocab = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
+    return {
+        "shape": _sha(json.dumps(shape, sort_keys=True, default=str)),
+        "tokenizer": _sha(json.dumps(sorted(vocab.items()))),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None:
+    """Refuse a draft of another target; a note for the same shape with other weights.
+
+    Raises:
+        MismatchError: another shape or tokenizer.
+    """
+    own = fingerprint(target)
+    for part, what in (("shape", "a target of another shape"), ("tokenizer", "a target with another tokenizer")):
+        if saved.get(part) != own[part]:
+            raise MismatchError(f"the draft in {where} was trained for {what}: train one for this target")
+    if saved.get("weights") != own["weights"]:
+        warnings.warn(
+            f"the draft in {where} was trained for other weights of this architecture; the output stays the target's, "
+            "but fewer tokens may be accepted",
+            stacklevel=3,
+        )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside `path`, sync, rename: a kill or a full disk leaves the old file whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"could not write {path} ({reason}); the last good one is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_glide(
+    folder: Path, module: GlideModel, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Write a GliDe checkpoint; weights in `dtype`.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; an earlier checkpoint there stays whole.
+    """
+    card = {
+        "format": FORMAT,
+        "kind": "glide",
+        "config": asdict(module.config),
+        "fingerprint": fingerprint(target),
+        "command": command,
+        "figures": figures,
+    }
+    tensors = {name: t.detach().to(dtype).contiguous().cpu() for name, t in module.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {folder} ({error.strerror or error})") from None
+    _replace(folder / WEIGHTS, save(tensors, metadata={"glidecape": json.dumps(card)}))
+    _replace(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The description of a GliDe checkpoint.
+
+    Raises:
+        CheckpointError: missing, torn, or of a newer format.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"no draft in {folder}: it has no {WEIGHTS} (make one with `glidecape train`)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {})["glidecape"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is torn or not a GlideCape draft ({type(error).__name__}: {error})") from None
+    if card.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: update GlideCape")
+    return card
+
+
+def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -> GlideDraft:
+    """A GliDe draft for its target, in the target's dtype unless told otherwise.
+
+    Raises:
+        CheckpointError: see `read_card`; also weights that don't fit the description.
+        MismatchError: trained for another target.
+    """
+    card = read_card(folder)
+    check_fingerprint(card["fingerprint"], target, str(folder))
+    try:
+        module = GlideModel(GlideConfig(**card["config"]), target)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            module.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
+    return GlideDraft(module.to(dtype or target.dtype), card["figures"])
+
+
+def _resolve(name: str | Path) -> Path:
+    """A local folder, or the snapshot of a Hub repository."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise CheckpointError(f"no draft folder at {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name)))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name} is neither a folder here nor a repository of the Hub ({reason})") from None
+
+
+def load_draft(name: str | Path, target: Target) -> GlideDraft | StandaloneDraft:
+    """A draft by folder or Hub name: a GliDe checkpoint, or any causal LM with the target's vocabulary.
+
+    Raises:
+        CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
+    """
+    folder = _resolve(name)
+    if (folder / WEIGHTS).is_file():
+        return load_glide(folder, target)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds neither a GliDe draft ({WEIGHTS}) nor a causal LM (config.json)")
+    model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device))
+    if model.vocab_size != target.vocab_size:
+        raise MismatchError(
+            f"the draft LM in {folder} has {model.vocab_size} tokens, the target {target.vocab_size}: vanilla speculative "
+            "decoding needs one vocabulary"
+        )
+    if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise MismatchError(f"the draft LM in {folder} has another tokenizer than the target")
+    return StandaloneDraft(model)
