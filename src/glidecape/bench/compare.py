@@ -225,6 +225,8 @@ def _rows(
 def report(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     columns = ["method", "tokens_per_s", "over_plain", "over_transformers", "acceptance_length", "alpha"]
     columns += ["nodes_a_round", "draft_share", "equal"]
     for name in ("steady", "looping"):

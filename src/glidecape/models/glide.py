@@ -22,6 +22,7 @@ from ..cache import KVCache
 from ..errors import CheckpointError, UnsupportedError
 from ..masks import visible_mask
 from .layers import GatedFeedForward, RMSNorm, attend, rotate, split_heads
+from .rotary import TargetRotary
 
 if TYPE_CHECKING:
     from .target import Target
@@ -96,16 +97,36 @@ class GlideConfig:
         return cls(**(fields | changes))
 
 
+@dataclass(frozen=True)
+class Readable:
+    """What the cross-attention may read: keys and values, the mask (None: all of them), and where a query sees
+    anything at all (`(batch, queries, 1)`; None: everywhere). A query that sees nothing gets zero."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    sees: Tensor | None
+
+
+def _readable(target_kv: KV, visible: Tensor, dtype: torch.dtype) -> Readable | None:
+    most, least = int(visible.max()), int(visible.min())
+    if most == 0:
+        return None  # the very beginning of a text
+    keys, values = (t[:, :, :most].to(dtype) for t in target_kv)
+    if least == most:
+        return Readable(keys, values, None, None)
+    return Readable(keys, values, visible_mask(visible, most), (visible > 0)[..., None] if least == 0 else None)
+
+
 class GlideLayer(nn.Module):
     def __init__(self, c: GlideConfig) -> None:
         super().__init__()
-        inner = c.heads * c.head_dim
+        self.inner = inner = c.heads * c.head_dim
         self.heads, self.target_heads = c.heads, c.target_heads
         self.scale, self.cross_scale = c.head_dim**-0.5, c.target_head_dim**-0.5
         self.self_norm = RMSNorm(c.width, c.eps)
         self.qkv = nn.Linear(c.width, 3 * inner, bias=False)
         self.self_out = nn.Linear(inner, c.width, bias=False)
-        self.cross_attention = c.cross_attention
         if c.cross_attention:
             self.cross_norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
             self.cross_q = nn.Linear(c.width, c.target_heads * c.target_head_dim, bias=False)
@@ -115,8 +136,7 @@ class GlideLayer(nn.Module):
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> KV:
         """The draft's own keys and values: for a first layer, functions of token and position only."""
-        inner = self.qkv.weight.shape[0] // 3
-        k, v = nn.functional.linear(self.self_norm(x), self.qkv.weight[inner:]).chunk(2, dim=-1)
+        k, v = nn.functional.linear(self.self_norm(x), self.qkv.weight[self.inner :]).chunk(2, dim=-1)
         return rotate(split_heads(k, self.heads), cos, sin), split_heads(v, self.heads)
 
     def forward(
@@ -125,25 +145,24 @@ class GlideLayer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cross_rotary: KV | None,
-        target_kv: KV,
-        visible: Tensor,
-        cross_mask: Tensor | None,
+        read: Readable | None,
         own: KVCache | None,
         own_mask: Tensor | None,
     ) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.self_norm(x)).chunk(3, dim=-1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = self.qkv(self.self_norm(x)).split([2 * self.inner, self.inner], dim=-1)
+        q, k = rotate(split_heads(qk, 2 * self.heads), cos, sin).chunk(2, dim=1)
+        v = split_heads(v, self.heads)
         if own is None:
             x = x + self.self_out(attend(q, k, v, None, self.scale, causal=True))
         else:
             k, v = own.write(0, k, v)
             x = x + self.self_out(attend(q, k, v, own_mask, self.scale))
-        if self.cross_attention:
+        if read is not None:
             q = split_heads(self.cross_q(self.cross_norm(x)), self.target_heads)
             if cross_rotary is not None:
                 q = rotate(q, *cross_rotary)
-            read = self.cross_out(attend(q, *target_kv, cross_mask, self.cross_scale))
-            x = x + read * (visible > 0)[..., None]
+            found = self.cross_out(attend(q, read.keys, read.values, read.mask, self.cross_scale))
+            x = x + (found if read.sees is None else found * read.sees)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -170,7 +189,7 @@ class GlideModel(nn.Module):
             self._borrowed = ()
             self.embed = nn.Embedding(config.vocab_size, config.width)
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self._rotary: tuple[Any, ...] = (_TargetRotary(target, config.target_layer),)
+        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.target_layer),)
         self.layer = GlideLayer(config)
         self.norm = RMSNorm(config.width, config.eps)
         for module in self.modules():
@@ -191,7 +210,7 @@ class GlideModel(nn.Module):
     def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
         """Own keys and values of committed tokens, `(batch, heads, tokens, head_dim)`: two projections of embeddings."""
         x = self._embed(tokens).to(self.norm.weight.dtype)
-        (cos, sin), _ = self._rotary[0](x, positions)
+        (cos, sin), _ = self._rotary[0](positions)
         return self.layer.keys_values(x, cos, sin)
 
     def forward(
@@ -214,51 +233,10 @@ class GlideModel(nn.Module):
             own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
         """
         x = self._embed(tokens).to(self.norm.weight.dtype)
-        rotary, cross_rotary = self._rotary[0](x, positions)
-        mask = None
-        if self.config.cross_attention:
-            keys, values = target_kv
-            most = int(visible.max())
-            keys, values = keys[:, :, : max(most, 1)], values[:, :, : max(most, 1)]
-            if int(visible.min()) < most:
-                mask = visible_mask(visible, keys.shape[2])
-            elif most == 0 and tokens.numel():  # nothing visible anywhere: the output is zeroed below
-                keys, values = keys[:, :, :1], values[:, :, :1]
-            target_kv = keys.to(x.dtype), values.to(x.dtype)
-            if target_kv[0].shape[2] == 0:
-                target_kv = (x.new_zeros(*keys.shape[:2], 1, keys.shape[3]),) * 2
-        x = self.layer(x, *rotary, cross_rotary, target_kv, visible, mask, own, own_mask)
+        rotary, cross_rotary = self._rotary[0](positions)
+        read = _readable(target_kv, visible, x.dtype) if self.config.cross_attention else None
+        x = self.layer(x, *rotary, cross_rotary, read, own, own_mask)
         return self._logits(self.norm(x).to(self._borrowed[0].weight.dtype if self._borrowed else x.dtype))
-
-
-class _TargetRotary:
-    """cos and sin as the target layer makes them, scaled rotary included; `None` for the cross-attention of a target
-    that does not rotate, whose draft then turns its own heads by the common base of 10,000."""
-
-    def __init__(self, target: Target, layer: int) -> None:
-        self.rotary = next((m for n, m in target.model.named_modules() if n.split(".")[-1] == "rotary_emb"), None)
-        kinds = getattr(target.text_config, "layer_types", None)
-        kind = kinds[layer] if kinds else None
-        self.by_kind = {"layer_type": kind} if kind and self._needs_kind(target, kind) else {}
-        self.head_dim = target.shapes[layer][1]
-
-    def _needs_kind(self, target: Target, kind: str) -> bool:
-        if self.rotary is None:
-            return False
-        one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-        try:
-            self.rotary(torch.zeros(1, 1, 1, device=target.device), one)
-        except (TypeError, AttributeError):
-            return True
-        return False
-
-    def __call__(self, x: Tensor, positions: Tensor) -> tuple[KV, KV | None]:
-        if self.rotary is not None:
-            cos, sin = self.rotary(x, positions, **self.by_kind)
-            return (cos, sin), (cos, sin)
-        half = torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim
-        angle = (positions[..., None] * 10_000.0**-half).repeat(1, 1, 2)
-        return (angle.cos(), angle.sin()), None
 
 
 def _final_norm(target: Target) -> Tensor | None:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The shipped pair, from nothing but installed Python packages. Restartable: every step goes on where it stopped.
+# About an hour on four quiet cores. THREADS and MINUTES may be set; the weights land in models/pysource.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+out=runs/out/pysource
+threads=${THREADS:-4}
+minutes=${MINUTES:-40}
+tokens=${DRAFT_TOKENS:-2.5e6}
+
+[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus --hold-out rich,networkx,flask --max-bytes 9e7
+[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" \
+    --minutes "$minutes" --compile --threads "$threads"
+for kind in glide glide-no-cross lm; do
+    [ -f "$out/$kind/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$kind" \
+        --kind "$kind" --tokens "$tokens" --optimizer muon --threads "$threads"
+done
+mkdir -p models/pysource
+for part in target glide glide-no-cross lm; do
+    mkdir -p "models/pysource/$part"
+    find "$out/$part" -maxdepth 1 -type f ! -name training.pt -exec cp {} "models/pysource/$part/" \;
+done

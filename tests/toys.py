@@ -1,0 +1,244 @@
+"""Toy models for exact tests: logits are a function of the whole context, on the shipped cache and masks.
+
+A toy stores each token's id as its key and the token's position as its value, with one layer, one head and head
+dimension 1. A forward reads its context back through the mask, so a wrong compaction, mask or position is seen at once:
+the positions of what a query sees must be 0, 1, 2, … up to its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from glidecape.cache import KVCache
+from glidecape.decode import run_round, start
+from glidecape.drafting.drafter import Drafter, ModelDrafter
+from glidecape.masks import tree_mask
+from glidecape.models.target import TargetOutput, read_prompts
+from glidecape.sampling import SamplingParams
+from glidecape.state import DecodeState, Emitted
+
+Context = tuple[int, ...]
+Rule = Callable[[Context], Tensor]
+
+
+def random_rule(name: str, vocab: int = 3, sharpness: float = 1.0) -> Rule:
+    """Logits `(vocab,)` float64, normal numbers seeded by `name` and the whole context."""
+    known: dict[Context, Tensor] = {}
+
+    def logits(context: Context) -> Tensor:
+        if context not in known:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{context}".encode()))
+            known[context] = sharpness * torch.randn(vocab, dtype=torch.float64, generator=generator)
+        return known[context]
+
+    return logits
+
+
+def scripted_rule(script: Sequence[Sequence[int]], vocab: int) -> Rule:
+    """After a context of n tokens the choices are `script[n]`, most probable first, whatever the tokens are."""
+
+    def logits(context: Context) -> Tensor:
+        made = torch.full((vocab,), -8.0, dtype=torch.float64)
+        for rank, token in enumerate(script[len(context)] if len(context) < len(script) else [0]):
+            made[token] = -2.0 * rank
+        return made
+
+    return logits
+
+
+def _read(
+    rule: Rule, vocab: int, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None, lenient: bool
+) -> Tensor:
+    """Write the tokens and compute their logits `(batch, nodes, vocab)` from what each query sees."""
+    queries = tokens.shape[1]
+    keys, values = cache.write(0, tokens[:, None, :, None].double(), positions[:, None, :, None].double())
+    slots = keys.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, slots, dtype=torch.bool).tril(slots - queries)[None, None]
+    seen = mask.expand(tokens.shape[0], 1, queries, slots)[:, 0].tolist()
+    ids, places = keys[:, 0, :, 0].long().tolist(), values[:, 0, :, 0].long().tolist()
+    out = torch.full((*tokens.shape, vocab), float("nan"), dtype=torch.float64)
+    for row, own in enumerate(positions.tolist()):
+        for query, position in enumerate(own):
+            found = [slot for slot, see in enumerate(seen[row][query]) if see]
+            at = {places[row][slot]: ids[row][slot] for slot in found}
+            right = len(at) == len(found) and sorted(at) == list(range(position + 1))
+            assert right or lenient, f"row {row} query {query} at {position} sees {[places[row][s] for s in found]}"
+            if right:
+                out[row, query] = rule(tuple(at[place] for place in range(position + 1)))
+    return out
+
+
+class ToyTarget:
+    """What `run_round` needs of a target."""
+
+    device = torch.device("cpu")
+    context = 10_000
+    tokenizer = None
+
+    def __init__(self, rule: Rule, vocab: int = 3, eos: tuple[int, ...] = ()) -> None:
+        self.rule, self.vocab_size, self.eos_token_ids = rule, vocab, eos
+        self.forwards = 0
+
+    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None) -> KVCache:
+        return KVCache([(1, 1)], batch, capacity, torch.float64, limit_bytes=limit_bytes)
+
+    def prefill(self, prompts: list[list[int]], cache: KVCache) -> None:
+        read_prompts(self, prompts, cache, chunk=4)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        ancestors: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> TargetOutput:
+        self.forwards += 1
+        keys = max(cache.lengths) + tokens.shape[1]
+        mask = tree_mask(cache.lengths, ancestors, tokens.shape[1], keys)
+        return TargetOutput(_read(self.rule, self.vocab_size, tokens, positions, cache, mask, lenient=False))
+
+
+class ToyDraft:
+    """A `DraftModel`.
+
+    Rows that stopped early run dummies, which may see anything: their logits are NaN, and nothing may come of them.
+    """
+
+    def __init__(self, rule: Rule, vocab: int = 3, max_lag: int = 1000) -> None:
+        self.rule, self.vocab, self.max_lag = rule, vocab, max_lag
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache([(1, 1)], batch, capacity, torch.float64)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
+        mask = tree_mask(own.lengths, None, tokens.shape[1], max(own.lengths) + tokens.shape[1])
+        _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=False)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+    ) -> Tensor:
+        assert scratch_positions.shape[1] == own.scratch + tokens.shape[1]
+        return _read(self.rule, self.vocab, tokens, positions, own, own_mask, lenient=True)
+
+
+def check_invariants(state: DecodeState) -> None:
+    """Committed slots hold every known token but the last one, at its place; the draft trusts true tokens only."""
+    caches = [state.cache] if state.draft is None else [state.cache, state.draft.own]
+    assert state.cache.lengths == [len(row.tokens) - 1 for row in state.rows]
+    for cache in caches:
+        assert cache.scratch == 0
+        for i, row in enumerate(state.rows):
+            length = cache.lengths[i]
+            assert length <= len(row.tokens) - 1
+            assert cache.keys[0][i, 0, :length, 0].tolist() == row.tokens[:length]
+            assert cache.values[0][i, 0, :length, 0].tolist() == list(range(length))
+
+
+def run_checked(
+    target: ToyTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    **options: object,
+) -> tuple[list[list[int]], list[Emitted], list[str | None]]:
+    """Decode with the shipped `start` and `run_round`, all invariants checked after each round.
+
+    Returns:
+        The new tokens of each prompt, all events in order, and how each prompt ended.
+    """
+    state = start(target, drafter, prompts, params, **options)  # type: ignore[arg-type]
+    rows, events = list(state.rows), []
+    check_invariants(state)
+    while running := [i for i, row in enumerate(state.rows) if row.finish is None]:
+        state.select(running)
+        events += run_round(target, drafter, state)  # type: ignore[arg-type]
+        check_invariants(state)
+    return [row.new_tokens for row in rows], events, [row.finish for row in rows]
+
+
+class EnumeratingChance:
+    """A `Chance` that follows a script of outcomes and, past its end, takes the first possible one.
+
+    Going through all scripts depth first (`next_script`) visits every outcome of a random procedure once, and `weight`
+    is the probability of the outcome just run.
+    """
+
+    def __init__(self, script: Sequence[int] = ()) -> None:
+        self.script, self.taken, self.options, self.weight = list(script), [], [], 1.0
+
+    def _choose(self, law: dict[int, float]) -> int:
+        possible = [outcome for outcome, p in law.items() if p > 0]
+        at = len(self.taken)
+        index = self.script[at] if at < len(self.script) else 0
+        self.taken.append(index)
+        self.options.append(len(possible))
+        self.weight *= law[possible[index]]
+        return possible[index]
+
+    def bernoulli(self, probability: float) -> bool:
+        assert 0 <= probability <= 1
+        return bool(self._choose({1: probability, 0: 1 - probability}))
+
+    def categorical(self, law: Tensor) -> int:
+        assert law.dtype == torch.float64
+        assert abs(float(law.sum()) - 1) < 1e-12
+        return self._choose(dict(enumerate(law.tolist())))
+
+    def next_script(self) -> list[int] | None:
+        """The script after this run's, or None if it was the last."""
+        for at in reversed(range(len(self.taken))):
+            if self.taken[at] + 1 < self.options[at]:
+                return [*self.taken[:at], self.taken[at] + 1]
+        return None
+
+
+def exact_law(
+    target: ToyTarget,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    length: int = 3,
+) -> Counter[Context]:
+    """The joint law of the first `length` emitted tokens, by enumeration of every random outcome of every round.
+
+    Histories that led to the same tokens and the same trusted length of the draft's cache are merged before the next
+    round; `check_invariants` makes sure that their caches hold the same.
+    """
+    law: Counter[Context] = Counter()
+    first = start(target, drafter, [prompt], params)  # type: ignore[arg-type]
+    waiting: dict[tuple[Context, int], tuple[float, DecodeState]] = {((), -1): (1.0, first)}
+    while waiting:
+        key = min(waiting, key=lambda k: len(k[0]))  # shortest first: nothing is merged into a state already run
+        reach, state = waiting.pop(key)
+        script: list[int] | None = []
+        while script is not None:
+            own = copy.deepcopy(state)
+            own.rows[0].chance = chance = EnumeratingChance(script)
+            run_round(target, drafter, own)  # type: ignore[arg-type]
+            check_invariants(own)
+            weight, tokens = reach * chance.weight, tuple(own.rows[0].new_tokens)
+            if len(tokens) >= length:
+                law[tokens[:length]] += weight
+            else:
+                after = (tokens, own.draft.own.lengths[0] if isinstance(drafter, ModelDrafter) else 0)
+                waiting[after] = (weight + (waiting[after][0] if after in waiting else 0.0), own)
+            script = chance.next_script()
+    return law
+
+
+def total_variation(one: Counter[Context], other: Counter[Context]) -> float:
+    return sum(abs(one[key] - other[key]) for key in {*one, *other}) / 2
