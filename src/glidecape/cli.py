@@ -300,7 +300,9 @@ def pysource(
 def bench(
     target: TargetName,
     draft: Annotated[list[str], typer.Option(help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")],
-    prompts: Annotated[Path, typer.Option(help=".jsonl with a prompt column, or a text file.")],
+    prompts: Annotated[
+        str, typer.Option(help=".jsonl with a prompt column, a text file, or stdlib:N: N cuts of Python's own library.")
+    ],
     methods: Annotated[
         str, typer.Option(help="Joined by commas; NAME:method uses the draft of that name.")
     ] = "plain,glide",
@@ -320,6 +322,7 @@ def bench(
 ) -> None:
     """Compare methods on one target, prompt by prompt in turn, beside plain decoding and transformers."""
     from .bench.compare import Settings, compare, report
+    from .bench.prompts import stdlib_prompts
     from .models.checkpoint import load_draft
 
     model = _target(target, dtype, device, threads, None, False)
@@ -332,7 +335,11 @@ def bench(
         temperature, max_new_tokens, prompt_tokens, limit, repeats, draft_length, _bins(cape_bins), svip_threshold
     )
     source = target if transformers else None
-    result = compare(model, drafts, methods.split(","), _prompts(None, prompts), settings, source, _command())
+    suite, _, count = prompts.partition(":")
+    if suite == "stdlib" and not (count or "128").isdigit():
+        raise InputError(f"--prompts stdlib:N takes a number, not '{count}'")
+    texts = stdlib_prompts(int(count or 128)) if suite == "stdlib" else _prompts(None, Path(prompts))
+    result = compare(model, drafts, methods.split(","), texts, settings, source, _command())
     report(result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -44,12 +44,15 @@ class SamplingParams:
     sampling: str = NOISE
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be 0 (greedy) or positive, not {self.temperature}")
+        # Logits divided by less would overflow float32.
+        if self.temperature != 0 and not 1e-5 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be 0 (greedy) or at least 0.00001, not {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k must be 0 (off) or positive, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed must fit in 64 bits (signed), but is {self.seed}")
         if self.max_new_tokens < 0:
             raise InputError(f"max_new_tokens must not be negative, but is {self.max_new_tokens}")
         if self.sampling not in (NOISE, RESIDUAL):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..decode import decode
+from ..decode import decode, generate
 from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.expansion import Cape
 from ..drafting.methods import make_drafter, parse_method
@@ -29,6 +29,9 @@ from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats
+from .prompts import digest_of
+
+BATCH = 16  # rows of the pass that sorts prompts
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,10 @@ def compare(
     ids = [p for p in ids if len(p) + settings.max_new_tokens <= target.context]
     if not ids:
         raise InputError("every prompt is longer than the target's context: set --prompt-tokens")
-    # One pass of plain decoding says which continuations loop; it warms up, too.
-    expected = [_run(target, drafters["plain"], p, params)[0] for p in ids]
-    looping = [settings.temperature == 0 and loops(e) for e in expected]
-    steady = [i for i in range(len(ids)) if not looping[i]][: settings.limit]
-    groups = {"steady": steady, "looping": [i for i in range(len(ids)) if looping[i]][: settings.limit]}
+    groups = _sort_prompts(target, ids, params, settings)
+    # What every method must emit, made as it is measured: batch 1. It warms up, too.
+    chosen = [i for group in groups.values() for i in group]
+    expected = {i: _run(target, drafters["plain"], ids[i], params)[0] for i in chosen}
     reference = _Reference(reference_source, target) if reference_source else None
     if reference:
         reference.run(ids[0][:16], Settings(max_new_tokens=4))
@@ -157,7 +159,7 @@ def compare(
     result: dict[str, Any] = {
         "provenance": _provenance(command),
         "settings": asdict(settings),
-        "prompts": {name: len(group) for name, group in groups.items()},
+        "prompts": {name: len(group) for name, group in groups.items()} | {"sha256": digest_of(prompts)},
     }
     total = sum(map(len, groups.values())) * settings.repeats
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -182,6 +184,22 @@ def compare(
                     bar.advance(task)
             result[name] = _rows(totals, unequal, reference_times if reference else None, reference_unequal)
     return result
+
+
+def _sort_prompts(
+    target: Target, ids: list[list[int]], params: SamplingParams, settings: Settings
+) -> dict[str, list[int]]:
+    """Which prompts' plain continuations loop, up to `limit` of each kind."""
+    groups: dict[str, list[int]] = {"steady": [], "looping": []}
+    for first in range(0, len(ids), BATCH):
+        rows = list(range(first, min(first + BATCH, len(ids))))
+        for i, one in zip(rows, generate(target, [ids[i] for i in rows], params=params), strict=True):
+            group = groups["looping" if settings.temperature == 0 and loops(one.tokens) else "steady"]
+            if len(group) < settings.limit:
+                group.append(i)
+        if len(groups["steady"]) == settings.limit:
+            break
+    return groups
 
 
 def _merge(total: Stats, one: Stats) -> None:

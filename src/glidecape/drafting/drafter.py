@@ -113,21 +113,23 @@ class ModelDrafter:
     def propose(self, state: DecodeState) -> TokenTree:
         tree, own = TokenTree(state.roots), state.draft.own
         roots = state.root_positions
-        # A proposal longer than what the rows may still emit would be verified for nothing.
-        cap = min(self.cap, max(1, state.budget - 1))
+        # A proposal longer than what its row may still emit would be verified for nothing.
+        caps = [min(self.cap, max(1, row.budget - 1)) for row in state.rows]
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=roots.device)
         logits = self._first_step(state, own)
         state.draft.ran = [frontier]
         depth = 0
         while True:
             positions = roots[:, None] + depth
-            law = draft_law(state, logits, positions.expand_as(frontier), self.expansion.draws)
+            law = draft_law(state, logits, positions.expand_as(frontier), self.expansion.draws, frontier >= 0)
             frontier = self.expansion.grow(tree, frontier, law)
             depth += 1
-            more = depth < cap and self.stop.more(tree, depth, law)
+            more = depth < max(caps) and self.stop.more(tree, depth, law)
+            if more is not False and depth >= min(caps):
+                more = more & torch.tensor([depth < cap for cap in caps], device=roots.device)
             if isinstance(more, Tensor):
                 frontier = frontier.masked_fill(~more[:, None], -1)
-                more = bool(more.any())
+                more = bool((frontier >= 0).any())  # not `more`: a stopped row has no say
             if not more:
                 return self.expansion.finish(tree)
             logits = self._step(state, own, tree, frontier, roots)

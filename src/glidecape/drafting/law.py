@@ -45,10 +45,12 @@ class DraftLaw:
         return self.log_q.amax(-1).exp()
 
 
-def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool) -> DraftLaw:
+def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool, live: Tensor) -> DraftLaw:
     """Rank the tokens that may follow frontier nodes at `positions (batch, width)`.
 
     `draws`: the expansion draws a chain (residual rows only); otherwise every node is deterministic.
+    `live (batch, width)`: where the frontier is a node. Nothing is drawn elsewhere: a row that stopped must not use up
+    its chance because a neighbour drafts on.
     """
     params = [row.params for row in state.rows]
     if all(p.greedy for p in params):
@@ -67,6 +69,6 @@ def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool
     law = torch.zeros_like(rank, dtype=torch.float64)
     for i in residual:
         law[i] = log_law(logits[i].double(), params[i])
-        for column in range(logits.shape[1]):
+        for column in live[i].nonzero()[:, 0].tolist():
             drawn[i, column] = state.rows[i].chance.categorical(law[i, column].exp())
     return DraftLaw(logits, rank, drawn, law)

@@ -1,0 +1,377 @@
+"""The output has the target's law: exactly, under every method, by enumeration of the shipped code's random outcomes.
+
+Nothing is left to chance in this file but the tests of the noise itself, whose seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from toys import (
+    Context,
+    EnumeratingChance,
+    ToyDraft,
+    ToyTarget,
+    exact_law,
+    random_rule,
+    run_checked,
+    total_variation,
+)
+
+from glidecape import state as state_module
+from glidecape.drafting.drafter import ModelDrafter, NoDraft
+from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.law import DraftLaw
+from glidecape.drafting.stop import Entropy, FixedLength
+from glidecape.errors import InputError
+from glidecape.noise import gumbel
+from glidecape.sampling import RESIDUAL, SamplingParams
+from glidecape.tree import TokenTree
+from glidecape.verify import DenseLaw, verify_row
+
+PROMPT = (2, 0)
+TARGET, DRAFT = random_rule("target"), random_rule("draft", sharpness=1.5)
+
+EXPANSIONS = {
+    "chain": Chain,
+    "cape of 1 or 2": lambda: Cape((2, 2, 1, 1)),
+    "cape of 0 to 2": lambda: Cape((0, 2, 2, 0, 1, 1, 2, 0, 1, 0)),
+}
+STOPS = {
+    "fixed 1": lambda: FixedLength(1),
+    "fixed 2": lambda: FixedLength(2),
+    "entropy": lambda: Entropy(0.3, cap=2),  # stops where H > 0.6 nat, which some of the draft's laws have
+}
+PARAMS = {
+    "temperature 1": SamplingParams(temperature=1.0, sampling=RESIDUAL, max_new_tokens=8),
+    "temperature 0.7 top_p 0.8": SamplingParams(temperature=0.7, top_p=0.8, sampling=RESIDUAL, max_new_tokens=8),
+    "top_k 2": SamplingParams(temperature=1.0, top_k=2, sampling=RESIDUAL, max_new_tokens=8),
+    "greedy": SamplingParams(max_new_tokens=8),
+}
+
+
+def law_by_hand(context: Context, params: SamplingParams) -> list[float]:
+    """The target's processed law, written once more and differently, without tensors."""
+    logits = TARGET(context).tolist()
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    if params.greedy:
+        return [float(token == order[0]) for token in range(len(logits))]
+    weight = [math.exp(x / params.temperature) for x in logits]
+    kept = order[: params.top_k] if params.top_k else order
+    total, mass, stay = sum(weight[t] for t in kept), 0.0, set()
+    for token in kept:
+        if mass < params.top_p:
+            stay.add(token)
+        mass += weight[token] / total
+    total = sum(weight[token] for token in stay)
+    return [weight[token] / total if token in stay else 0.0 for token in range(len(logits))]
+
+
+def product_law(params: SamplingParams, length: int = 3) -> Counter[Context]:
+    law: Counter[Context] = Counter()
+    for tokens in itertools.product(range(3), repeat=length):
+        p = 1.0
+        for n, token in enumerate(tokens):
+            p *= law_by_hand(PROMPT + tokens[:n], params)[token]
+        if p:
+            law[tokens] = p
+    return law
+
+
+def distance(drafter: object, params: SamplingParams, length: int = 3) -> float:
+    """Total variation between the first tokens of the shipped loop and of the target itself."""
+    law = exact_law(ToyTarget(TARGET), drafter, PROMPT, params, length)  # type: ignore[arg-type]
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    return total_variation(law, product_law(params, length))
+
+
+# --- residual sampling and greedy
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, params: str) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
+    assert distance(drafter, PARAMS[params]) <= 1e-12
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_plain_decoding_has_the_target_law(params: str) -> None:
+    assert distance(NoDraft(), PARAMS[params]) <= 1e-12
+
+
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_law_holds_when_max_new_tokens_shortens_drafts_and_clips_rounds(expansion: str) -> None:
+    params = SamplingParams(temperature=1.0, sampling=RESIDUAL, max_new_tokens=3)
+    assert distance(ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), FixedLength(2)), params) <= 1e-12
+
+
+def test_entropy_stop_used_here_sometimes_stops_and_sometimes_goes_on() -> None:
+    contexts = [PROMPT + tokens for n in range(3) for tokens in itertools.product(range(3), repeat=n)]
+    entropies = [float(torch.special.entr(DRAFT(c).softmax(-1)).sum()) for c in contexts]
+    stopped = [math.sqrt(0.15 * h) > 0.3 for h in entropies]
+    assert 0 < sum(stopped) < len(stopped)
+
+
+class TwoSampled(Chain):
+    """Two children of the root drawn without replacement; `keep` may drop one, which is not lossless."""
+
+    keep = "both"
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        assert law.drawn is not None
+        assert law.drawn_law is not None
+        q = law.drawn_law[0, 0].exp()
+        first = int(law.drawn[0, 0])
+        rest = q.clone()
+        rest[first] = 0
+        second = self.chance.categorical(rest / rest.sum())  # type: ignore[attr-defined]
+        tokens = [first, second]
+        if self.keep == "better":
+            tokens = [max(tokens, key=lambda token: float(q[token]))]
+        drawn = torch.tensor([tokens])
+        k = len(tokens)
+        log_prob = law.log_q[:, 0].gather(1, drawn)
+        added = tree.add(frontier.expand(1, k), drawn, log_prob, sampled_from=law.drawn_law.expand(1, k, -1))
+        return added[:, :1]
+
+
+def test_siblings_drawn_without_replacement_have_the_target_law() -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), TwoSampled(), FixedLength(2))
+    assert distance(drafter, PARAMS["temperature 1"], length=2) <= 1e-12
+
+
+def test_verify_row_with_two_sampled_siblings_has_the_target_law() -> None:
+    """A hand-built tree: both children of the root drawn from q without replacement, one more below the first."""
+    p, q = {}, {}
+    for node in range(4):
+        p[node] = TARGET((node,)).softmax(-1)
+        q[node] = DRAFT((node,)).softmax(-1)
+    law: Counter[Context] = Counter()
+    for a, b, c in itertools.product(range(3), repeat=3):
+        if a == b:
+            continue
+        drawn = float(q[0][a] * q[0][b] / (1 - q[0][a]) * q[1][c])
+        tree = TokenTree(torch.tensor([0]))
+        both = q[0].log().expand(1, 2, -1)
+        tree.add(torch.tensor([[0, 0]]), torch.tensor([[a, b]]), torch.zeros(1, 2), sampled_from=both)
+        tree.add(torch.tensor([[1]]), torch.tensor([[c]]), torch.zeros(1, 1), sampled_from=q[1].log()[None, None])
+        # The target's law after a token, whichever node proposed it.
+        after = {0: p[0], 1: p[1 + a], 2: p[1 + b], 3: None}
+        script: list[int] | None = []
+        while script is not None:
+            chance = EnumeratingChance(script)
+            path, bonus = verify_row(tree, 0, lambda node, at=after: DenseLaw(at[node] if node < 3 else p[0]), chance)
+            tokens = (*tree.path_tokens(0, path[1:]), bonus)[:2]
+            if len(tokens) == 2:
+                law[tokens] += drawn * chance.weight
+            else:  # nothing accepted: the next token would come from the target itself
+                for token in range(3):
+                    law[(*tokens, token)] += drawn * chance.weight * float(p[1 + tokens[0]][token])
+            script = chance.next_script()
+    expected: Counter[Context] = Counter()
+    for a, b in itertools.product(range(3), repeat=2):
+        expected[a, b] = float(p[0][a] * p[1 + a][b])
+    assert total_variation(law, expected) <= 1e-12
+
+
+# --- negative controls: each of these is known not to be lossless, so the enumeration must see it
+
+
+class DroppingChain(Chain):
+    """Drops a drawn token when the draft gave it a low probability."""
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        ahead = super().grow(tree, frontier, law)
+        low = law.log_q.gather(2, tree.tokens[:, -1:, None])[..., 0].exp() < 0.4
+        tree.valid[:, -1:] &= ~low
+        return ahead.masked_fill(low, -1)
+
+
+class DroppingStop(FixedLength):
+    """Stops *before* a drawn token of low probability, where it may only stop after it."""
+
+    def more(self, tree: TokenTree, depth: int, law: DraftLaw) -> bool:
+        if float(law.log_q[0, 0, tree.tokens[0, -1]].exp()) < 0.4:
+            tree.valid[:, -1] = False
+            return False
+        return super().more(tree, depth, law)
+
+
+class Pruning(TwoSampled):
+    """Draws two siblings and keeps the one the draft likes better."""
+
+    keep = "better"
+
+
+class FalselySampled(Chain):
+    """Takes the draft's first choice and says it was drawn from the draft's law."""
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        first = law.rank.argmax(-1)
+        log_prob = law.log_q.gather(2, first[..., None])[..., 0]
+        return tree.add(frontier, first, log_prob, sampled_from=law.drawn_law)
+
+
+class WrongResidual(DenseLaw):
+    """The residual the wrong way round: relu(q - p)."""
+
+    def without(self, drawn_from: Tensor | None, token: int) -> DenseLaw:
+        if drawn_from is None:
+            return super().without(drawn_from, token)
+        rest = (drawn_from - self.p).clamp(min=0.0)
+        return WrongResidual(rest / rest.sum()) if rest.sum() > 0 else self
+
+
+@pytest.mark.parametrize(
+    ("expansion", "stop"),
+    [
+        (DroppingChain, FixedLength),
+        (Chain, DroppingStop),
+        (Pruning, FixedLength),
+        (FalselySampled, FixedLength),
+    ],
+    ids=["expansion drops a drawn token", "stop drops a drawn token", "prunes a drawn sibling", "argmax as sampled"],
+)
+def test_enumeration_catches(expansion: type[Chain], stop: type[FixedLength]) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), expansion(), stop(2))
+    assert distance(drafter, PARAMS["temperature 1"], length=2) > 0.01
+
+
+def test_enumeration_catches_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "DenseLaw", WrongResidual)
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["temperature 1"], 2) > 0.01
+
+
+def test_keep_best_refuses_a_tree_with_a_sampled_node() -> None:
+    tree = TokenTree(torch.tensor([0]))
+    root, one = torch.tensor([[0]]), torch.tensor([[1]])
+    tree.add(root, one, torch.tensor([[-1.0]]))
+    tree.add(root, one + 1, torch.tensor([[-2.0]]), sampled_from=DRAFT(()).log_softmax(-1)[None, None])
+    with pytest.raises(InputError, match="dropping a drawn token is not lossless"):
+        tree.keep_best(1)
+
+
+# --- shared noise
+
+TABLES = torch.randn(40, 32, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.3
+
+
+def table_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """A finite family of noise: the seed is the number of a table, a table has a row for each position."""
+    return TABLES[seeds[:, None], positions]
+
+
+def plain_by_hand(prompt: Context, table: Tensor, params: SamplingParams, length: int) -> list[int]:
+    """argmax(log p + g) token by token, without the engine."""
+    tokens = list(prompt)
+    for _ in range(length):
+        p = torch.tensor(law_by_hand(tuple(tokens), params), dtype=torch.float64)
+        tokens.append(int((p.log() + table[len(tokens)]).argmax()))
+    return tokens[len(prompt) :]
+
+
+NOISY = {
+    "temperature 1": {"temperature": 1.0},
+    "temperature 0.7 top_p 0.8": {"temperature": 0.7, "top_p": 0.8},
+    "top_k 2": {"temperature": 1.0, "top_k": 2},
+}
+
+
+@pytest.mark.parametrize("options", NOISY)
+@pytest.mark.parametrize("method", ["plain", *itertools.product(EXPANSIONS, STOPS)], ids=str)
+def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
+    method: str | tuple[str, str], options: str
+) -> None:
+    """40 noise tables, each a row of a ragged batch. Equal tokens for every table: an equal law under any noise."""
+    if isinstance(method, str):
+        drafter = NoDraft()
+    else:
+        drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[method[0]](), STOPS[method[1]]())
+    prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(40)]
+    params = [SamplingParams(seed=seed, max_new_tokens=3 + seed % 3, **NOISY[options]) for seed in range(40)]
+    found, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params, noise=table_noise)
+    for seed in range(40):
+        expected = plain_by_hand(prompts[seed], TABLES[seed], params[seed], params[seed].max_new_tokens)
+        assert found[seed] == expected, f"table {seed}"
+
+
+@pytest.mark.parametrize("sampling", ["noise", "residual"])
+def test_rows_get_the_tokens_they_get_alone(sampling: str) -> None:
+    """Ragged prompts, unequal budgets, stops at unequal depths: neighbours change nothing, under both samplings."""
+    drafter = ModelDrafter(ToyDraft(DRAFT), Cape((2, 2, 1, 1)), Entropy(0.3, cap=3))
+    prompts = [(2, 0, 1, 1, 2)[: 1 + i % 5] for i in range(12)]
+    params = [SamplingParams(1.0, seed=i, max_new_tokens=2 + i, sampling=sampling) for i in range(12)]
+    together, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)
+    for i in range(12):
+        alone, _, _ = run_checked(ToyTarget(TARGET), drafter, [prompts[i]], [params[i]])
+        assert together[i] == alone[0], f"row {i}"
+
+
+# --- the noise itself
+
+
+def tail(statistic: float, freedom: int) -> float:
+    """P(chi-square with `freedom` degrees > statistic)."""
+    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def winners(seeds: Tensor, positions: Tensor, p: Tensor) -> Tensor:
+    return (p.log() + gumbel(seeds, positions, p.shape[0])).argmax(-1)
+
+
+LAW = torch.tensor([0.5, 0.2, 0.1, 0.08, 0.06, 0.03, 0.02, 0.01], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "positions"),
+    [(1, 200_000), (200_000, 1), (500, 400)],
+    ids=["one seed", "one position", "500 seeds"],
+)
+def test_gumbel_max_draws_from_softmax(seeds: int, positions: int) -> None:
+    """G-test of 200,000 draws. The noise is a fixed function; had it been drawn afresh, a good one would fail with
+    probability 1e-6."""
+    chosen = winners(torch.arange(seeds), torch.arange(positions).expand(seeds, -1), LAW)
+    count = chosen.flatten().bincount(minlength=8).double()
+    assert count.sum() == 200_000
+    g = 2 * float(torch.xlogy(count, count / (count.sum() * LAW)).sum())
+    assert tail(g, 7) > 1e-6
+
+
+@pytest.mark.parametrize("shift", [(0, 1), (1, 0), (1, 1)], ids=["next position", "next seed", "both"])
+def test_neighbouring_positions_and_seeds_are_independent(shift: tuple[int, int]) -> None:
+    """Chi-square of 200,000 pairs of neighbours against independence; fails with probability 1e-6 for good noise."""
+    p = LAW[:4] / LAW[:4].sum()
+    chosen = winners(torch.arange(500), torch.arange(402).expand(500, -1), p)
+    first = chosen[: 500 - shift[0], : 402 - shift[1]]
+    second = chosen[shift[0] :, shift[1] :]
+    pairs = (4 * first + second).flatten().bincount(minlength=16).double()
+    expected = pairs.sum() * (p[:, None] * p).flatten()
+    assert pairs.sum() > 199_000
+    assert tail(float(((pairs - expected) ** 2 / expected).sum()), 15) > 1e-6
+
+
+def test_noise_of_tokens_is_uncorrelated() -> None:
+    """Correlation of the noise of each pair of 64 tokens over 20,000 positions: all of 2,016 within 6 standard errors
+    (fails with probability below 5e-6 for good noise)."""
+    noise = gumbel(torch.tensor([3]), torch.arange(20_000)[None], 64)[0].double()
+    r = torch.corrcoef(noise.T) - torch.eye(64)
+    assert float(r.abs().max()) < 6 / math.sqrt(20_000)
+
+
+def test_noise_depends_on_seed_position_and_token_only() -> None:
+    seeds, positions = torch.tensor([7, -1, 2**40 + 7]), torch.tensor([[0, 5, 9]] * 3)
+    noise = gumbel(seeds, positions, 50)
+    assert noise.isfinite().all()
+    assert torch.equal(noise, gumbel(seeds, positions, 50))
+    assert torch.equal(noise[1:, [2, 0]], gumbel(seeds[1:], positions[1:, [2, 0]], 50))
+    assert torch.equal(noise[..., :20], gumbel(seeds, positions, 20))
+    flat = noise.flatten(0, 1)
+    assert all(not torch.equal(flat[i], flat[j]) for i in range(9) for j in range(i))

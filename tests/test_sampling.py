@@ -1,0 +1,171 @@
+"""The processed law: as transformers makes it, and the properties each option promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from glidecape.errors import InputError
+from glidecape.sampling import SamplingParams, log_law, widen
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def logits_of(seed: int, shape: tuple[int, ...], sharpness: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return sharpness * torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+@st.composite
+def logits(draw: st.DrawFn) -> Tensor:
+    """Distinct logits, far enough apart that rounding orders nothing anew."""
+    steps = draw(st.lists(st.integers(-400, 400), min_size=2, max_size=20, unique=True))
+    return torch.tensor(steps, dtype=torch.float64) / 40
+
+
+temperatures = st.floats(0.05, 5)
+top_ps = st.floats(0.01, 1)
+
+
+# --- against transformers
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 64, 1000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+def test_law_is_that_of_the_transformers_warpers(temperature: float, top_k: int, top_p: float) -> None:
+    raw = logits_of(round(1000 * temperature + top_k + 10 * top_p), (50, 64))
+    expected = TemperatureLogitsWarper(temperature)(None, raw)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    found = log_law(raw, SamplingParams(temperature, top_k, top_p))
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert torch.allclose(found.exp(), expected.softmax(-1), rtol=0, atol=1e-14)
+
+
+# --- properties
+
+
+@PROPERTY
+@given(logits(), temperatures, st.integers(0, 25), top_ps)
+def test_law_sums_to_one_and_keeps_the_order_of_tokens(z: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+    law = log_law(z, SamplingParams(temperature, top_k, top_p))
+    p = law.exp()
+    assert abs(float(p.sum()) - 1) < 1e-12
+    assert p[z.argmax()] == p.max() > 0
+    kept = law.isfinite()
+    assert not (~kept).any() or z[kept].min() > z[~kept].max()
+    ordered = p[z.argsort(descending=True)]
+    assert (ordered.diff() <= 0).all()
+
+
+@PROPERTY
+@given(logits(), temperatures, st.integers(1, 25))
+def test_top_k_keeps_k_tokens(z: Tensor, temperature: float, top_k: int) -> None:
+    law = log_law(z, SamplingParams(temperature, top_k=top_k))
+    assert int(law.isfinite().sum()) == min(top_k, len(z))
+
+
+@PROPERTY
+@given(logits(), temperatures, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_set_that_reaches_its_mass(z: Tensor, temperature: float, top_p: float) -> None:
+    p = (z / temperature).softmax(-1)
+    mass = p.sort(descending=True).values.cumsum(0)
+    assume(float((mass - top_p).abs().min()) > 1e-9)
+    kept = log_law(z, SamplingParams(temperature, top_p=top_p)).isfinite()
+    assert float(p[kept].sum()) >= top_p
+    assert float(p[kept].sum() - p[kept].min()) < top_p
+
+
+@PROPERTY
+@given(logits(), temperatures, st.integers(0, 25), top_ps)
+def test_kept_tokens_keep_their_ratios(z: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+    law = log_law(z, SamplingParams(temperature, top_k, top_p))
+    kept = law.isfinite()
+    difference = law[kept] - (z / temperature).log_softmax(-1)[kept]
+    assert torch.allclose(difference, difference[:1], rtol=0, atol=1e-10)
+
+
+@PROPERTY
+@given(logits(), temperatures, st.floats(-50, 50))
+def test_a_constant_added_to_the_logits_changes_nothing(z: Tensor, temperature: float, shift: float) -> None:
+    params = SamplingParams(temperature)
+    assert torch.allclose(log_law(z, params), log_law(z + shift, params), rtol=0, atol=1e-9)
+
+
+@PROPERTY
+@given(logits())
+def test_greedy_is_a_point_mass_and_the_limit_of_low_temperatures(z: Tensor) -> None:
+    greedy = log_law(z, SamplingParams())
+    assert greedy.exp().tolist() == [float(token == z.argmax()) for token in range(len(z))]
+    assert torch.allclose(log_law(z, SamplingParams(temperature=1e-4)).exp(), greedy.exp(), rtol=0, atol=1e-12)
+    assert torch.equal(log_law(z, SamplingParams(temperature=1.0, top_k=1)), greedy)
+
+
+@PROPERTY
+@given(logits(), temperatures, st.integers(0, 25), top_ps)
+def test_a_law_does_not_depend_on_other_nodes(z: Tensor, temperature: float, top_k: int, top_p: float) -> None:
+    params = SamplingParams(temperature, top_k, top_p)
+    both = torch.stack([z, z.flip(0)])[None]
+    assert torch.equal(log_law(both, params)[0, 0], log_law(z, params))
+
+
+def test_tokens_that_the_model_excludes_stay_excluded() -> None:
+    z = torch.tensor([0.0, float("-inf"), 1.0])
+    for params in (
+        SamplingParams(1.0),
+        SamplingParams(1.0, top_k=2),
+        SamplingParams(1.0, top_p=0.99),
+        SamplingParams(),
+    ):
+        assert log_law(z, params).exp()[1] == 0
+
+
+def test_half_precision_is_widened_and_float64_is_kept() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert widen(torch.zeros(2, dtype=dtype)).dtype == torch.float32
+    assert widen(torch.zeros(2, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3])
+def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float) -> None:
+    p = log_law(torch.tensor([-100.0, 99.0, 100.0]), SamplingParams(temperature, top_k=2, top_p=0.9)).exp()
+    assert p.tolist() == [0, 0, 1]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, r"temperature must be 0 \(greedy\) or .*, not -0.5"),
+        ({"temperature": float("nan")}, r"temperature must be .*, not nan"),
+        ({"temperature": float("inf")}, r"temperature must be .*, not inf"),
+        ({"temperature": 1e-40}, r"temperature must be 0 \(greedy\) or .*, not 1e-40"),
+        ({"top_k": -1}, r"top_k must be 0 \(off\) or positive, not -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
+        ({"top_p": 1.1}, r"top_p must be in \(0, 1\], not 1.1"),
+        ({"top_p": float("nan")}, r"top_p must be in \(0, 1\], not nan"),
+        ({"max_new_tokens": -1}, r"max_new_tokens must not be negative, but is -1"),
+        ({"sampling": "beam"}, r"sampling must be 'noise' or 'residual', not 'beam'"),
+        ({"seed": 2**63}, r"seed must fit in 64 bits .*, but is 9223372036854775808"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_with_the_value(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**options)
+
+
+def test_the_edges_are_accepted() -> None:
+    for options in ({"top_p": 1.0}, {"max_new_tokens": 0}, {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"top_k": 10**9}):
+        SamplingParams(temperature=1.0, **options)
+    assert SamplingParams().greedy
+    assert not SamplingParams(temperature=1e-5).greedy
