@@ -66,6 +66,8 @@ class DecodeState:
     cache: KVCache
     draft: Any = None
     noise: Noise = gumbel
+    _noise_of: tuple[Any, ...] = ()
+    _noise_at: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def roots(self) -> Tensor:
@@ -83,9 +85,21 @@ class DecodeState:
         return max(row.budget for row in self.rows)
 
     def gumbel(self, positions: Tensor, vocab: int) -> Tensor:
-        """Shared noise for the tokens *at* `positions (batch, nodes)`, `(batch, nodes, vocab)`."""
-        seeds = torch.tensor([row.params.seed for row in self.rows], device=positions.device)
-        return self.noise(seeds, positions, vocab)
+        """Shared noise for the tokens *at* `positions (batch, nodes)`, past the roots; `(batch, nodes, vocab)`.
+
+        One vector a row and depth serves every node of that depth, the draft's and the target's: they are made once.
+        """
+        offset = positions - self.root_positions[:, None]
+        made_for = (tuple(self.cache.lengths), tuple(row.index for row in self.rows), vocab)
+        if self._noise_of != made_for:
+            self._noise_of, self._noise_at = made_for, {}
+        wanted = range(1, int(offset.max()) + 1)  # the root itself is known
+        for depth in wanted:
+            if depth not in self._noise_at:
+                seeds = torch.tensor([row.params.seed for row in self.rows], device=positions.device)
+                self._noise_at[depth] = self.noise(seeds, self.root_positions[:, None] + depth, vocab)[:, 0]
+        table = torch.stack([self._noise_at[depth] for depth in wanted], 1)
+        return table[torch.arange(len(self.rows), device=positions.device)[:, None], offset - 1]
 
     def laws(self, tree: TokenTree, logits: Tensor) -> list[Any]:
         """For each row a function from node to its `Law`, all sampling options applied."""
