@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from toys import ToyDraft, ToyTarget, random_rule, run_checked, scripted_rule
 
 from glidecape.decode import decode, generate
 from glidecape.drafting.drafter import Drafter, ModelDrafter, NoDraft
@@ -11,6 +10,7 @@ from glidecape.drafting.expansion import Cape, Chain
 from glidecape.drafting.stop import FixedLength
 from glidecape.sampling import SamplingParams
 from glidecape.stats import RoundStats, Stats
+from toys import ToyDraft, ToyTarget, random_rule, run_checked, scripted_rule
 
 # The target emits n at place n; 60 is in no text, and the draft's wrong first choice where a sibling is to be accepted.
 VOCAB = 64

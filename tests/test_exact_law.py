@@ -12,6 +12,18 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+
+from glidecape import state as state_module
+from glidecape.drafting.drafter import ModelDrafter, NoDraft
+from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.law import DraftLaw
+from glidecape.drafting.stop import Entropy, FixedLength, StopPolicy
+from glidecape.errors import InputError
+from glidecape.noise import gumbel
+from glidecape.sampling import RESIDUAL, SamplingParams
+from glidecape.stats import RoundStats
+from glidecape.tree import TokenTree
+from glidecape.verify import DenseLaw, verify_row
 from toys import (
     Context,
     EnumeratingChance,
@@ -22,17 +34,6 @@ from toys import (
     run_checked,
     total_variation,
 )
-
-from glidecape import state as state_module
-from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Cape, Chain
-from glidecape.drafting.law import DraftLaw
-from glidecape.drafting.stop import Entropy, FixedLength
-from glidecape.errors import InputError
-from glidecape.noise import gumbel
-from glidecape.sampling import RESIDUAL, SamplingParams
-from glidecape.tree import TokenTree
-from glidecape.verify import DenseLaw, verify_row
 
 PROMPT = (2, 0)
 TARGET, DRAFT = random_rule("target"), random_rule("draft", sharpness=1.5)
@@ -303,9 +304,21 @@ def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
 
 
 @pytest.mark.parametrize("sampling", ["noise", "residual"])
-def test_rows_get_the_tokens_they_get_alone(sampling: str) -> None:
+@pytest.mark.parametrize("options", NOISY)
+def test_a_draft_equal_to_the_target_is_always_accepted(options: str, sampling: str) -> None:
+    """The draft sees the context, the noise and the options that the target will see: nothing is off by one."""
+    drafter = ModelDrafter(ToyDraft(TARGET), Chain(), FixedLength(3))
+    prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(20)]
+    params = [SamplingParams(seed=seed, max_new_tokens=8, sampling=sampling, **NOISY[options]) for seed in range(20)]
+    _, events, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)
+    assert all(event.stats == RoundStats(drafted=3, accepted=3, emitted=4, tested=3) for event in events)
+
+
+@pytest.mark.parametrize("stop", [Entropy(0.3, cap=3), FixedLength(3)], ids=["entropy", "fixed"])
+@pytest.mark.parametrize("sampling", ["noise", "residual"])
+def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy) -> None:
     """Ragged prompts, unequal budgets, stops at unequal depths: neighbours change nothing, under both samplings."""
-    drafter = ModelDrafter(ToyDraft(DRAFT), Cape((2, 2, 1, 1)), Entropy(0.3, cap=3))
+    drafter = ModelDrafter(ToyDraft(DRAFT), Cape((2, 2, 1, 1)), stop)
     prompts = [(2, 0, 1, 1, 2)[: 1 + i % 5] for i in range(12)]
     params = [SamplingParams(1.0, seed=i, max_new_tokens=2 + i, sampling=sampling) for i in range(12)]
     together, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 from glidecape.decode import decode
 from glidecape.drafting.drafter import ModelDrafter
@@ -15,6 +14,7 @@ from glidecape.sampling import SamplingParams
 from glidecape.stats import RoundStats, Stats
 from glidecape.tree import TokenTree
 from glidecape.verify import DenseLaw, PointLaw, RandomChance, verify_row
+from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 P = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 Q = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)

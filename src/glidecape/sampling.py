@@ -20,7 +20,7 @@ class SamplingParams:
         temperature: 0 means greedy.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all.
-        seed: of this row's noise.
+        seed: of this row's noise; rows with one seed see the same noise, so give each row its own.
         max_new_tokens: tokens to emit at most.
         stop_token_ids: end the row when one is emitted (the token is kept). The model's own end-of-text tokens are
             added by `generate` unless `ignore_eos`.
