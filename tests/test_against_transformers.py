@@ -1,0 +1,123 @@
+"""Token equality with transformers' own `generate`, float32, greedy, for every method; and T=1 equality with plain."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from glidecape.decode import generate
+from glidecape.drafting.methods import METHODS, make_drafter
+from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
+from glidecape.models.standalone import StandaloneDraft
+from glidecape.models.target import Target
+from glidecape.sampling import SamplingParams
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 12},
+    "gemma3_text": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+NEW = 48
+
+
+def build(kind):
+    """A random target, a reference copy of it, and drafts that agree with it often and rarely."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **(BASE | FAMILIES[kind]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.12)
+    reference, noisy = copy.deepcopy(model), copy.deepcopy(model)
+    for p in noisy.parameters():
+        if p.ndim > 1:
+            p.data += 0.004 * torch.randn_like(p)
+    target = Target(model)
+    glide = GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+    return target, reference, glide, StandaloneDraft(Target(noisy))
+
+
+class Agreeing(StandaloneDraft):
+    """Stands in for a good GliDe draft, so that chains and siblings of every length are accepted."""
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    return build(request.param)
+
+
+def reference_tokens(reference, prompt):
+    """transformers' tokens, and the smallest gap between its two largest logits on the way."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+        out = reference.generate(torch.tensor([prompt]), max_new_tokens=NEW, **options)
+    top = torch.stack(out.logits)[:, 0].topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((top[:, 0] - top[:, 1]).min())
+
+
+PROMPTS = [[5], [7, 11, 13, 17, 19], list(range(10, 27)), [(i * 37) % 90 + 3 for i in range(40)]]
+
+
+def drafts_of(method, glide, noisy):
+    if method == "plain":
+        return [None]
+    return [noisy] if method.startswith("vanilla") else [glide, Agreeing(noisy.model)]
+
+
+@pytest.mark.parametrize("rows", [[2], [0, 1, 2, 3]], ids=["batch 1", "ragged batch 4"])
+def test_greedy_tokens_equal_transformers(family, rows):
+    target, reference, glide, noisy = family
+    prompts = [PROMPTS[i] for i in rows]
+    expected = [reference_tokens(reference, p) for p in prompts]
+    margin = min(m for _, m in expected)
+    assert margin > 1e-5, f"smallest top-2 margin {margin:.1e}: this reference proves nothing"
+    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+    accepted = 0
+    for method in METHODS:
+        for draft in drafts_of(method, glide, noisy):
+            out = generate(target, prompts, make_drafter(method, draft), params)
+            assert [o.tokens for o in out] == [e for e, _ in expected], f"{method}, margin {margin:.1e}"
+            accepted += sum(origin != "bonus" for o in out for origin in o.origins)
+    assert accepted > 60 * len(rows), "hardly anything was accepted: the test would not see a wrong cache"
+
+
+def test_one_seed_gives_one_text_with_every_method_alone_and_in_a_batch(family):
+    target, _, glide, noisy = family
+    each = [SamplingParams(temperature=1.0, seed=40 + i, max_new_tokens=30, ignore_eos=True) for i in range(4)]
+    alone = [generate(target, [p], None, own)[0].tokens for p, own in zip(PROMPTS, each, strict=True)]
+    for method in METHODS:
+        for draft in drafts_of(method, glide, noisy):
+            out = generate(target, PROMPTS, make_drafter(method, draft), each)
+            assert [o.tokens for o in out] == alone, method
+
+
+def test_rows_that_end_at_different_times_do_not_disturb_the_others(family):
+    target, reference, glide, noisy = family
+    expected = [reference_tokens(reference, p)[0] for p in PROMPTS]
+    stop = expected[1][9]
+    each = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 48, 1, 30)]
+    each[1] = SamplingParams(max_new_tokens=48, ignore_eos=True, stop_token_ids=(stop,))
+    first = expected[1].index(stop) + 1
+    wanted = [expected[0][:3], expected[1][:first], expected[2][:1], expected[3][:30]]
+    for method in METHODS:
+        for draft in drafts_of(method, glide, noisy):
+            out = generate(target, PROMPTS, make_drafter(method, draft), each)
+            assert [o.tokens for o in out] == wanted, method
+            assert [o.finish for o in out] == ["length", "stop", "length", "length"]
