@@ -47,7 +47,7 @@ def _stream(
     """Decode one prompt, each token coloured by its origin as it comes; returns the tokens."""
     tokens: list[int] = []
     shown = Text(prompt[-160:], style="dim")
-    with Live(console=console, refresh_per_second=12, transient=not console.is_terminal) as live:
+    with Live(console=console, refresh_per_second=12) as live:
         for event in decode(target, drafter, [target.encode(prompt)], params, stats):
             for token, origin in zip(event.tokens, event.origins, strict=True):
                 before = target.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..errors import CheckpointError, UnsupportedError
 from ..masks import visible_mask
-from .layers import GatedFeedForward, RMSNorm, attend, rotate, split_heads
+from .layers import GatedFeedForward, Linear, RMSNorm, attend, linear, rotate, split_heads
 from .rotary import TargetRotary
 
 if TYPE_CHECKING:
@@ -125,12 +125,12 @@ class GlideLayer(nn.Module):
         self.heads, self.target_heads = c.heads, c.target_heads
         self.scale, self.cross_scale = c.head_dim**-0.5, c.target_head_dim**-0.5
         self.self_norm = RMSNorm(c.width, c.eps)
-        self.qkv = nn.Linear(c.width, 3 * inner, bias=False)
-        self.self_out = nn.Linear(inner, c.width, bias=False)
+        self.qkv = Linear(c.width, 3 * inner)
+        self.self_out = Linear(inner, c.width)
         if c.cross_attention:
             self.cross_norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
-            self.cross_q = nn.Linear(c.width, c.target_heads * c.target_head_dim, bias=False)
-            self.cross_out = nn.Linear(c.target_heads * c.target_head_dim, c.width, bias=False)
+            self.cross_q = Linear(c.width, c.target_heads * c.target_head_dim)
+            self.cross_out = Linear(c.target_heads * c.target_head_dim, c.width)
         self.ffn_norm = RMSNorm(c.width, c.eps)
         self.ffn = GatedFeedForward(c.width, c.ffn)
 
@@ -188,7 +188,7 @@ class GlideModel(nn.Module):
         else:
             self._borrowed = ()
             self.embed = nn.Embedding(config.vocab_size, config.width)
-            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.head = Linear(config.width, config.vocab_size)
         self._rotary: tuple[Any, ...] = (TargetRotary(target, config.target_layer),)
         self.layer = GlideLayer(config)
         self.norm = RMSNorm(config.width, config.eps)
@@ -205,7 +205,12 @@ class GlideModel(nn.Module):
         return self._borrowed[0](tokens) if self._borrowed else self.embed(tokens)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._borrowed[1](x) if self._borrowed else self.head(x)
+        if not self._borrowed:
+            return self.head(x)
+        head = self._borrowed[1]
+        if type(head) is nn.Linear and head.bias is None:
+            return linear(x, head.weight)
+        return head(x)  # a quantized or biased head does its own arithmetic
 
     def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
         """Own keys and values of committed tokens, `(batch, heads, tokens, head_dim)`: two projections of embeddings."""
