@@ -3,7 +3,16 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import toys`
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny corpus, target and drafts, made by the shipped commands once a session."""
+    from tinyworld import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+
 from glidecape.decode import generate
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel

@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, where a single row in float32 on a CPU is run as two equal ones.
+    """x W^T, where a single row in float32 on a CPU is run as two or four equal ones.
 
-    The library's matrix-vector kernel takes twice the time of its matrix kernel with two rows (dev/LOG.md), and a
+    The library's matrix-vector kernel takes twice the time of its matrix kernel with a few rows (dev/LOG.md), and a
     draft step has one row.
     """
     if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad:
-        return F.linear(x.reshape(1, -1).expand(2, -1), weight)[:1].reshape(*x.shape[:-1], -1)
+        rows = 4 if weight.numel() > 1_000_000 else 2
+        return F.linear(x.reshape(1, -1).expand(rows, -1), weight)[:1].reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 

@@ -1,0 +1,220 @@
+"""The command line: what works, and bad input: exit code 2, one sentence, no traceback."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glidecape import cli
+from glidecape.bench.compare import loops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(capfd, monkeypatch, *words, stdin=None):
+    """Exit code, standard output and standard error of `glidecape WORDS`, in this process."""
+    import io
+
+    monkeypatch.setattr(sys, "argv", ["glidecape", *map(str, words)])
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def pair(world):
+    return ["--target", world["target"], "--draft", world["glide"], "--dtype", "float32", "--max-new-tokens", "16"]
+
+
+def test_every_method_gives_the_same_text(world, capfd, monkeypatch):
+    texts = {}
+    for method in ("plain", "glide", "glide+cape", "glide+svip", "glide+cape+svip"):
+        words = ["generate", *pair(world), "--method", method, "-p", "def load_table(", "--json", "--ignore-eos"]
+        code, out, _ = run(capfd, monkeypatch, *words)
+        assert code == 0
+        line = json.loads(out)
+        assert len(line["tokens"]) == len(line["origins"]) == 16
+        texts[method] = line["text"]
+    assert len(set(texts.values())) == 1
+
+
+def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def save_"}\n{"prompt": "for item in"}\n{"prompt": "def"}\n')
+    words = [
+        "generate",
+        "--target",
+        world["target"],
+        "--draft",
+        world["lm"],
+        "--method",
+        "vanilla",
+        "--dtype",
+        "float32",
+    ]
+    code, out, _ = run(capfd, monkeypatch, *words, "-f", tmp_path / "p.jsonl", "--batch", 2, "--json")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    code, out, err = run(capfd, monkeypatch, *words, "--max-new-tokens", 8, stdin="def merge_")
+    assert code == 0
+    assert out.startswith("def merge_")
+    assert "tokens/s" in err
+
+
+def test_bench_writes_its_table(world, capfd, monkeypatch, tmp_path):
+    (tmp_path / "p.txt").write_text("def load_table(table, size=0):\n    for item in")
+    words = [
+        "bench",
+        "--target",
+        world["target"],
+        "--draft",
+        f"glide={world['glide']}",
+        "--prompts",
+        tmp_path / "p.txt",
+    ]
+    words += ["--methods", "plain,glide,glide+cape", "--max-new-tokens", 12, "--repeats", 1, "--temperature", 1]
+    code, _, _ = run(capfd, monkeypatch, *words, "--out", tmp_path / "r.json")
+    assert code == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["method"]: row for row in result["steady"]}
+    assert set(rows) == {"plain", "glide", "glide+cape", "transformers generate"}
+    assert rows["plain"]["over_plain"] == 1.0
+    assert all(rows[m]["equal"] and rows[m]["over_transformers"] > 0 for m in ("plain", "glide", "glide+cape"))
+
+
+def test_looping_is_what_the_definition_says():
+    assert loops(list(range(8)) * 8)
+    assert not loops(list(range(128)))
+    assert not loops(list(range(8)) * 4 + list(range(100, 200)))  # only the first half repeats
+
+
+BAD = {
+    "missing target": (["--target", "nowhere/at/all"], "no model|cannot load"),
+    "no config": (["--target", "{empty}"], "config.json"),
+    "missing draft": (["--draft", "./nowhere"], "no draft folder"),
+    "empty draft folder": (["--draft", "{empty}"], "neither a GliDe draft"),
+    "unknown method": (["--method", "glyde"], "unknown method"),
+    "expanded plain": (["--method", "plain+cape"], "drafts nothing"),
+    "wrong kind of draft": (["--method", "vanilla"], "does not fit"),
+    "empty prompt": (["--prompt", " "], "prompt 1 is empty"),
+    "long prompt": (["--prompt", "def load(" * 200], "context of 192"),
+    "unknown dtype": (["--dtype", "float12"], "unknown dtype"),
+    "unknown device": (["--device", "abacus"], "cannot be used"),
+    "bad bins": (["--cape-bins", "7,x"], "cape-bins"),
+    "too many siblings": (["--cape-bins", "99"], "bins"),
+    "negative temperature": (["--temperature", "-1"], "temperature"),
+    "bad top-p": (["--top-p", "0"], "top_p"),
+    "negative threshold": (["--method", "glide+svip", "--svip-threshold", "-1"], "threshold"),
+    "draft of no token": (["--draft-length", "0", "--method", "glide"], "at least 1"),
+    "unknown sampling": (["--sampling", "magic"], "sampling"),
+}
+
+
+def only_sentence(code, err, message):
+    assert code == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_to_generate_is_one_sentence(case, world, capfd, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words, message = BAD[case]
+    words = [w.format(empty=tmp_path / "empty") if w == "{empty}" else w for w in words]
+    code, _, err = run(capfd, monkeypatch, "generate", *pair(world), "--prompt", "def", *words)
+    only_sentence(code, err, message)
+
+
+def test_a_draft_is_needed_and_must_belong_to_the_target(world, capfd, monkeypatch, tmp_path):
+    words = ["generate", "--target", world["target"], "--prompt", "def"]
+    only_sentence(*run(capfd, monkeypatch, *words, "--method", "glide")[::2], "needs a GliDe draft")
+    other = tmp_path / "other"
+    shutil.copytree(world["target"], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"num_attention_heads": 4, "head_dim": 8, "num_key_value_heads": 4})
+    )
+    words = ["generate", "--target", other, "--draft", world["glide"], "--prompt", "def"]
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], "another shape")
+    (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:200])
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], "torn|cannot load")
+
+
+TRAIN = {
+    "unknown loss": (["--loss", "huge"], "unknown loss"),
+    "unknown kind": (["--kind", "duck"], "unknown kind"),
+    "unknown preset": (["--preset", "mine"], "no preset"),
+    "unknown optimizer": (["--optimizer", "sgd"], "unknown optimizer"),
+    "missing data": (["--data", "nowhere.jsonl"], "no data at"),
+}
+
+
+@pytest.mark.parametrize("case", list(TRAIN))
+def test_bad_input_to_train_is_one_sentence(case, world, capfd, monkeypatch, tmp_path):
+    words, message = TRAIN[case]
+    base = ["train", "--target", world["target"], "--data", world["corpus"], "--out", tmp_path / "o", "--tokens", "64"]
+    code, _, err = run(capfd, monkeypatch, *base, *words)
+    only_sentence(code, err, message)
+
+
+def test_training_without_an_end_or_into_a_file_is_one_sentence(world, capfd, monkeypatch, tmp_path):
+    words = ["train", "--target", world["target"], "--data", world["corpus"], "--out"]
+    only_sentence(*run(capfd, monkeypatch, *words, tmp_path / "o")[::2], "--tokens or --minutes")
+    (tmp_path / "file").write_text("in the way")
+    only_sentence(*run(capfd, monkeypatch, *words, tmp_path / "file", "--tokens", "64")[::2], "exists")
+    words = ["train-target", "--data", tmp_path, "--out", tmp_path / "t", "--tokens", "64"]
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], "no corpus")
+
+
+def test_help_names_every_command_and_importing_is_light():
+    script = "import sys, glidecape; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "glidecape.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("generate", "train", "train-target", "bench", "demo", "data"):
+        assert command in help_text.stdout
+
+
+def test_readme_and_docs_commands_have_options_that_exist_and_python_that_compiles():
+    import click
+    import typer
+
+    app = typer.main.get_command(cli.app)
+    found = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            compile(block, page.name, "exec")
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = re.sub(r"#.*", "", line).split()
+                if not words or not words[0].endswith("glidecape"):
+                    continue
+                command = app
+                rest = words[1:]
+                while rest and not rest[0].startswith("-") and isinstance(command, click.Group):
+                    command = command.commands[rest.pop(0)]
+                known = {o for p in command.params for o in p.opts} | {"--help"}
+                assert {w for w in rest if w.startswith("-")} <= known, line
+                found += 1
+    assert found >= 2
+
+
+def test_the_demo_runs_on_the_shipped_pair(capfd, monkeypatch):
+    if not (ROOT / "models" / "pysource" / "target" / "config.json").is_file():
+        pytest.skip("the shipped pair is not in this checkout")
+    code, out, _ = run(capfd, monkeypatch, "demo", "--max-new-tokens", 16)
+    assert code == 0
+    assert "NO" not in out.split("outputs equal")[1]
+    assert out.count("yes") >= 3

@@ -1,0 +1,57 @@
+"""Structure: layers, doctests, docstrings, file sizes."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import glidecape
+
+SOURCE = Path(glidecape.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"noise", "masks"},
+    {"sampling"},
+    {"cache", "tree", "stats"},
+    {"models"},
+    {"verify"},
+    {"state"},
+    {"drafting"},
+    {"decode"},
+    {"train", "bench"},
+    {"demo"},
+    {"cli"},
+]
+MODULES = [m.name for m in pkgutil.walk_packages(glidecape.__path__, "glidecape.")]
+
+
+def level(part):
+    return next(i for i, names in enumerate(LAYERS) if part in names)
+
+
+def test_a_module_imports_only_from_the_layers_above_it():
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                package = parts[: len(parts) - node.level]
+                target = (*package, *(node.module or "").split("."))
+                if target[0] and target[0] != parts[0]:
+                    assert level(target[0]) < level(parts[0]), f"{path.name} imports {target[0]}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_say_what_they_are_and_their_examples_run(name):
+    module = importlib.import_module(name)
+    assert (module.__doc__ or "").strip(), f"{name} has no docstring"
+    assert doctest.testmod(module).failed == 0
+
+
+def test_one_idea_a_file():
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path

@@ -1,0 +1,274 @@
+"""Training: data, resuming, parity with decoding, checkpoints."""
+
+import gzip
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from glidecape.decode import decode, generate
+from glidecape.drafting.methods import make_drafter
+from glidecape.errors import CheckpointError, DataError, MismatchError
+from glidecape.masks import block_visible
+from glidecape.models import checkpoint
+from glidecape.models.checkpoint import load_draft
+from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
+from glidecape.models.target import Target
+from glidecape.sampling import SamplingParams
+from glidecape.stats import Stats
+from glidecape.train import loop
+from glidecape.train.data import Windows, load_tokens
+from glidecape.train.draft import DraftRecipe, Teacher, distillation_loss, train_draft
+from glidecape.train.loop import Budget
+from test_against_transformers import build
+
+
+def load(world):
+    return Target.from_pretrained(world["target"], dtype=torch.float32)
+
+
+def test_windows_depend_on_the_step_alone_and_visit_everything_once_an_epoch():
+    windows = Windows(np.arange(100, dtype=np.uint16), seed=1)
+    epoch = torch.cat([windows.batch(step, 2, 10) for step in range(5)])
+    assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
+    assert torch.equal(windows.batch(3, 2, 10), Windows(np.arange(100, dtype=np.uint16), seed=1).batch(3, 2, 10))
+    assert not torch.equal(windows.batch(0, 10, 10), windows.batch(1, 10, 10))  # the next epoch has another order
+
+
+BROKEN = {
+    "missing.jsonl": (None, "no data at"),
+    "empty.txt": (b"", "holds no text"),
+    "latin.txt": ("h\xe4".encode("latin-1"), "not readable"),
+    "bad.jsonl": (b'{"text": "a b c d e f"}\n{"text": \n', "not readable"),
+    "column.jsonl": (b'{"text": "a b c d e f"}\n{"body": "x"}\n', r"row 2 .*body"),
+    "torn.jsonl.gz": (gzip.compress(b'{"text": "abc"}\n' * 500)[:40], "not readable"),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_broken_data_is_refused_with_the_place(name, world, tmp_path):
+    content, message = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_tokens(tmp_path / name, load(world).tokenizer)
+
+
+def test_whole_packages_are_held_out(world):
+    import json
+
+    table = json.loads((world["corpus"] / "sources.json").read_text())
+    assert {p["package"] for p in table["packages"] if p["held_out"]} >= {"package1"}
+    assert table["counts"]["train_tokens"] > table["counts"]["valid_tokens"] > 0
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_and_resumed_gives_the_same_weights(world, tmp_path, monkeypatch):
+    target, recipe = load(world), DraftRecipe(length=32, rows=4, rate=1e-2)
+    budget = Budget(tokens=12 * 4 * 32)
+
+    def train(out):
+        train_draft(target, world["corpus"], out, recipe, budget, prompts=0)
+        return checkpoint.load_glide(out, target).module.state_dict()
+
+    whole = train(tmp_path / "whole")
+    real = loop.torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KilledError
+        return real(*args, **kwargs)
+
+    # Every step is saved, so the run can die anywhere.
+    fit = loop.fit
+    monkeypatch.setattr("glidecape.train.draft.fit", lambda *a, **k: fit(*a, **k, save_every_s=0.0))
+    monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", dies)
+    with pytest.raises(KilledError):
+        train(tmp_path / "killed")
+    monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", real)
+    resumed = train(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_torn_training_state_is_refused(world, tmp_path):
+    (tmp_path / loop.STATE_FILE).write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="cannot resume"):
+        train_draft(load(world), world["corpus"], tmp_path, DraftRecipe(), Budget(tokens=1), prompts=0)
+
+
+def test_losses_are_the_obvious_formulas():
+    torch.manual_seed(0)
+    draft, target = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    tokens = torch.tensor([[0, 1, 2, 3]])
+    counted = torch.tensor([[False, True, True, True]])
+    p, q = target.softmax(-1)[0, 1:], draft.softmax(-1)[0, 1:]
+    kl = (p * (p / q).log()).sum(-1).mean()
+    ce = -(q[0, 2].log() + q[1, 3].log()) / 2
+    torch.testing.assert_close(distillation_loss(draft, target, tokens, counted, "kl"), kl)
+    torch.testing.assert_close(distillation_loss(draft, target, tokens, counted, "ce"), ce)
+    torch.testing.assert_close(distillation_loss(draft, target, tokens, counted, "kl+ce"), (kl + ce) / 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_training_and_decoding_give_the_same_draft_logits(kind):
+    """Ragged rows, rounds of different lengths: each drafted position is compared with a teacher-forced forward."""
+    target = build(kind)[0]
+    module = GlideModel(GlideConfig.for_target(target), target)
+    draft = GlideDraft(module)
+    seen = {0: {}, 1: {}}  # row -> position -> (visible, logits)
+    step = draft.step
+
+    def recording(tokens, positions, own, own_mask, target_cache, scratch):
+        logits = step(tokens, positions, own, own_mask, target_cache, scratch)
+        for row in range(2):
+            for column, position in enumerate(positions[row].tolist()):
+                value = (target_cache.lengths[row], int(tokens[row, column]), logits[row, column].clone())
+                seen[row].setdefault(position, []).append(value)
+        return logits
+
+    draft.step = recording
+    prompts = [[(i * 5) % 90 + 3 for i in range(20)], [7, 8, 9]]
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, temperature=1.0, seed=5)
+    text = {i: list(p) for i, p in enumerate(prompts)}
+    for event in decode(target, make_drafter("glide+cape", draft, 4), prompts, params):
+        text[event.row] += event.tokens
+    compared, deepest = 0, 0
+    for row in range(2):
+        ids = torch.tensor([text[row]])
+        teacher = Teacher(target, 1, ids.shape[1])
+        teacher(ids)
+        keys = teacher.cache.committed(module.config.target_layer)
+        positions = torch.arange(ids.shape[1])[None]
+        for position, values in seen[row].items():
+            for visible, token, logits in values:
+                if position >= ids.shape[1] or token != text[row][position] or visible > position:
+                    continue  # a rejected draft, a dummy, or a caught-up token
+                on_path = all(text[row][p] == t for p, t in drafted_path(seen[row], visible, position))
+                if on_path:
+                    with torch.no_grad():
+                        forced = module(ids, positions, keys, torch.full_like(ids, visible))[0, position]
+                    torch.testing.assert_close(logits, forced, atol=2e-4, rtol=1e-3)
+                    compared += 1
+                    deepest = max(deepest, position - visible + 1)
+    assert compared > 20
+    assert deepest >= 2
+
+
+def drafted_path(seen, visible, position):
+    """The tokens that the round with root at `visible` drafted before `position`."""
+    for p in range(visible, position):
+        for at, token, _ in seen.get(p, []):
+            if at == visible:
+                yield p, token
+
+
+def test_block_visible_is_a_history_of_rounds():
+    """Training's `visible` is what decoding would have had, were every block's tokens accepted."""
+    visible = block_visible(torch.tensor([2]), 12, 4)[0].tolist()
+    roots = sorted({v for v in visible if v})
+    assert roots == [2, 6, 10]
+    assert all(v == max((r for r in roots if r <= p), default=0) for p, v in enumerate(visible))
+
+
+def test_a_draft_overfitted_to_one_sample_reaches_the_acceptance_length_that_implies(tmp_path):
+    """Target and draft both learn one sequence by heart; a chain of 5 must then emit nearly 6 tokens a round."""
+    torch.manual_seed(0)
+    target = build("llama")[0]
+    ids = torch.randperm(94)[None, :64] + 3
+    optimizer = torch.optim.AdamW(target.model.parameters(), lr=3e-3)
+    target.model.train().requires_grad_(True)
+    cache = target.new_cache(1, 64)
+    for _ in range(80):
+        cache = target.new_cache(1, 64)
+        logits = target.forward(ids, torch.arange(64)[None], cache).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    target.model.eval().requires_grad_(False)
+    module = GlideModel(GlideConfig.for_target(target), target)
+    teacher = Teacher(target, 1, 64)
+    taught = teacher(ids)
+    made = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    for step in range(120):
+        visible = block_visible(torch.tensor([step % 8]), 64, 8)
+        keys = teacher.cache.committed(module.config.target_layer)
+        loss = distillation_loss(module(ids, teacher.positions, keys, visible), taught, ids, visible > 0, "kl")
+        made.zero_grad()
+        loss.backward()
+        made.step()
+    stats = Stats()
+    params = SamplingParams(max_new_tokens=48, ignore_eos=True)
+    out = []
+    for event in decode(target, make_drafter("glide", GlideDraft(module), 5), [ids[0, :16].tolist()], params, stats):
+        out += event.tokens
+    assert out == ids[0, 16:].tolist()
+    assert stats.acceptance_length >= 5.5, stats.as_dict()
+
+
+def test_every_kind_of_draft_trains_loads_and_decodes_losslessly(world, tmp_path):
+    target = load(world)
+    prompts = ["def load_table(", "def count_page(page, size=3):\n    for"]
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    plain = [o.tokens for o in generate(target, prompts, None, params)]
+    recipes = {
+        "glide": DraftRecipe(length=32, rows=2),
+        "no-cross": DraftRecipe(kind="glide-no-cross", length=32, rows=2),
+        "paper": DraftRecipe(preset="paper", loss="ce", length=32, rows=2, muon=True),
+        "lm": DraftRecipe(kind="lm", loss="kl+ce", length=32, rows=2),
+    }
+    for name, recipe in recipes.items():
+        figures = train_draft(target, world["corpus"], tmp_path / name, recipe, Budget(tokens=3 * 64), "cmd", prompts=1)
+        assert figures["steps"] == 3
+        draft = load_draft(tmp_path / name, target)
+        assert (name == "lm") != isinstance(draft, GlideDraft)
+        method = "vanilla" if name == "lm" else "glide+cape"
+        assert [o.tokens for o in generate(target, prompts, make_drafter(method, draft), params)] == plain
+        if name == "paper":
+            assert draft.max_lag == 5
+            assert not draft.module.config.share_embedding
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+    target = load(world)
+    draft = load_draft(world["glide"], target)
+    checkpoint.save_glide(tmp_path, draft.module, target, "first", {}, torch.float32)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save_glide(tmp_path, draft.module, target, "second", {}, torch.float32)
+    assert checkpoint.read_card(tmp_path)["command"] == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "draft.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_a_torn_draft_is_refused(keep, world, tmp_path):
+    whole = (world["glide"] / "draft.safetensors").read_bytes()
+    (tmp_path / "draft.safetensors").write_bytes(whole[:keep])
+    with pytest.raises(CheckpointError):
+        load_draft(tmp_path, load(world))
+
+
+def test_a_draft_of_another_target_is_refused_and_other_weights_are_noted(world):
+    target, other = load(world), build("llama")[0]
+    with pytest.raises(MismatchError, match="another shape"):
+        load_draft(world["glide"], other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_draft(world["glide"], target)
+        load_draft(world["glide"], Target.from_pretrained(world["target"], dtype=torch.bfloat16))
+    with torch.no_grad():
+        for p in target.model.parameters():
+            p.mul_(1.5)
+    with pytest.warns(UserWarning, match="other weights"):
+        load_draft(world["glide"], target)
