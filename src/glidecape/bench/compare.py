@@ -90,7 +90,13 @@ class _Reference:
     @torch.no_grad()
     def run(self, prompt: list[int], settings: Settings) -> tuple[list[int], float]:
         ids = torch.tensor([prompt], device=self.model.device)
-        options: dict[str, Any] = {"do_sample": settings.temperature > 0, "pad_token_id": 0, "eos_token_id": None}
+        # The mask is spelled out: generate would guess it from the pad token, and hide a prompt's own end-of-text tokens.
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": settings.temperature > 0,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
         if settings.temperature > 0:
             options |= {"temperature": settings.temperature, "top_k": 0}
         times = []

@@ -1,0 +1,38 @@
+"""Markdown tables from the JSON of `glidecape bench`.
+
+    .venv/bin/python runs/tables.py runs/out/results/small-t1.json ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = {
+    "method": "method",
+    "tokens_per_s": "tokens/s",
+    "over_plain": "over plain",
+    "over_transformers": "over transformers",
+    "acceptance_length": "acceptance length",
+    "alpha": "alpha",
+    "nodes_a_round": "nodes a round",
+    "equal": "tokens equal plain's",
+}
+
+
+def cell(row: dict, column: str) -> str:
+    value = row.get(column)
+    if value is None or (column == "alpha" and row["method"] == "plain"):
+        return ""
+    return ("yes" if value else "NO") if isinstance(value, bool) else str(value)
+
+
+for path in map(Path, sys.argv[1:]):
+    result = json.loads(path.read_text())
+    print(f"`{result['provenance']['command']}`\n")
+    for kind in ("steady", "looping"):
+        if result[kind]:
+            print(f"{kind} continuations, {result['prompts'][kind]} prompts, commit {result['provenance']['commit']}:\n")
+            print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
+            for row in result[kind]:
+                print("| " + " | ".join(cell(row, c) for c in COLUMNS) + " |")
+            print()
