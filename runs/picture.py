@@ -1,6 +1,6 @@
 """docs/speed.svg from the JSON of runs/results.sh: tokens a second of each method, greedy and at T=1.
 
-    .venv/bin/python runs/picture.py runs/out/results/small-t0.json runs/out/results/small-t1.json docs/speed.svg
+.venv/bin/python runs/picture.py runs/out/results/small-t0.json runs/out/results/small-t1.json docs/speed.svg
 """
 
 import json
@@ -40,7 +40,9 @@ def main(greedy: str, sampled: str, out: str) -> None:
                 body.append(markup)
     style = 'font-family="system-ui, sans-serif" font-size="13" fill="#24292f"'
     background = f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" {style}>'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" {style}>'
+    )
     Path(out).write_text("\n".join([head, background, *body, "</svg>"]) + "\n")
 
 

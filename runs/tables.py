@@ -1,6 +1,6 @@
 """Markdown tables from the JSON of `glidecape bench`.
 
-    .venv/bin/python runs/tables.py runs/out/results/small-t1.json ...
+.venv/bin/python runs/tables.py runs/out/results/small-t1.json ...
 """
 
 import json
@@ -31,7 +31,9 @@ for path in map(Path, sys.argv[1:]):
     print(f"`{result['provenance']['command']}`\n")
     for kind in ("steady", "looping"):
         if result[kind]:
-            print(f"{kind} continuations, {result['prompts'][kind]} prompts, commit {result['provenance']['commit']}:\n")
+            print(
+                f"{kind} continuations, {result['prompts'][kind]} prompts, commit {result['provenance']['commit']}:\n"
+            )
             print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
             for row in result[kind]:
                 print("| " + " | ".join(cell(row, c) for c in COLUMNS) + " |")
