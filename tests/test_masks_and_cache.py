@@ -95,12 +95,13 @@ def test_decoding_from_a_compacted_cache_equals_decoding_from_a_recomputed_one(k
 
 def test_committed_is_a_view_and_memory_follows_the_formula():
     cache = KVCache([(2, 4), (1, 8)], batch=3, capacity=10)
+    cache.commit([4, 2, 3])
     assert cache.committed(0)[0].data_ptr() == cache.keys[0].data_ptr()
     assert cache.nbytes == cache_bytes(1, 3, 2, 10, 4, torch.float32) + cache_bytes(1, 3, 1, 10, 8, torch.float32)
     with pytest.raises(InputError, match="MiB"):
         KVCache([(8, 64)], batch=4, capacity=100_000, limit_bytes=10**6)
     with pytest.raises(InputError, match="holds 10 tokens"):
-        cache.write(0, torch.zeros(3, 2, 11, 4), torch.zeros(3, 2, 11, 4))
+        cache.write(0, torch.zeros(3, 2, 7, 4), torch.zeros(3, 2, 7, 4))
 
 
 def test_prefill_in_pieces_equals_prefill_at_once():

@@ -127,10 +127,13 @@ def test_training_and_decoding_give_the_same_draft_logits(kind):
 
     def recording(tokens, positions, own, own_mask, target_cache, scratch):
         logits = step(tokens, positions, own, own_mask, target_cache, scratch)
-        for row in range(2):
+        for row in range(2 if len(tokens) == 2 else 0):  # while both rows run, row numbers are theirs
             for column, position in enumerate(positions[row].tolist()):
                 value = (target_cache.lengths[row], int(tokens[row, column]), logits[row, column].clone())
-                seen[row].setdefault(position, []).append(value)
+                # A row that stopped before its neighbour runs dummies, its root again: only the first run counts.
+                earlier = seen[row].setdefault(position, [])
+                if all(value[:2] != old[:2] for old in earlier):
+                    earlier.append(value)
         return logits
 
     draft.step = recording
