@@ -254,9 +254,12 @@ def train_target_command(
     ffn: int = 1024,
     heads: int = 6,
     kv_heads: int = 6,
-    context: Annotated[int, typer.Option(help="Longest sequence that the model declares.")] = 1024,
+    context: Annotated[int, typer.Option(help="Longest sequence that the model declares.")] = 8192,
+    rope_theta: Annotated[float, typer.Option(help="Base of the rotary embedding.")] = 1e5,
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 512,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    long_length: Annotated[int, typer.Option(help="Window at the end of the run.")] = 2048,
+    long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
     seed: int = 0,
@@ -266,16 +269,15 @@ def train_target_command(
     """Train a small Llama-architecture target from scratch, for a machine without any model."""
     import torch
 
-    from .train.target import TargetShape, train_target
+    from .train.target import TargetShape, Windowing, train_target
 
     if threads:
         torch.set_num_threads(threads)
     if width % heads or heads % kv_heads:
         raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
-    shape = TargetShape(layers, width, ffn, heads, kv_heads, context)
-    train_target(
-        data, out, shape, _budget(tokens, minutes), length, rows, rate, compile_model, device, seed, _command()
-    )
+    shape = TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
+    windowing = Windowing(length, rows, long_length, long_share)
+    train_target(data, out, shape, _budget(tokens, minutes), windowing, rate, compile_model, device, seed, _command())
 
 
 @data_app.command()

@@ -25,8 +25,27 @@ class TargetShape:
     ffn: int = 1024
     heads: int = 6
     kv_heads: int = 6
-    context: int = 1024
-    rope_theta: float = 10_000.0
+    context: int = 8192
+    rope_theta: float = 100_000.0
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """Tokens a training window, windows a step; the last `long_share` of the run sees `long_length` instead.
+
+    A step holds `rows * length` tokens throughout: long windows come in smaller numbers.
+    """
+
+    length: int = 512
+    rows: int = 16
+    long_length: int = 2048
+    long_share: float = 0.1
+
+    def at(self, progress: float) -> tuple[int, int]:
+        """(rows, length) at that share of the run."""
+        if progress < 1 - self.long_share or self.long_length <= self.length:
+            return self.rows, self.length
+        return max(1, self.rows * self.length // self.long_length), self.long_length
 
 
 @torch.no_grad()
@@ -46,8 +65,7 @@ def train_target(
     out: Path,
     shape: TargetShape,
     budget: Budget,
-    length: int = 512,
-    rows: int = 16,
+    windowing: Windowing = Windowing(),  # noqa: B008 - frozen
     rate: float = 3e-3,
     compile_model: bool = False,
     device: str = "cpu",
@@ -96,9 +114,11 @@ def train_target(
         logits = model(input_ids=batch).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
-    compiled = torch.compile(next_token_loss) if compile_model else next_token_loss
+    compiled = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
 
     def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
+        rows, length = windowing.at(budget.progress(clock.tokens, clock.seconds))
         batch = windows.batch(step, rows, length).to(device)
         with autocast:
             return compiled(batch), batch.numel()
@@ -110,9 +130,15 @@ def train_target(
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
         "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
-        "valid_loss": round(valid_loss(model, valid, length), 4),
+        "valid_loss": round(valid_loss(model, valid, windowing.length), 4),
     }
-    card = {"command": command, "shape": asdict(shape), "window": length, "seed": seed, "figures": figures}
+    card = {
+        "command": command,
+        "shape": asdict(shape),
+        "windowing": asdict(windowing),
+        "seed": seed,
+        "figures": figures,
+    }
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
