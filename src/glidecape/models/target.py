@@ -7,9 +7,11 @@ window, chunk) at the *positions* of tree nodes and joins it with the ancestor t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..cache import KVCache
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..masks import tree_mask
 from .layers import attend
+from .packed import pack as pack_layers
 
 ATTENTION = "glidecape"
 
@@ -125,17 +128,20 @@ class Target:
         model: a transformers causal LM; its attention implementation is replaced by ours.
         tokenizer: needed for text in and out, not for token ids.
         probe: check at once that trees decode right on this model (a few small forwards).
+        pack: pack the weights for decoding where that is known to be faster (see `packed`). A packed model cannot be
+            trained, nor a draft for it.
 
     Raises:
         UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True, pack: bool = False) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.text_config = model.config.get_text_config()
         _refuse_by_config(self.text_config)
         _register()
         model.set_attn_implementation(ATTENTION)
+        self.packed = pack and self._pack()
         self.shapes = _kv_shapes(model, self.text_config)
         if probe:
             from .probe import probe_target
@@ -151,6 +157,7 @@ class Target:
         revision: str | None = None,
         trust_remote_code: bool = False,
         probe: bool = True,
+        pack: bool = True,
     ) -> Target:
         """Load a model folder, or a model of the Hub by name.
 
@@ -177,7 +184,22 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
         except Exception as error:
             raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
-        return cls(model.to(device), tokenizer, probe)
+        return cls(model.to(device), tokenizer, probe, pack)
+
+    def _pack(self) -> bool:
+        _ = self.weights_digest  # packed weights are in no state_dict
+        return pack_layers(self.model)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """sha256 of about 1 MB of fixed weight slices; the same in every dtype that the weights are loaded in."""
+        digest, state = hashlib.sha256(), self.model.state_dict()
+        share = max(64, 2**18 // max(1, len(state)))
+        for name in sorted(state):
+            piece = state[name].flatten()[:share]
+            if piece.is_floating_point():
+                digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device:
