@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from ..errors import CheckpointError, MismatchError
 from .glide import GlideConfig, GlideDraft, GlideModel
-from .packed import fastest_dtype
+from .packed import draft_products
 from .standalone import StandaloneDraft
 from .target import Target
 
@@ -127,7 +127,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -> GlideDraft:
-    """A GliDe draft for its target, in the dtype that is fastest beside the target's unless told otherwise.
+    """A GliDe draft for its target, in the target's dtype unless told otherwise.
 
     Raises:
         CheckpointError: see `read_card`; also weights that don't fit the description.
@@ -141,7 +141,7 @@ def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -
             module.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
-    module.to(dtype or fastest_dtype(target.device, target.dtype)).serve()
+    module.to(dtype or target.dtype).serve()
     return GlideDraft(module, card["figures"])
 
 
@@ -172,8 +172,8 @@ def load_draft(name: str | Path, target: Target) -> GlideDraft | StandaloneDraft
         return load_glide(folder, target)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds neither a GliDe draft ({WEIGHTS}) nor a causal LM (config.json)")
-    dtype = fastest_dtype(target.device, target.dtype)
-    model = Target.from_pretrained(folder, dtype=dtype, device=str(target.device))
+    products = draft_products(target.dtype)
+    model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device), pack=products)
     if model.vocab_size != target.vocab_size:
         raise MismatchError(
             f"the draft LM in {folder} has {model.vocab_size} tokens, the target {target.vocab_size}: vanilla speculative "

@@ -22,7 +22,7 @@ from ..cache import KVCache
 from ..errors import CheckpointError, UnsupportedError
 from ..masks import visible_mask
 from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
-from .packed import PackedLinear, pack, packable, packs
+from .packed import PackedLinear, draft_products, pack, packable
 from .rotary import TargetRotary
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class GlideLayer(nn.Module):
             q = split_heads(self.cross_q(self.cross_norm(x)), self.target_heads)
             if cross_rotary is not None:
                 q = rotate(q, *cross_rotary)
-            # A query is turned to the cache's dtype, never the other way round: that would copy the cache each step.
+            # A query takes the cache's dtype, never the other way round: that would copy the cache each step.
             q = q.to(read.keys.dtype)
             found = self.cross_out(attend(q, read.keys, read.values, read.mask, self.cross_scale).to(x.dtype))
             x = x + (found if read.sees is None else found * read.sees)
@@ -216,14 +216,14 @@ class GlideModel(nn.Module):
         return self._borrowed[1](x.to(self._borrowed[0].weight.dtype))
 
     def serve(self) -> GlideModel:
-        """Make it ready for decoding: no gradients, weights packed, and a copy of the borrowed head in the draft's dtype
-        where that differs from the target's."""
+        """Make it ready for decoding: no gradients, and weights packed, with a copy of the borrowed head if it is to be
+        multiplied in another dtype than the target's."""
         self.eval().requires_grad_(False)
-        pack(self)
+        products = draft_products(self.norm.weight.dtype)
+        pack(self, products)
         head: Any = self._borrowed[1] if self._borrowed else None
-        dtype = self.norm.weight.dtype
-        if (isinstance(head, PackedLinear) or packable(head)) and packs(dtype) and head.weight.dtype != dtype:
-            self._served_head = PackedLinear(head.weight.to(dtype), head.bias)
+        if (isinstance(head, PackedLinear) or packable(head)) and head.weight.dtype != products:
+            self._served_head = PackedLinear(head.weight, head.bias, products)
         return self
 
     def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:

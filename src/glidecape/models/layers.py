@@ -45,13 +45,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `(batch, heads, queries, head_dim)`.
-        cos, sin: `(batch, queries, rotary_dim)`.
+        cos, sin: `(batch, queries, rotary_dim)`; the first half of `sin` is negated (see `rotary.TargetRotary`).
     """
     size = cos.shape[-1]
     turned = x if size == x.shape[-1] else x[..., :size]
-    a, b = turned.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    turned = torch.addcmul(turned * cos, torch.cat([-b, a], dim=-1), sin)
+    turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
     return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
 
 

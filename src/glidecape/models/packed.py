@@ -22,19 +22,21 @@ class PackedLinear(nn.Module):
     """x W^T + b for decoding. The dense weight is not kept: `weight` unpacks a copy.
 
     Args:
-        weight: `(outputs, inputs)`, float32 or bfloat16, on the CPU; inputs of `forward` have its dtype.
+        weight: `(outputs, inputs)`, on the CPU.
         bias: `(outputs,)` or None.
+        dtype: float32 or bfloat16, to take products in; inputs and outputs of `forward` keep theirs. None: the weight's.
 
     Raises:
         UnsupportedError: a gradient is asked for (in `forward`).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dtype = dtype or weight.dtype
         self.out_features, self.in_features = weight.shape
         # Not buffers: an opaque tensor can be neither saved nor moved.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = None if bias is None else bias.detach()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -42,8 +44,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise UnsupportedError("packed weights have no gradients: load the target with pack=False to train")
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            raise UnsupportedError("packed weights have no gradients: call `unpack` on the target to train with it")
+        found = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self.bias, "none", [], "")
+        return found.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -71,13 +74,13 @@ def has_bfloat16() -> bool:
     return known is not None and bool(known())
 
 
-def fastest_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to run a draft in beside a target of `dtype`: bfloat16 for float32 where the CPU has it.
+def draft_products(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for products of a draft in `dtype`: bfloat16 for float32 where the CPU has it.
 
     Half the bytes is nearly half the time, and rounding costs a draft at most a token's acceptance: what is emitted is
     the target's choice.
     """
-    return torch.bfloat16 if device.type == "cpu" and dtype == torch.float32 and packs(torch.bfloat16) else dtype
+    return torch.bfloat16 if dtype == torch.float32 and packs(torch.bfloat16) else dtype
 
 
 def packable(module: Any) -> bool:
@@ -90,13 +93,25 @@ def packable(module: Any) -> bool:
     )
 
 
-def pack(model: nn.Module) -> bool:
-    """Replace the plain linear layers of `model` by packed ones; False if there were none.
+def pack(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Replace the plain linear layers of `model` by packed ones with products in `dtype`; False if there were none.
 
     Dense weights are freed, except where something else holds them, as a tied embedding does.
     """
     found = [(name, part) for name, part in model.named_modules() if packable(part)]
     for name, part in found:
         above, _, own = name.rpartition(".")
-        setattr(model.get_submodule(above), own, PackedLinear(part.weight, part.bias))
+        setattr(model.get_submodule(above), own, PackedLinear(part.weight, part.bias, dtype))
     return bool(found)
+
+
+def unpack(model: nn.Module) -> None:
+    """Turn packed layers back into dense ones, for training."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, PackedLinear):
+            dense = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
+            dense.weight = nn.Parameter(part.weight)
+            if part.bias is not None:
+                dense.bias = nn.Parameter(part.bias)
+            above, _, own = name.rpartition(".")
+            setattr(model.get_submodule(above), own, dense)
