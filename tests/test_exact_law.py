@@ -20,6 +20,7 @@ from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.stop import Entropy, FixedLength, StopPolicy
 from glidecape.errors import InputError
 from glidecape.noise import gumbel
+from glidecape.penalties import adjust
 from glidecape.sampling import RESIDUAL, SamplingParams
 from glidecape.stats import RoundStats
 from glidecape.tree import TokenTree
@@ -48,17 +49,42 @@ STOPS = {
     "fixed 2": lambda: FixedLength(2),
     "entropy": lambda: Entropy(0.3, cap=2),  # stops where H > 0.6 nat, which some of the draft's laws have
 }
+PENALTIES = {
+    "repetition_penalty": 1.6,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.7,
+    "logit_bias": {1: 0.8, 2: -0.3},
+}
 PARAMS = {
     "temperature 1": SamplingParams(temperature=1.0, sampling=RESIDUAL, max_new_tokens=8),
     "temperature 0.7 top_p 0.8": SamplingParams(temperature=0.7, top_p=0.8, sampling=RESIDUAL, max_new_tokens=8),
     "top_k 2": SamplingParams(temperature=1.0, top_k=2, sampling=RESIDUAL, max_new_tokens=8),
     "greedy": SamplingParams(max_new_tokens=8),
+    "penalties": SamplingParams(temperature=0.8, sampling=RESIDUAL, max_new_tokens=8, **PENALTIES),
+    "greedy penalties": SamplingParams(max_new_tokens=8, **PENALTIES),
+    "min_p 0.4": SamplingParams(temperature=1.3, min_p=0.4, sampling=RESIDUAL, max_new_tokens=8),
+    "no stop in the first two": SamplingParams(
+        temperature=1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=2, stop_token_ids=(1,)
+    ),
 }
 
 
-def law_by_hand(context: Context, params: SamplingParams) -> list[float]:
+def adjusted_by_hand(logits: list[float], context: Context, params: SamplingParams, new: int) -> list[float]:
+    """Bias, penalties and min_new_tokens, token by token; the last `new` tokens of the context were emitted."""
+    made = []
+    for token, z in enumerate(logits):
+        z += dict(params.logit_bias).get(token, 0.0)
+        if token in context:
+            z = z / params.repetition_penalty if z > 0 else z * params.repetition_penalty
+        count = context[len(context) - new :].count(token)
+        z -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        made.append(-math.inf if new < params.min_new_tokens and token in params.stop_token_ids else z)
+    return made
+
+
+def law_by_hand(context: Context, params: SamplingParams, new: int) -> list[float]:
     """The target's processed law, written once more and differently, without tensors."""
-    logits = TARGET(context).tolist()
+    logits = adjusted_by_hand(TARGET(context).tolist(), context, params, new)
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if params.greedy:
         return [float(token == order[0]) for token in range(len(logits))]
@@ -69,6 +95,7 @@ def law_by_hand(context: Context, params: SamplingParams) -> list[float]:
         if mass < params.top_p:
             stay.add(token)
         mass += weight[token] / total
+    stay = {token for token in stay if weight[token] >= params.min_p * max(weight)}
     total = sum(weight[token] for token in stay)
     return [weight[token] / total if token in stay else 0.0 for token in range(len(logits))]
 
@@ -78,7 +105,7 @@ def product_law(params: SamplingParams, length: int = 3) -> Counter[Context]:
     for tokens in itertools.product(range(3), repeat=length):
         p = 1.0
         for n, token in enumerate(tokens):
-            p *= law_by_hand(PROMPT + tokens[:n], params)[token]
+            p *= law_by_hand(PROMPT + tokens[:n], params, n)[token]
         if p:
             law[tokens] = p
     return law
@@ -250,6 +277,29 @@ def test_enumeration_catches_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["temperature 1"], 2) > 0.01
 
 
+def test_enumeration_catches_penalties_that_do_not_know_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node with the row's history only: right for the root, and for nothing below it."""
+
+    def forgetful(
+        logits: Tensor, params: SamplingParams, history: object, tokens: Tensor, above: Tensor, *rest: object
+    ):
+        return adjust(logits, params, history, tokens, torch.zeros_like(above), *rest)
+
+    monkeypatch.setattr(state_module, "adjust", forgetful)
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["penalties"], 2) > 0.01
+
+
+def test_enumeration_catches_a_stop_token_that_is_early_inside_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """min_new_tokens counted from the round's root instead of from each node."""
+
+    def hasty(logits: Tensor, params: SamplingParams, history: object, tokens: Tensor, above: Tensor, emitted, ends):
+        return adjust(logits, params, history, tokens, above, emitted + above.sum(1), ends)
+
+    monkeypatch.setattr(state_module, "adjust", hasty)
+    params = SamplingParams(1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=3, stop_token_ids=(1,))
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), params, 3) > 0.01
+
+
 def test_keep_best_refuses_a_tree_with_a_sampled_node() -> None:
     tree = TokenTree(torch.tensor([0]))
     root, one = torch.tensor([[0]]), torch.tensor([[1]])
@@ -272,9 +322,11 @@ def table_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 def plain_by_hand(prompt: Context, table: Tensor, params: SamplingParams, length: int) -> list[int]:
     """argmax(log p + g) token by token, without the engine."""
     tokens = list(prompt)
-    for _ in range(length):
-        p = torch.tensor(law_by_hand(tuple(tokens), params), dtype=torch.float64)
+    for n in range(length):
+        p = torch.tensor(law_by_hand(tuple(tokens), params, n), dtype=torch.float64)
         tokens.append(int((p.log() + table[len(tokens)]).argmax()))
+        if tokens[-1] in params.stop_token_ids:
+            break
     return tokens[len(prompt) :]
 
 
@@ -282,10 +334,13 @@ NOISY = {
     "temperature 1": {"temperature": 1.0},
     "temperature 0.7 top_p 0.8": {"temperature": 0.7, "top_p": 0.8},
     "top_k 2": {"temperature": 1.0, "top_k": 2},
+    "penalties": {"temperature": 0.8, **PENALTIES},
+    "min_p 0.4": {"temperature": 1.3, "min_p": 0.4},
 }
+ENDING = {"stop late": {"temperature": 1.0, "min_new_tokens": 2, "stop_token_ids": (1,)}}
 
 
-@pytest.mark.parametrize("options", NOISY)
+@pytest.mark.parametrize("options", NOISY | ENDING)
 @pytest.mark.parametrize("method", ["plain", *itertools.product(EXPANSIONS, STOPS)], ids=str)
 def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
     method: str | tuple[str, str], options: str
@@ -296,7 +351,7 @@ def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
     else:
         drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[method[0]](), STOPS[method[1]]())
     prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(40)]
-    params = [SamplingParams(seed=seed, max_new_tokens=3 + seed % 3, **NOISY[options]) for seed in range(40)]
+    params = [SamplingParams(seed=seed, max_new_tokens=3 + seed % 3, **(NOISY | ENDING)[options]) for seed in range(40)]
     found, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params, noise=table_noise)
     for seed in range(40):
         expected = plain_by_hand(prompts[seed], TABLES[seed], params[seed], params[seed].max_new_tokens)

@@ -13,8 +13,9 @@ import glidecape
 SOURCE = Path(glidecape.__file__).parent
 LAYERS = [
     {"errors"},
-    {"noise", "masks"},
+    {"noise", "masks", "text"},
     {"sampling"},
+    {"penalties"},
     {"cache", "tree", "stats"},
     {"models"},
     {"verify"},

@@ -89,7 +89,14 @@ def generate(
         str, typer.Option(help="noise: same seed, same text with any method. residual: papers' rule.")
     ] = ("noise"),
     stop_token: Annotated[list[int] | None, typer.Option(help="Token id that ends a row; repeat for several.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a row, left out; repeat for several.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    min_new_tokens: Annotated[int, typer.Option(help="Nothing ends a row before.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens of this share of the largest probability; 0: all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="On tokens of prompt and output; 1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="On tokens of the output, once; 0: off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="On tokens of the output, each time; 0: off.")] = 0.0,
+    logit_bias: Annotated[list[str] | None, typer.Option(help="ID=NUMBER added to a token's logit; repeat.")] = None,
     draft_length: Annotated[int, typer.Option(help="Tokens drafted a round, without SVIP.")] = 5,
     cape_bins: Annotated[
         str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
@@ -109,6 +116,7 @@ def generate(
     from .models.checkpoint import load_draft
     from .sampling import SamplingParams
     from .stats import Stats
+    from .text import TextStream, text_of
 
     base, _ = parse_method(method)
     prompts = _prompts(prompt, file)
@@ -122,6 +130,13 @@ def generate(
             stop_token_ids=tuple(stop_token or ()),
             ignore_eos=ignore_eos,
             sampling=sampling,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_bias(logit_bias or []),
+            stop=tuple(stop or ()),
+            min_new_tokens=min_new_tokens,
         )
         for i in range(len(prompts))
     ]
@@ -137,8 +152,8 @@ def generate(
         tokens: dict[int, list[int]] = {r: [] for r in rows}
         origins: dict[int, list[str]] = {r: [] for r in rows}
         finish: dict[int, str] = {}
-        shown = 0
-        stream = not as_json and len(rows) == 1
+        texts: dict[int, str] = {}
+        stream = TextStream(model.tokenizer, params[first].stop) if not as_json and len(rows) == 1 else None
         if stream:
             print(prompts[first], end="", flush=True)
         for event in decode(model, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
@@ -147,17 +162,17 @@ def generate(
             origins[row] += event.origins
             finish[row] = event.finish or "length"
             if stream:
-                text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    print(text[shown:], end="", flush=True)
-                    shown = len(text)
+                print(stream.push(event.tokens, event.finish is not None, event.text), end="", flush=True)
+            if event.text is not None:
+                texts[row], kept = event.text, len(tokens[row]) - event.cut
+                tokens[row], origins[row] = tokens[row][:kept], origins[row][:kept]
         for row in rows:
-            text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
+            text = texts.get(row, text_of(model.tokenizer, tokens[row]))
             if as_json:
                 line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
                 print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
             elif stream:
-                print(text[shown:])
+                print()
             else:
                 print(f"--- {row}\n{prompts[row]}{text}")
         if not as_json:
@@ -166,6 +181,13 @@ def generate(
                 f"acceptance length {stats.acceptance_length:.2f}]",
                 file=sys.stderr,
             )
+
+
+def _bias(items: list[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(value) for token, _, value in (item.partition("=") for item in items)}
+    except ValueError:
+        raise InputError(f"--logit-bias takes ID=NUMBER, such as 42=-5, not '{' '.join(items)}'") from None
 
 
 def _check_kind(base: str, loaded: Any, name: str | None) -> None:

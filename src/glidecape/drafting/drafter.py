@@ -121,7 +121,7 @@ class ModelDrafter:
         depth = 0
         while True:
             positions = roots[:, None] + depth
-            law = draft_law(state, logits, positions.expand_as(frontier), self.expansion.draws, frontier >= 0)
+            law = draft_law(state, tree, frontier, logits, positions.expand_as(frontier), self.expansion.draws)
             frontier = self.expansion.grow(tree, frontier, law)
             depth += 1
             more = depth < max(caps) and self.stop.more(tree, depth, law)
