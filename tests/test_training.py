@@ -270,6 +270,7 @@ def test_a_draft_of_another_target_is_refused_and_other_weights_are_noted(world)
         warnings.simplefilter("error")
         load_draft(world["glide"], target)
         load_draft(world["glide"], Target.from_pretrained(world["target"], dtype=torch.bfloat16))
+    target.unpack()
     with torch.no_grad():
         for p in target.model.parameters():
             p.mul_(1.5)

@@ -8,7 +8,7 @@ from glidecape.models.target import Target
 from glidecape.train.corpus import build_pysource
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget
-from glidecape.train.target import TargetShape, train_target
+from glidecape.train.target import TargetShape, Windowing, train_target
 
 VERBS = ("load", "save", "check", "merge", "split", "count")
 NOUNS = ("table", "record", "index", "page", "token", "frame", "queue")
@@ -33,7 +33,8 @@ def make_world(folder: Path) -> dict[str, Path]:
     write_packages(folder / "site")
     build_pysource(folder / "corpus", [folder / "site"], ("package1",), vocab_size=400)
     shape = TargetShape(layers=2, width=32, ffn=64, heads=2, kv_heads=2, context=192)
-    train_target(folder / "corpus", folder / "target", shape, Budget(tokens=40 * 8 * 64), length=64, rows=8, rate=1e-2)
+    windowing = Windowing(length=64, rows=8, long_length=128)
+    train_target(folder / "corpus", folder / "target", shape, Budget(tokens=40 * 8 * 64), windowing, rate=1e-2)
     target = Target.from_pretrained(folder / "target", dtype=torch.float32)
     for kind in ("glide", "lm"):
         recipe = DraftRecipe(kind=kind, length=64, rows=8, rate=1e-2)

@@ -32,7 +32,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
 
 
-def _target(name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool) -> Target:
+def _target(
+    name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool, pack: bool = True
+) -> Target:
     import torch
     from transformers.utils import logging
 
@@ -49,7 +51,7 @@ def _target(name: str, dtype: str, device: str, threads: int, revision: str | No
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return Target.from_pretrained(name, wanted, device, revision, trust)
+    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack)
 
 
 def _command() -> str:
@@ -247,7 +249,12 @@ def train(
     recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed)
     budget = _budget(tokens, minutes)
     train_draft(
-        _target(target, dtype, device, threads, revision, trust_remote_code), data, out, recipe, budget, _command()
+        _target(target, dtype, device, threads, revision, trust_remote_code, pack=False),
+        data,
+        out,
+        recipe,
+        budget,
+        _command(),
     )
 
 

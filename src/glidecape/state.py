@@ -18,6 +18,8 @@ from .text import Cut, StopStrings
 from .tree import TokenTree
 from .verify import Chance, DenseLaw, Law, PointLaw, RandomChance
 
+NOISE_AHEAD = 8  # positions past the root that noise is made for at once
+
 
 @dataclass
 class Row:
@@ -87,8 +89,8 @@ class DecodeState:
     cache: KVCache
     draft: Any = None
     noise: Noise = gumbel
-    _noise_of: tuple[Any, ...] = ()
-    _noise_at: dict[int, Tensor] = field(default_factory=dict)
+    _noise_vocab: int = 0
+    _noise_at: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # row index -> position -> (vocab,)
 
     @property
     def roots(self) -> Tensor:
@@ -108,19 +110,27 @@ class DecodeState:
     def gumbel(self, positions: Tensor, vocab: int) -> Tensor:
         """Shared noise for the tokens *at* `positions (batch, nodes)`, past the roots; `(batch, nodes, vocab)`.
 
-        One vector a row and depth serves every node of that depth, the draft's and the target's: they are made once.
+        One vector a row and position serves every node there, the draft's and the target's, in this round and the next.
         """
+        device, roots = positions.device, self.cache.lengths
+        depths = range(1, int((positions - self.root_positions[:, None]).max()) + 1)  # the root itself is known
+        if self._noise_vocab != vocab:
+            self._noise_vocab, self._noise_at = vocab, {}
+        for i, row in enumerate(self.rows):
+            made = self._noise_at.setdefault(row.index, {})
+            if any(roots[i] + depth not in made for depth in depths):
+                first = next(at for at in range(roots[i] + 1, roots[i] + len(depths) + 1) if at not in made)
+                # Ahead of need: the rounds to come want them too, and a call costs more than a vector.
+                span = torch.arange(first, roots[i] + max(len(depths), NOISE_AHEAD) + 1, device=device)
+                vectors = self.noise(torch.tensor([row.params.seed], device=device), span[None], vocab)[0]
+                self._noise_at[row.index] = {at: v for at, v in made.items() if at > roots[i]} | dict(
+                    zip(span.tolist(), vectors, strict=True)
+                )
+        table = torch.stack(
+            [torch.stack([self._noise_at[row.index][roots[i] + d] for d in depths]) for i, row in enumerate(self.rows)]
+        )
         offset = positions - self.root_positions[:, None]
-        made_for = (tuple(self.cache.lengths), tuple(row.index for row in self.rows), vocab)
-        if self._noise_of != made_for:
-            self._noise_of, self._noise_at = made_for, {}
-        wanted = range(1, int(offset.max()) + 1)  # the root itself is known
-        for depth in wanted:
-            if depth not in self._noise_at:
-                seeds = torch.tensor([row.params.seed for row in self.rows], device=positions.device)
-                self._noise_at[depth] = self.noise(seeds, self.root_positions[:, None] + depth, vocab)[:, 0]
-        table = torch.stack([self._noise_at[depth] for depth in wanted], 1)
-        return table[torch.arange(len(self.rows), device=positions.device)[:, None], offset - 1]
+        return table[torch.arange(len(self.rows), device=device)[:, None], offset - 1]
 
     def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
         """Logits after bias, penalties and min_new_tokens, each node with its own path; `(batch, count, vocab)`.

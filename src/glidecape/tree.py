@@ -25,7 +25,6 @@ class TokenTree:
         score: `(batch, nodes)` float; sum of draft log-probabilities from the root.
         sampled: `(batch, nodes)` bool; True: drawn at random from its parent's draft law. False: chosen
             deterministically (given the shared noise).
-        ancestors: `(batch, nodes, nodes)` bool; [n, m] is True where m is n or an ancestor of n.
 
     >>> tree = TokenTree(torch.tensor([5]))
     >>> a = tree.add(torch.tensor([[0]]), torch.tensor([[7]]), torch.tensor([[-0.1]]))
@@ -42,7 +41,7 @@ class TokenTree:
         self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.score = torch.zeros(batch, 1, device=device)
         self.sampled = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-        self.ancestors = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
+        self._ancestors: Tensor | None = None
         # Draft laws that children were drawn from, kept for sampled parents only: (row, node) -> log-law (vocab,)
         self._laws: dict[tuple[int, int], Tensor] = {}
 
@@ -86,14 +85,24 @@ class TokenTree:
         self.score = torch.cat([self.score, self.score.gather(1, at) + log_prob.float()], 1)
         drawn = valid if sampled_from is not None else torch.zeros_like(valid)
         self.sampled = torch.cat([self.sampled, drawn], 1)
-        above = self.ancestors.gather(1, at[..., None].expand(-1, -1, first))  # (batch, k, first)
-        own = torch.eye(k, dtype=torch.bool, device=parents.device).expand(self.batch, k, k)
-        old = torch.cat([self.ancestors, self.ancestors.new_zeros(self.batch, first, k)], 2)
-        self.ancestors = torch.cat([old, torch.cat([above, own], 2)], 1)
+        self._ancestors = None
         if sampled_from is not None:
             for row, column in drawn.nonzero().tolist():
                 self._laws[row, int(at[row, column])] = sampled_from[row, column]
         return numbers.masked_fill(~valid, -1)
+
+    @property
+    def ancestors(self) -> Tensor:
+        """`(batch, nodes, nodes)` bool; [n, m] is True where m is n or an ancestor of n. Made when asked for."""
+        if self._ancestors is None:
+            reach = torch.eye(self.nodes, device=self.parents.device).repeat(self.batch, 1, 1)
+            below = self.parents[:, 1:, None]
+            reach[:, 1:].scatter_(2, below, 1.0)
+            steps = 1  # reach[n, m] > 0 where m is at most so many steps above n
+            while steps < self.nodes - 1 and steps < int(self.depth.max()):
+                reach, steps = reach @ reach, 2 * steps
+            self._ancestors = reach > 0
+        return self._ancestors
 
     def draft_law(self, row: int, node: int) -> Tensor | None:
         """Log-law `(vocab,)` that the sampled children of `node` were drawn from, or None."""
@@ -141,6 +150,4 @@ class TokenTree:
             setattr(made, name, getattr(self, name).gather(1, kept))
         parents = self.parents.gather(1, kept)
         made.parents = torch.where(parents < 0, -1, renumber.gather(1, parents.clamp(min=0)))
-        rows = self.ancestors.gather(1, kept[..., None].expand(-1, -1, self.nodes))
-        made.ancestors = rows.gather(2, kept[:, None].expand(-1, count + 1, -1))
         return made

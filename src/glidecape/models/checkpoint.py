@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from ..errors import CheckpointError, MismatchError
 from .glide import GlideConfig, GlideDraft, GlideModel
+from .packed import draft_products
 from .standalone import StandaloneDraft
 from .target import Target
 
@@ -35,18 +36,11 @@ def fingerprint(target: Target) -> dict[str, str]:
     """What tells targets apart: sha256 of the shape, of the tokenizer, and of about 1 MB of fixed weight slices."""
     config = target.text_config
     shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
-    weights = hashlib.sha256()
-    state = target.model.state_dict()
-    share = max(64, 2**18 // max(1, len(state)))
-    for name in sorted(state):
-        piece = state[name].flatten()[:share]
-        if piece.is_floating_point():  # bfloat16 first: one fingerprint for every dtype the same weights are loaded in
-            weights.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     vocab = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
     return {
         "shape": _sha(json.dumps(shape, sort_keys=True, default=str)),
         "tokenizer": _sha(json.dumps(sorted(vocab.items()))),
-        "weights": weights.hexdigest(),
+        "weights": target.weights_digest,
     }
 
 
@@ -147,7 +141,8 @@ def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -
             module.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
-    return GlideDraft(module.to(dtype or target.dtype), card["figures"])
+    module.to(dtype or target.dtype).serve()
+    return GlideDraft(module, card["figures"])
 
 
 def _resolve(name: str | Path) -> Path:
@@ -177,7 +172,8 @@ def load_draft(name: str | Path, target: Target) -> GlideDraft | StandaloneDraft
         return load_glide(folder, target)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds neither a GliDe draft ({WEIGHTS}) nor a causal LM (config.json)")
-    model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device))
+    products = draft_products(target.dtype)
+    model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device), pack=products)
     if model.vocab_size != target.vocab_size:
         raise MismatchError(
             f"the draft LM in {folder} has {model.vocab_size} tokens, the target {target.vocab_size}: vanilla speculative "

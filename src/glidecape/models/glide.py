@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..errors import CheckpointError, UnsupportedError
 from ..masks import visible_mask
-from .layers import GatedFeedForward, Linear, RMSNorm, attend, linear, rotate, split_heads
+from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
+from .packed import PackedLinear, draft_products, pack, packable
 from .rotary import TargetRotary
 
 if TYPE_CHECKING:
@@ -108,11 +109,11 @@ class Readable:
     sees: Tensor | None
 
 
-def _readable(target_kv: KV, visible: Tensor, dtype: torch.dtype) -> Readable | None:
+def _readable(target_kv: KV, visible: Tensor) -> Readable | None:
     most, least = int(visible.max()), int(visible.min())
     if most == 0:
         return None  # the very beginning of a text
-    keys, values = (t[:, :, :most].to(dtype) for t in target_kv)
+    keys, values = (t[:, :, :most] for t in target_kv)
     if least == most:
         return Readable(keys, values, None, None)
     return Readable(keys, values, visible_mask(visible, most), (visible > 0)[..., None] if least == 0 else None)
@@ -125,18 +126,18 @@ class GlideLayer(nn.Module):
         self.heads, self.target_heads = c.heads, c.target_heads
         self.scale, self.cross_scale = c.head_dim**-0.5, c.target_head_dim**-0.5
         self.self_norm = RMSNorm(c.width, c.eps)
-        self.qkv = Linear(c.width, 3 * inner)
-        self.self_out = Linear(inner, c.width)
+        self.qkv = linear(c.width, 3 * inner)
+        self.self_out = linear(inner, c.width)
         if c.cross_attention:
             self.cross_norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
-            self.cross_q = Linear(c.width, c.target_heads * c.target_head_dim)
-            self.cross_out = Linear(c.target_heads * c.target_head_dim, c.width)
+            self.cross_q = linear(c.width, c.target_heads * c.target_head_dim)
+            self.cross_out = linear(c.target_heads * c.target_head_dim, c.width)
         self.ffn_norm = RMSNorm(c.width, c.eps)
         self.ffn = GatedFeedForward(c.width, c.ffn)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> KV:
         """The draft's own keys and values: for a first layer, functions of token and position only."""
-        k, v = nn.functional.linear(self.self_norm(x), self.qkv.weight[self.inner :]).chunk(2, dim=-1)
+        k, v = self.qkv(self.self_norm(x))[..., self.inner :].chunk(2, dim=-1)
         return rotate(split_heads(k, self.heads), cos, sin), split_heads(v, self.heads)
 
     def forward(
@@ -161,7 +162,9 @@ class GlideLayer(nn.Module):
             q = split_heads(self.cross_q(self.cross_norm(x)), self.target_heads)
             if cross_rotary is not None:
                 q = rotate(q, *cross_rotary)
-            found = self.cross_out(attend(q, read.keys, read.values, read.mask, self.cross_scale))
+            # A query takes the cache's dtype, never the other way round: that would copy the cache each step.
+            q = q.to(read.keys.dtype)
+            found = self.cross_out(attend(q, read.keys, read.values, read.mask, self.cross_scale).to(x.dtype))
             x = x + (found if read.sees is None else found * read.sees)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -188,7 +191,8 @@ class GlideModel(nn.Module):
         else:
             self._borrowed = ()
             self.embed = nn.Embedding(config.vocab_size, config.width)
-            self.head = Linear(config.width, config.vocab_size)
+            self.head = linear(config.width, config.vocab_size)
+        self._served_head: nn.Module | None = None
         self._rotary: tuple[Any, ...] = (TargetRotary(target, config.target_layer),)
         self.layer = GlideLayer(config)
         self.norm = RMSNorm(config.width, config.eps)
@@ -207,10 +211,20 @@ class GlideModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if not self._borrowed:
             return self.head(x)
-        head = self._borrowed[1]
-        if type(head) is nn.Linear and head.bias is None:
-            return linear(x, head.weight)
-        return head(x)  # a quantized or biased head does its own arithmetic
+        if self._served_head is not None:
+            return self._served_head(x)
+        return self._borrowed[1](x.to(self._borrowed[0].weight.dtype))
+
+    def serve(self) -> GlideModel:
+        """Make it ready for decoding: no gradients, and weights packed, with a copy of the borrowed head if it is to be
+        multiplied in another dtype than the target's."""
+        self.eval().requires_grad_(False)
+        products = draft_products(self.norm.weight.dtype)
+        pack(self, products)
+        head: Any = self._borrowed[1] if self._borrowed else None
+        if (isinstance(head, PackedLinear) or packable(head)) and head.weight.dtype != products:
+            self._served_head = PackedLinear(head.weight, head.bias, products)
+        return self
 
     def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
         """Own keys and values of committed tokens, `(batch, heads, tokens, head_dim)`: two projections of embeddings."""
@@ -239,9 +253,9 @@ class GlideModel(nn.Module):
         """
         x = self._embed(tokens).to(self.norm.weight.dtype)
         rotary, cross_rotary = self._rotary[0](positions)
-        read = _readable(target_kv, visible, x.dtype) if self.config.cross_attention else None
+        read = _readable(target_kv, visible) if self.config.cross_attention else None
         x = self.layer(x, *rotary, cross_rotary, read, own, own_mask)
-        return self._logits(self.norm(x).to(self._borrowed[0].weight.dtype if self._borrowed else x.dtype))
+        return self._logits(self.norm(x))
 
 
 def _final_norm(target: Target) -> Tensor | None:

@@ -7,26 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, where a single row in float32 on a CPU is run as two or four equal ones.
-
-    The library's matrix-vector kernel takes twice the time of its matrix kernel with a few rows (dev/LOG.md), and a
-    draft step has one row.
-    """
-    if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad:
-        rows = 4 if weight.numel() > 1_000_000 else 2
-        return F.linear(x.reshape(1, -1).expand(rows, -1), weight)[:1].reshape(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-class Linear(nn.Linear):
-    """A linear layer without bias, by `linear`."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Without bias."""
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 class RMSNorm(nn.Module):
@@ -44,8 +27,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = Linear(width, 2 * hidden)
-        self.down = Linear(hidden, width)
+        self.gate_up = linear(width, 2 * hidden)
+        self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -62,13 +45,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `(batch, heads, queries, head_dim)`.
-        cos, sin: `(batch, queries, rotary_dim)`.
+        cos, sin: `(batch, queries, rotary_dim)`; the first half of `sin` is negated (see `rotary.TargetRotary`).
     """
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = turned.chunk(2, dim=-1)
+    size = cos.shape[-1]
+    turned = x if size == x.shape[-1] else x[..., :size]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    turned = turned * cos + torch.cat([-b, a], dim=-1) * sin
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:

@@ -47,13 +47,18 @@ class TargetRotary:
         if self.rotary is not None:
             like = torch.zeros(1, device=positions.device)
             cos, sin = self.rotary(like, positions, **self.by_kind)
-            return cos, sin
-        half = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
-        angle = (positions[..., None] * 10_000.0**-half).repeat(1, 1, 2)
-        return angle.cos(), angle.sin()
+        else:
+            half = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
+            angle = (positions[..., None] * 10_000.0**-half).repeat(1, 1, 2)
+            cos, sin = angle.cos(), angle.sin()
+        low, high = sin.chunk(2, dim=-1)
+        return cos, torch.cat([-low, high], dim=-1)
 
     def __call__(self, positions: Tensor) -> tuple[KV, KV | None]:
-        """(cos, sin) for the draft's own heads, and for its cross-attention, each `(batch, queries, rotary_dim)`."""
+        """(cos, sin) for the draft's own heads, and for its cross-attention, each `(batch, queries, rotary_dim)`.
+
+        (a, b) turns into (a cos - b sin, b cos + a sin); the minus is in the first half of `sin` here.
+        """
         if not self.fixed:
             found = self._make(positions)
         else:

@@ -7,6 +7,7 @@ window, chunk) at the *positions* of tree nodes and joins it with the ancestor t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ..cache import KVCache
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..masks import tree_mask
 from .layers import attend
+from .packed import pack as pack_layers
+from .packed import unpack as unpack_layers
 
 ATTENTION = "glidecape"
 
@@ -125,17 +128,21 @@ class Target:
         model: a transformers causal LM; its attention implementation is replaced by ours.
         tokenizer: needed for text in and out, not for token ids.
         probe: check at once that trees decode right on this model (a few small forwards).
+        pack: pack the weights for decoding where that is faster (see `packed`), for products in the model's dtype or in
+            the one given. Training unpacks them again.
 
     Raises:
         UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True, pack: bool | torch.dtype = False) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.text_config = model.config.get_text_config()
         _refuse_by_config(self.text_config)
         _register()
         model.set_attn_implementation(ATTENTION)
+        self._digest: str | None = None
+        self.packed = bool(pack) and self._pack(None if pack is True else pack)
         self.shapes = _kv_shapes(model, self.text_config)
         if probe:
             from .probe import probe_target
@@ -151,6 +158,7 @@ class Target:
         revision: str | None = None,
         trust_remote_code: bool = False,
         probe: bool = True,
+        pack: bool | torch.dtype = True,
     ) -> Target:
         """Load a model folder, or a model of the Hub by name.
 
@@ -177,7 +185,29 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
         except Exception as error:
             raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
-        return cls(model.to(device), tokenizer, probe)
+        return cls(model.to(device), tokenizer, probe, pack)
+
+    def _pack(self, products: Any) -> bool:
+        self._digest = self.weights_digest  # packed weights are in no state_dict
+        return pack_layers(self.model, products)
+
+    def unpack(self) -> None:
+        """Undo packing, so that gradients can pass."""
+        unpack_layers(self.model)
+        self.packed, self._digest = False, None
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 of about 1 MB of fixed weight slices; the same in every dtype that the weights are loaded in."""
+        if self._digest is not None:
+            return self._digest
+        digest, state = hashlib.sha256(), self.model.state_dict()
+        share = max(64, 2**18 // max(1, len(state)))
+        for name in sorted(state):
+            piece = state[name].flatten()[:share]
+            if piece.is_floating_point():
+                digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device:

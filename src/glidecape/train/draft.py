@@ -85,6 +85,7 @@ def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Te
 
 def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
     """The untrained draft network of a recipe, float32, on the target's device."""
+    target.unpack()  # gradients pass through its head
     torch.manual_seed(recipe.seed)
     if recipe.kind == "lm":
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -65,7 +65,7 @@ def train_target(
     out: Path,
     shape: TargetShape,
     budget: Budget,
-    windowing: Windowing = Windowing(),  # noqa: B008 - frozen
+    windowing: Windowing = Windowing(),
     rate: float = 3e-3,
     compile_model: bool = False,
     device: str = "cpu",
