@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glidecape.decode import generate
-from glidecape.drafting.methods import METHODS, make_drafter
+from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
@@ -78,7 +78,7 @@ PROMPTS = [[5], [7, 11, 13, 17, 19], list(range(10, 27)), [(i * 37) % 90 + 3 for
 
 
 def drafts_of(method, glide, noisy):
-    if method == "plain":
+    if method in DRAFTLESS:
         return [None]
     return [noisy] if method.startswith("vanilla") else [glide, Agreeing(noisy.model)]
 

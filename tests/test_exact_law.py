@@ -15,9 +15,10 @@ from torch import Tensor
 
 from glidecape import state as state_module
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
 from glidecape.drafting.law import DraftLaw
-from glidecape.drafting.stop import Entropy, FixedLength, StopPolicy
+from glidecape.drafting.lookup import LookupDrafter
+from glidecape.drafting.stop import Entropy, FixedLength, Heuristic, StopPolicy
 from glidecape.errors import InputError
 from glidecape.noise import gumbel
 from glidecape.penalties import adjust
@@ -43,11 +44,14 @@ EXPANSIONS = {
     "chain": Chain,
     "cape of 1 or 2": lambda: Cape((2, 2, 1, 1)),
     "cape of 0 to 2": lambda: Cape((0, 2, 2, 0, 1, 1, 2, 0, 1, 0)),
+    "beam of 2": lambda: Beam(2),
+    "beam of 4": lambda: Beam(4),  # more than the vocabulary holds
 }
 STOPS = {
     "fixed 1": lambda: FixedLength(1),
     "fixed 2": lambda: FixedLength(2),
     "entropy": lambda: Entropy(0.3, cap=2),  # stops where H > 0.6 nat, which some of the draft's laws have
+    "heuristic": lambda: Heuristic(1, cap=2),
 }
 PENALTIES = {
     "repetition_penalty": 1.6,
@@ -100,12 +104,12 @@ def law_by_hand(context: Context, params: SamplingParams, new: int) -> list[floa
     return [weight[token] / total if token in stay else 0.0 for token in range(len(logits))]
 
 
-def product_law(params: SamplingParams, length: int = 3) -> Counter[Context]:
+def product_law(params: SamplingParams, length: int = 3, prompt: Context = PROMPT) -> Counter[Context]:
     law: Counter[Context] = Counter()
     for tokens in itertools.product(range(3), repeat=length):
         p = 1.0
         for n, token in enumerate(tokens):
-            p *= law_by_hand(PROMPT + tokens[:n], params, n)[token]
+            p *= law_by_hand(prompt + tokens[:n], params, n)[token]
         if p:
             law[tokens] = p
     return law
@@ -127,6 +131,23 @@ def distance(drafter: object, params: SamplingParams, length: int = 3) -> float:
 def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, params: str) -> None:
     drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
     assert distance(drafter, PARAMS[params]) <= 1e-12
+
+
+@pytest.mark.parametrize("over", Entropy.OVER)
+@pytest.mark.parametrize("threshold", [0.25, 0.35])
+def test_svip_on_a_beam_has_the_target_law(over: str, threshold: float) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), Beam(2), Entropy(threshold, 3, over))
+    assert distance(drafter, PARAMS["temperature 1"]) <= 1e-12
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_prompt_lookup_has_the_target_law(ngram: int, params: str) -> None:
+    """With three tokens nearly every context has a match; the prompt is longer here, so that the first has one, too."""
+    drafter = LookupDrafter(2, ngram)
+    law = exact_law(ToyTarget(TARGET), drafter, (2, 0, 1, 2, 0), PARAMS[params])
+    expected = product_law(PARAMS[params], prompt=(2, 0, 1, 2, 0))
+    assert total_variation(law, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("params", PARAMS)
@@ -341,13 +362,13 @@ ENDING = {"stop late": {"temperature": 1.0, "min_new_tokens": 2, "stop_token_ids
 
 
 @pytest.mark.parametrize("options", NOISY | ENDING)
-@pytest.mark.parametrize("method", ["plain", *itertools.product(EXPANSIONS, STOPS)], ids=str)
+@pytest.mark.parametrize("method", ["plain", "lookup", *itertools.product(EXPANSIONS, STOPS)], ids=str)
 def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
     method: str | tuple[str, str], options: str
 ) -> None:
     """40 noise tables, each a row of a ragged batch. Equal tokens for every table: an equal law under any noise."""
     if isinstance(method, str):
-        drafter = NoDraft()
+        drafter = NoDraft() if method == "plain" else LookupDrafter(3, 2)
     else:
         drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[method[0]](), STOPS[method[1]]())
     prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(40)]
@@ -369,11 +390,14 @@ def test_a_draft_equal_to_the_target_is_always_accepted(options: str, sampling: 
     assert all(event.stats == RoundStats(drafted=3, accepted=3, emitted=4, tested=3) for event in events)
 
 
-@pytest.mark.parametrize("stop", [Entropy(0.3, cap=3), FixedLength(3)], ids=["entropy", "fixed"])
+@pytest.mark.parametrize("expansion", [Cape((2, 2, 1, 1)), Beam(3)], ids=["cape", "beam"])
+@pytest.mark.parametrize(
+    "stop", [Entropy(0.3, cap=3), FixedLength(3), Heuristic(2, 4)], ids=["entropy", "fixed", "heuristic"]
+)
 @pytest.mark.parametrize("sampling", ["noise", "residual"])
-def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy) -> None:
+def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy, expansion: Expansion) -> None:
     """Ragged prompts, unequal budgets, stops at unequal depths: neighbours change nothing, under both samplings."""
-    drafter = ModelDrafter(ToyDraft(DRAFT), Cape((2, 2, 1, 1)), stop)
+    drafter = ModelDrafter(ToyDraft(DRAFT), expansion, stop)
     prompts = [(2, 0, 1, 1, 2)[: 1 + i % 5] for i in range(12)]
     params = [SamplingParams(1.0, seed=i, max_new_tokens=2 + i, sampling=sampling) for i in range(12)]
     together, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)

@@ -75,7 +75,10 @@ def generate(
         str | None, typer.Option(help="GliDe draft, or a draft LM for vanilla: folder or Hub name.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="plain, vanilla, vanilla+svip, glide, glide+cape, glide+svip or glide+cape+svip.")
+        str,
+        typer.Option(
+            help="plain, lookup, vanilla or glide; the last two also +cape or +beam, and +svip or +heuristic."
+        ),
     ] = "glide+cape",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     file: Annotated[
@@ -99,12 +102,21 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="On tokens of the output, once; 0: off.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="On tokens of the output, each time; 0: off.")] = 0.0,
     logit_bias: Annotated[list[str] | None, typer.Option(help="ID=NUMBER added to a token's logit; repeat.")] = None,
-    draft_length: Annotated[int, typer.Option(help="Tokens drafted a round, without SVIP.")] = 5,
+    draft_length: Annotated[
+        int, typer.Option(help="Tokens drafted a round, without SVIP; the first one with heuristic.")
+    ] = 5,
     cape_bins: Annotated[
         str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
     ] = "paper",
     svip_threshold: Annotated[float, typer.Option(help="Stop drafting when sqrt(0.15 entropy) is above.")] = 0.3,
-    svip_cap: Annotated[int, typer.Option(help="Tokens at most with SVIP; the draft's max lag also holds.")] = 40,
+    svip_cap: Annotated[
+        int, typer.Option(help="Tokens at most with svip or heuristic; the draft's max lag also holds.")
+    ] = 40,
+    svip_over: Annotated[
+        str, typer.Option(help="Whose entropy, with beam: best, mean or min of the frontier.")
+    ] = "best",
+    beams: Annotated[int, typer.Option(help="Nodes a depth with beam.")] = 4,
+    lookup_ngram: Annotated[int, typer.Option(help="Longest match of prompt lookup.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt instead of text.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -113,12 +125,10 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
-    from .decode import decode
-    from .drafting.methods import make_drafter, parse_method
+    from .drafting.methods import DRAFTLESS, make_drafter, parse_method
     from .models.checkpoint import load_draft
     from .sampling import SamplingParams
-    from .stats import Stats
-    from .text import TextStream, text_of
+    from .show import show
 
     base, _ = parse_method(method)
     prompts = _prompts(prompt, file)
@@ -144,45 +154,20 @@ def generate(
     ]
     bins = _bins(cape_bins)
     model = _target(target, dtype, device, threads, revision, trust_remote_code)
-    loaded = load_draft(draft, model) if draft is not None and base != "plain" else None
+    loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
-    drafter = make_drafter(method, loaded, draft_length, bins, svip_threshold, svip_cap)
-    ids = [model.encode(text) for text in prompts]
-    for first in range(0, len(ids), batch):
-        rows = list(range(first, min(first + batch, len(ids))))
-        stats = Stats()
-        tokens: dict[int, list[int]] = {r: [] for r in rows}
-        origins: dict[int, list[str]] = {r: [] for r in rows}
-        finish: dict[int, str] = {}
-        texts: dict[int, str] = {}
-        stream = TextStream(model.tokenizer, params[first].stop) if not as_json and len(rows) == 1 else None
-        if stream:
-            print(prompts[first], end="", flush=True)
-        for event in decode(model, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
-            row = rows[event.row]
-            tokens[row] += event.tokens
-            origins[row] += event.origins
-            finish[row] = event.finish or "length"
-            if stream:
-                print(stream.push(event.tokens, event.finish is not None, event.text), end="", flush=True)
-            if event.text is not None:
-                texts[row], kept = event.text, len(tokens[row]) - event.cut
-                tokens[row], origins[row] = tokens[row][:kept], origins[row][:kept]
-        for row in rows:
-            text = texts.get(row, text_of(model.tokenizer, tokens[row]))
-            if as_json:
-                line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
-                print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
-            elif stream:
-                print()
-            else:
-                print(f"--- {row}\n{prompts[row]}{text}")
-        if not as_json:
-            print(
-                f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "
-                f"acceptance length {stats.acceptance_length:.2f}]",
-                file=sys.stderr,
-            )
+    drafter = make_drafter(
+        method,
+        loaded,
+        draft_length,
+        bins,
+        svip_threshold,
+        svip_cap,
+        over=svip_over,
+        beams=beams,
+        ngram=lookup_ngram,
+    )
+    show(model, drafter, prompts, params, batch, method, as_json)
 
 
 def _bias(items: list[str]) -> dict[int, float]:
@@ -199,7 +184,7 @@ def _check_kind(base: str, loaded: Any, name: str | None) -> None:
         return
     if (base == "glide") != isinstance(loaded, GlideDraft):
         kind = "a GliDe draft" if isinstance(loaded, GlideDraft) else "a causal LM"
-        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla or vanilla+svip"
+        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla, vanilla+svip, …"
         raise InputError(f"{name} holds {kind}, which does not fit --method {base}: use {fit}, or name another draft")
 
 
