@@ -62,7 +62,7 @@ def adjust(
     Source: the order and the repetition penalty are transformers'; presence and frequency as vLLM has them.
     """
     if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
+        ids, values = zip(*dict(params.logit_bias).items(), strict=True)
         logits = logits.index_add(
             1,
             torch.tensor(ids, device=logits.device),

@@ -221,14 +221,15 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
     """
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(target.eos_token_ids))
     vocab = target.vocab_size
-    if bad := [token for token, _ in params.logit_bias if token >= vocab]:
+    if bad := [token for token in dict(params.logit_bias) if token >= vocab]:
         raise InputError(f"logit_bias names token id {bad[0]}, outside the vocabulary of {vocab}")
     strings = params.stop
     if strings and target.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this target has none: stop at token ids instead")
     if strings:
         # A special token is left out of the text, so it is found by its id.
-        special = dict(zip(target.tokenizer.all_special_tokens, target.tokenizer.all_special_ids, strict=True))
+        names: list[str] = target.tokenizer.all_special_tokens
+        special = dict(zip(names, target.tokenizer.all_special_ids, strict=True))
         stops |= {special[text] for text in strings if text in special}
         strings = tuple(text for text in strings if text not in special)
     if params.min_new_tokens and stops >= set(range(vocab)):

@@ -39,9 +39,9 @@ class NgramIndex:
                 self.after[tuple(tokens[at - n : at])] = at
         self.known = len(tokens)
         for n in range(min(self.longest, len(tokens)), 0, -1):
-            at = self.after.get(tuple(tokens[-n:]))
-            if at is not None:
-                return tokens[at : at + length]
+            place = self.after.get(tuple(tokens[-n:]))
+            if place is not None:
+                return tokens[place : place + length]
         return []
 
 
