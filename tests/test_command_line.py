@@ -74,6 +74,15 @@ def test_sampling_options_reach_the_decoder_and_a_stop_string_is_left_out(world,
     assert len(line["tokens"]) >= 6
 
 
+def test_svip_is_fitted_on_calibration_prompts(world, capfd, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def save_"}\n{"prompt": "for item in"}\n')
+    words = ["generate", *pair(world), "-p", "def", "--svip-fit", tmp_path / "p.jsonl"]
+    code, _, err = run(capfd, monkeypatch, *words, "--method", "glide+cape+svip")
+    assert code == 0
+    assert "[svip threshold 0." in err
+    only_sentence(*run(capfd, monkeypatch, *words, "--method", "glide")[::2], r"method with \+svip")
+
+
 def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "def save_"}\n{"prompt": "for item in"}\n{"prompt": "def"}\n')
     words = [

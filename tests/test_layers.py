@@ -23,7 +23,7 @@ LAYERS = [
     {"drafting"},
     {"decode"},
     {"train", "bench"},
-    {"demo", "show"},
+    {"demo", "show", "fit"},
     {"cli"},
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(glidecape.__path__, "glidecape.")]

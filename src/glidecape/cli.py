@@ -109,6 +109,9 @@ def generate(
         str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
     ] = "paper",
     svip_threshold: Annotated[float, typer.Option(help="Stop drafting when sqrt(0.15 entropy) is above.")] = 0.3,
+    svip_fit: Annotated[
+        Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
+    ] = None,
     svip_cap: Annotated[
         int, typer.Option(help="Tokens at most with svip or heuristic; the draft's max lag also holds.")
     ] = 40,
@@ -167,6 +170,13 @@ def generate(
         beams=beams,
         ngram=lookup_ngram,
     )
+    if svip_fit is not None:
+        from .fit import with_fitted_threshold
+
+        drafter, fit = with_fitted_threshold(
+            model, drafter, [model.encode(text) for text in _prompts(None, svip_fit)], params[0]
+        )
+        print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
     show(model, drafter, prompts, params, batch, method, as_json)
 
 
