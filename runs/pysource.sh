@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # The shipped pair, from nothing but installed Python packages. Restartable: every step goes on where it stopped.
-# About an hour on four quiet cores. THREADS and MINUTES may be set; the weights land in models/pysource.
+# About two hours on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and ROOTS (folders of Python packages, separated by
+# spaces) may be set; the weights land in models/pysource.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 out=runs/out/pysource
 threads=${THREADS:-4}
-minutes=${MINUTES:-40}
-tokens=${DRAFT_TOKENS:-2e6}
+minutes=${MINUTES:-75}
+tokens=${DRAFT_TOKENS:-3.2e6}
+roots=()
+for root in ${ROOTS:-}; do roots+=(--root "$root"); done
 
-[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus --hold-out rich,networkx,flask --max-bytes 9e7
-[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" \
+[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus ${roots[@]+"${roots[@]}"} --hold-out rich,networkx,flask
+[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" --layers 8 \
     --minutes "$minutes" --compile --threads "$threads"
 # One thread each, side by side: three single-threaded runs get further than one with three threads.
 for kind in glide glide-no-cross lm; do
     [ -f "$out/$kind/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$kind" \
-        --kind "$kind" --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 &
+        --kind "$kind" --tokens "$tokens" --length 320 --rows 8 --max-lag 6 --optimizer muon --threads 1 &
 done
 wait
 mkdir -p models/pysource

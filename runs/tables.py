@@ -6,11 +6,15 @@
 import json
 import sys
 from pathlib import Path
+from statistics import mean
+
+from glidecape.bench.statistics import paired_permutation
 
 COLUMNS = {
     "method": "method",
     "tokens_per_s": "tokens/s",
     "over_plain": "over plain",
+    "over_plain_95": "95 % interval",
     "over_transformers": "over transformers",
     "acceptance_length": "acceptance length",
     "alpha": "alpha",
@@ -23,6 +27,8 @@ def cell(row: dict, column: str) -> str:
     value = row.get(column)
     if value is None or (column == "alpha" and row["method"] == "plain"):
         return ""
+    if isinstance(value, list):
+        return f"{value[0]:.2f} to {value[1]:.2f}"
     return ("yes" if value else "NO") if isinstance(value, bool) else str(value)
 
 
@@ -38,3 +44,8 @@ for path in map(Path, sys.argv[1:]):
             for row in result[kind]:
                 print("| " + " | ".join(cell(row, c) for c in COLUMNS) + " |")
             print()
+            alphas = {row["method"]: row.get("alpha_by_prompt") for row in result[kind]}
+            if alphas.get("glide") and alphas.get("nocross:glide"):
+                p = paired_permutation(alphas["glide"], alphas["nocross:glide"])
+                gain = mean(alphas["glide"]) - mean(alphas["nocross:glide"])
+                print(f"Cross-attention, mean gain of alpha over prompts: {100 * gain:.1f} points, p = {p:.1g}\n")

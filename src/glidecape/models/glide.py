@@ -109,12 +109,12 @@ class Readable:
     sees: Tensor | None
 
 
-def _readable(target_kv: KV, visible: Tensor) -> Readable | None:
-    most, least = int(visible.max()), int(visible.min())
+def _readable(target_kv: KV, visible: Tensor | int) -> Readable | None:
+    most, least = (visible, visible) if isinstance(visible, int) else (int(visible.max()), int(visible.min()))
     if most == 0:
         return None  # the very beginning of a text
     keys, values = (t[:, :, :most] for t in target_kv)
-    if least == most:
+    if isinstance(visible, int) or least == most:
         return Readable(keys, values, None, None)
     return Readable(keys, values, visible_mask(visible, most), (visible > 0)[..., None] if least == 0 else None)
 
@@ -237,7 +237,7 @@ class GlideModel(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         target_kv: KV,
-        visible: Tensor,
+        visible: Tensor | int,
         own: KVCache | None = None,
         own_mask: Tensor | None = None,
     ) -> Tensor:
@@ -246,7 +246,7 @@ class GlideModel(nn.Module):
         Args:
             tokens, positions: `(batch, queries)`.
             target_kv: keys and values of the target layer that is read, `(batch, kv_heads, keys, head_dim)`.
-            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1.
+            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; or one number for all.
             own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
                 queries are whole sequences from position 0.
             own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
@@ -292,7 +292,9 @@ class GlideDraft:
         """Logits `(batch, queries, vocab)`. Every query of a round reads the keys that were committed at its start."""
         layer = self.module.config.target_layer
         lengths = target_cache.lengths
-        visible = torch.tensor(lengths, device=tokens.device)[:, None].expand_as(tokens)
+        visible: Tensor | int = lengths[0]
+        if len(set(lengths)) > 1:
+            visible = torch.tensor(lengths, device=tokens.device)[:, None].expand_as(tokens)
         return self.module(tokens, positions, target_cache.committed(layer), visible, own, own_mask)
 
     @classmethod

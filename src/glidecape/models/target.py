@@ -65,8 +65,10 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * scale / cap)
     if mask is None:
         queries, keys = scores.shape[-2:]
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    scores = scores.masked_fill(~mask, float("-inf"))
+        before = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        scores = scores.masked_fill(~before, float("-inf"))
+    else:
+        scores = scores + mask
     return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
 
 
@@ -76,6 +78,7 @@ def _mask(
     kv_length: int,
     mask_function: Callable[..., Any] | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function that transformers calls once a forward for each kind of layer."""
@@ -87,9 +90,14 @@ def _mask(
     if mask_function is None or mask_function is causal_mask_function:
         # Committed slots and ancestors all come before the query: the tree's mask is causal already. A prompt from its
         # beginning has none; `_attention` then uses the causal kernel.
-        return layout.mask
+        return _additive(layout.mask, dtype)
     rule = positional_rule(mask_function, layout.lengths, layout.positions, layout.scratch, kv_length)
-    return rule if layout.mask is None else layout.mask & rule
+    return _additive(rule if layout.mask is None else layout.mask & rule, dtype)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query sees, -inf elsewhere: attention kernels add it as it is, where a bool mask is turned in each layer."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def positional_rule(
