@@ -15,7 +15,7 @@ from glidecape.drafting.stop import FixedLength
 from glidecape.errors import InputError
 from glidecape.sampling import SamplingParams
 from glidecape.text import StopStrings, TextStream
-from toys import ToyDraft, ToyTarget, random_rule, run_checked
+from toys import ToyDraft, ToyTarget, random_rule, run_checked, scripted_rule
 
 # Token n of the vocabulary; "\u00e9" comes in two halves, as in a byte-level vocabulary, and token 9 is special.
 PIECES: list[bytes] = [
@@ -127,6 +127,27 @@ def test_every_method_ends_at_the_first_stop_string_of_plain_text(method: str) -
         assert full.tokens[: len(one.tokens)] == one.tokens
         assert len(one.tokens) == len(one.origins) <= expected[0]
     assert 20 < ended < 60
+
+
+@pytest.mark.parametrize("across", [1, 3], ids=["in one token", "across three tokens"])
+@pytest.mark.parametrize("end", range(3, 11))
+def test_a_stop_string_that_ends_at_every_depth_of_an_accepted_path(end: int, across: int) -> None:
+    """Token n is the letter n and the draft is always right: ends 3-5 are depths, 6 the bonus, then the next round."""
+
+    class Letters(Pieces):
+        def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+            return "".join(chr(ord("a") + t) for t in tokens)
+
+    script = scripted_rule([[n] for n in range(30)], 30)
+    target = ToyTarget(script, 30)
+    target.tokenizer = Letters()  # type: ignore[assignment]
+    drafter = ModelDrafter(ToyDraft(script, 30), Chain(), FixedLength(5))
+    stop = "bcdefghijklm"[end - across : end]
+    (one,) = generate(target, [[0]], drafter, SamplingParams(stop=stop, max_new_tokens=20))
+    assert one.text == "bcdefghijklm"[: end - across]
+    assert one.tokens == list(range(1, 1 + end - across))
+    assert one.finish == "stop"
+    assert sum(r.emitted for r in one.rounds) == end
 
 
 @pytest.mark.parametrize("sampling", ["noise", "residual"])
