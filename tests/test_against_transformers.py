@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glidecape.decode import generate
-from glidecape.drafting.methods import METHODS, make_drafter
+from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
@@ -63,13 +63,14 @@ def family(request):
     return build(request.param)
 
 
-def reference_tokens(reference, prompt):
-    """transformers' tokens, and the smallest gap between its two largest logits on the way."""
+def reference_tokens(reference, prompt, **more):
+    """transformers' tokens, and the smallest gap between its two largest (processed) logits on the way."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
-        out = reference.generate(torch.tensor([prompt]), max_new_tokens=NEW, **options)
-    top = torch.stack(out.logits)[:, 0].topk(2).values
+        options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_scores": True}
+        options |= {"max_new_tokens": NEW} | more
+        out = reference.generate(torch.tensor([prompt]), **options)
+    top = torch.stack(out.scores)[:, 0].topk(2).values
     return out.sequences[0, len(prompt) :].tolist(), float((top[:, 0] - top[:, 1]).min())
 
 
@@ -77,9 +78,13 @@ PROMPTS = [[5], [7, 11, 13, 17, 19], list(range(10, 27)), [(i * 37) % 90 + 3 for
 
 
 def drafts_of(method, glide, noisy):
-    if method == "plain":
+    if method in DRAFTLESS:
         return [None]
-    return [noisy] if method.startswith("vanilla") else [glide, Agreeing(noisy.model)]
+    if method.startswith("vanilla"):
+        return [noisy]
+    agreeing = Agreeing(noisy.model)
+    # A draft that is never right costs a round a token: once with each expansion will do.
+    return [glide, agreeing] if method in ("glide", "glide+cape", "glide+beam") else [agreeing]
 
 
 @pytest.mark.parametrize("rows", [[2], [0, 1, 2, 3]], ids=["batch 1", "ragged batch 4"])
@@ -97,6 +102,34 @@ def test_greedy_tokens_equal_transformers(family, rows):
             assert [o.tokens for o in out] == [e for e, _ in expected], f"{method}, margin {margin:.1e}"
             accepted += sum(origin != "bonus" for o in out for origin in o.origins)
     assert accepted > 60 * len(rows), "hardly anything was accepted: the test would not see a wrong cache"
+
+
+def test_greedy_tokens_with_processors_equal_transformers(family):
+    """Repetition penalty, sequence bias on single tokens and min_new_tokens with an end that both look for."""
+    target, reference, glide, noisy = family
+    count = 24
+    end = reference_tokens(reference, PROMPTS[1])[0][3]
+    stopping = {"min_new_tokens": 15, "eos_token_id": end, "pad_token_id": 0}
+    settings = [
+        (
+            {"repetition_penalty": 1.3, "logit_bias": {7: 1.5, end: -200.0}},
+            {"repetition_penalty": 1.3, "sequence_bias": {(7,): 1.5, (end,): -200.0}},
+        ),
+        (
+            {"repetition_penalty": 0.9, "min_new_tokens": 15, "stop_token_ids": (end,)},
+            {"repetition_penalty": 0.9, **stopping},
+        ),
+    ]
+    plain = [reference_tokens(reference, p)[0][:count] for p in PROMPTS]
+    for ours, theirs in settings:
+        expected = [reference_tokens(reference, p, max_new_tokens=count, **theirs) for p in PROMPTS]
+        assert [e for e, _ in expected] != plain, "the options changed nothing"
+        assert min(m for _, m in expected) > 1e-5
+        params = SamplingParams(max_new_tokens=count, ignore_eos=True, **ours)
+        for method in ("plain", "lookup", "vanilla+heuristic", "vanilla+beam", "glide+cape", "glide+beam+svip"):
+            for draft in drafts_of(method, glide, noisy)[-1:]:
+                out = generate(target, PROMPTS, make_drafter(method, draft), params)
+                assert [o.tokens for o in out] == [e for e, _ in expected], (method, ours)
 
 
 def test_one_seed_gives_one_text_with_every_method_alone_and_in_a_batch(family):

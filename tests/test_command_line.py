@@ -11,6 +11,7 @@ import pytest
 
 from glidecape import cli
 from glidecape.bench.compare import loops
+from glidecape.drafting.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +38,7 @@ def pair(world):
 
 def test_every_method_gives_the_same_text(world, capfd, monkeypatch):
     texts = {}
-    for method in ("plain", "glide", "glide+cape", "glide+svip", "glide+cape+svip"):
+    for method in ("plain", "lookup", *(m for m in METHODS if m.startswith("glide"))):
         words = ["generate", *pair(world), "--method", method, "-p", "def load_table(", "--json", "--ignore-eos"]
         code, out, _ = run(capfd, monkeypatch, *words)
         assert code == 0
@@ -45,6 +46,41 @@ def test_every_method_gives_the_same_text(world, capfd, monkeypatch):
         assert len(line["tokens"]) == len(line["origins"]) == 16
         texts[method] = line["text"]
     assert len(set(texts.values())) == 1
+
+
+def test_sampling_options_reach_the_decoder_and_a_stop_string_is_left_out(world, capfd, monkeypatch):
+    words = ["generate", *pair(world), "-p", "def load_table(", "--ignore-eos", "--temperature", 1, "--seed", 5]
+    plain = json.loads(run(capfd, monkeypatch, *words, "--json")[1])
+    for option in (
+        ["--min-p", 0.9],
+        ["--repetition-penalty", 3],
+        ["--presence-penalty", 5],
+        ["--frequency-penalty", 5],
+        ["--logit-bias", f"{plain['tokens'][0]}=-100", "--logit-bias", "7=1"],
+    ):
+        assert json.loads(run(capfd, monkeypatch, *words, *option, "--json")[1])["tokens"] != plain["tokens"], option
+    text = plain["text"]
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    cut = text[: text.index(stop)]
+    for method in ("plain", "lookup", "glide+beam+svip"):
+        chosen = [*words, "--stop", stop, "--stop", "no such text", "--method", method]
+        line = json.loads(run(capfd, monkeypatch, *chosen, "--json")[1])
+        assert (line["text"], line["finish"]) == (cut, "stop")
+        assert len(line["tokens"]) == len(line["origins"]) < 16
+        assert run(capfd, monkeypatch, *chosen)[1] == f"def load_table({cut}\n"
+    first = ["--stop-token", plain["tokens"][0]]
+    assert len(json.loads(run(capfd, monkeypatch, *words, *first, "--json")[1])["tokens"]) == 1
+    line = json.loads(run(capfd, monkeypatch, *words, *first, "--min-new-tokens", 6, "--json")[1])
+    assert len(line["tokens"]) >= 6
+
+
+def test_svip_is_fitted_on_calibration_prompts(world, capfd, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def save_"}\n{"prompt": "for item in"}\n')
+    words = ["generate", *pair(world), "-p", "def", "--svip-fit", tmp_path / "p.jsonl"]
+    code, _, err = run(capfd, monkeypatch, *words, "--method", "glide+cape+svip")
+    assert code == 0
+    assert "[svip threshold 0." in err
+    only_sentence(*run(capfd, monkeypatch, *words, "--method", "glide")[::2], r"method with \+svip")
 
 
 def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp_path):
@@ -103,6 +139,14 @@ BAD = {
     "empty draft folder": (["--draft", "{empty}"], "neither a GliDe draft"),
     "unknown method": (["--method", "glyde"], "unknown method"),
     "expanded plain": (["--method", "plain+cape"], "drafts nothing"),
+    "two stop policies": (["--method", "glide+svip+heuristic"], "more than one stop policy"),
+    "no beams": (["--method", "glide+beam", "--beams", "0"], "1 to 64 beams"),
+    "unknown entropy": (["--method", "glide+svip", "--svip-over", "worst"], "best, mean, min"),
+    "bad bias": (["--logit-bias", "seven"], "ID=NUMBER"),
+    "bias of no token": (["--logit-bias", "999999=1"], "outside the vocabulary"),
+    "bad min-p": (["--min-p", "2"], "min_p must be"),
+    "more tokens than most": (["--min-new-tokens", "17"], "from 0 to max_new_tokens 16"),
+    "no n-gram": (["--method", "lookup", "--lookup-ngram", "0"], "at least 1"),
     "wrong kind of draft": (["--method", "vanilla"], "does not fit"),
     "empty prompt": (["--prompt", " "], "prompt 1 is empty"),
     "long prompt": (["--prompt", "def load(" * 200], "context of 192"),

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from glidecape import state as state_module
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
 from glidecape.drafting.law import DraftLaw
-from glidecape.drafting.stop import Entropy, FixedLength, StopPolicy
+from glidecape.drafting.lookup import LookupDrafter
+from glidecape.drafting.stop import Entropy, FixedLength, Heuristic, StopPolicy
 from glidecape.errors import InputError
 from glidecape.noise import gumbel
+from glidecape.penalties import adjust
 from glidecape.sampling import RESIDUAL, SamplingParams
 from glidecape.stats import RoundStats
 from glidecape.tree import TokenTree
@@ -42,23 +44,51 @@ EXPANSIONS = {
     "chain": Chain,
     "cape of 1 or 2": lambda: Cape((2, 2, 1, 1)),
     "cape of 0 to 2": lambda: Cape((0, 2, 2, 0, 1, 1, 2, 0, 1, 0)),
+    "beam of 2": lambda: Beam(2),
+    "beam of 4": lambda: Beam(4),  # more than the vocabulary holds
 }
 STOPS = {
     "fixed 1": lambda: FixedLength(1),
     "fixed 2": lambda: FixedLength(2),
     "entropy": lambda: Entropy(0.3, cap=2),  # stops where H > 0.6 nat, which some of the draft's laws have
+    "heuristic": lambda: Heuristic(1, cap=2),
+}
+PENALTIES = {
+    "repetition_penalty": 1.6,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.7,
+    "logit_bias": {1: 0.8, 2: -0.3},
 }
 PARAMS = {
     "temperature 1": SamplingParams(temperature=1.0, sampling=RESIDUAL, max_new_tokens=8),
     "temperature 0.7 top_p 0.8": SamplingParams(temperature=0.7, top_p=0.8, sampling=RESIDUAL, max_new_tokens=8),
     "top_k 2": SamplingParams(temperature=1.0, top_k=2, sampling=RESIDUAL, max_new_tokens=8),
     "greedy": SamplingParams(max_new_tokens=8),
+    "penalties": SamplingParams(temperature=0.8, sampling=RESIDUAL, max_new_tokens=8, **PENALTIES),
+    "greedy penalties": SamplingParams(max_new_tokens=8, **PENALTIES),
+    "min_p 0.4": SamplingParams(temperature=1.3, min_p=0.4, sampling=RESIDUAL, max_new_tokens=8),
+    "no stop in the first two": SamplingParams(
+        temperature=1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=2, stop_token_ids=(1,)
+    ),
 }
 
 
-def law_by_hand(context: Context, params: SamplingParams) -> list[float]:
+def adjusted_by_hand(logits: list[float], context: Context, params: SamplingParams, new: int) -> list[float]:
+    """Bias, penalties and min_new_tokens, token by token; the last `new` tokens of the context were emitted."""
+    made = []
+    for token, z in enumerate(logits):
+        z += dict(params.logit_bias).get(token, 0.0)
+        if token in context:
+            z = z / params.repetition_penalty if z > 0 else z * params.repetition_penalty
+        count = context[len(context) - new :].count(token)
+        z -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        made.append(-math.inf if new < params.min_new_tokens and token in params.stop_token_ids else z)
+    return made
+
+
+def law_by_hand(context: Context, params: SamplingParams, new: int) -> list[float]:
     """The target's processed law, written once more and differently, without tensors."""
-    logits = TARGET(context).tolist()
+    logits = adjusted_by_hand(TARGET(context).tolist(), context, params, new)
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if params.greedy:
         return [float(token == order[0]) for token in range(len(logits))]
@@ -69,16 +99,17 @@ def law_by_hand(context: Context, params: SamplingParams) -> list[float]:
         if mass < params.top_p:
             stay.add(token)
         mass += weight[token] / total
+    stay = {token for token in stay if weight[token] >= params.min_p * max(weight)}
     total = sum(weight[token] for token in stay)
     return [weight[token] / total if token in stay else 0.0 for token in range(len(logits))]
 
 
-def product_law(params: SamplingParams, length: int = 3) -> Counter[Context]:
+def product_law(params: SamplingParams, length: int = 3, prompt: Context = PROMPT) -> Counter[Context]:
     law: Counter[Context] = Counter()
     for tokens in itertools.product(range(3), repeat=length):
         p = 1.0
         for n, token in enumerate(tokens):
-            p *= law_by_hand(PROMPT + tokens[:n], params)[token]
+            p *= law_by_hand(prompt + tokens[:n], params, n)[token]
         if p:
             law[tokens] = p
     return law
@@ -100,6 +131,23 @@ def distance(drafter: object, params: SamplingParams, length: int = 3) -> float:
 def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, params: str) -> None:
     drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
     assert distance(drafter, PARAMS[params]) <= 1e-12
+
+
+@pytest.mark.parametrize("over", Entropy.OVER)
+@pytest.mark.parametrize("threshold", [0.25, 0.35])
+def test_svip_on_a_beam_has_the_target_law(over: str, threshold: float) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), Beam(2), Entropy(threshold, 3, over))
+    assert distance(drafter, PARAMS["temperature 1"]) <= 1e-12
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_prompt_lookup_has_the_target_law(ngram: int, params: str) -> None:
+    """With three tokens nearly every context has a match; the prompt is longer here, so that the first has one, too."""
+    drafter = LookupDrafter(2, ngram)
+    law = exact_law(ToyTarget(TARGET), drafter, (2, 0, 1, 2, 0), PARAMS[params])
+    expected = product_law(PARAMS[params], prompt=(2, 0, 1, 2, 0))
+    assert total_variation(law, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("params", PARAMS)
@@ -250,6 +298,29 @@ def test_enumeration_catches_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["temperature 1"], 2) > 0.01
 
 
+def test_enumeration_catches_penalties_that_do_not_know_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node with the row's history only: right for the root, and for nothing below it."""
+
+    def forgetful(
+        logits: Tensor, params: SamplingParams, history: object, tokens: Tensor, above: Tensor, *rest: object
+    ):
+        return adjust(logits, params, history, tokens, torch.zeros_like(above), *rest)
+
+    monkeypatch.setattr(state_module, "adjust", forgetful)
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["penalties"], 2) > 0.01
+
+
+def test_enumeration_catches_a_stop_token_that_is_early_inside_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """min_new_tokens counted from the round's root instead of from each node."""
+
+    def hasty(logits: Tensor, params: SamplingParams, history: object, tokens: Tensor, above: Tensor, emitted, ends):
+        return adjust(logits, params, history, tokens, above, emitted + above.sum(1), ends)
+
+    monkeypatch.setattr(state_module, "adjust", hasty)
+    params = SamplingParams(1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=3, stop_token_ids=(1,))
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), params, 3) > 0.01
+
+
 def test_keep_best_refuses_a_tree_with_a_sampled_node() -> None:
     tree = TokenTree(torch.tensor([0]))
     root, one = torch.tensor([[0]]), torch.tensor([[1]])
@@ -272,9 +343,11 @@ def table_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 def plain_by_hand(prompt: Context, table: Tensor, params: SamplingParams, length: int) -> list[int]:
     """argmax(log p + g) token by token, without the engine."""
     tokens = list(prompt)
-    for _ in range(length):
-        p = torch.tensor(law_by_hand(tuple(tokens), params), dtype=torch.float64)
+    for n in range(length):
+        p = torch.tensor(law_by_hand(tuple(tokens), params, n), dtype=torch.float64)
         tokens.append(int((p.log() + table[len(tokens)]).argmax()))
+        if tokens[-1] in params.stop_token_ids:
+            break
     return tokens[len(prompt) :]
 
 
@@ -282,21 +355,24 @@ NOISY = {
     "temperature 1": {"temperature": 1.0},
     "temperature 0.7 top_p 0.8": {"temperature": 0.7, "top_p": 0.8},
     "top_k 2": {"temperature": 1.0, "top_k": 2},
+    "penalties": {"temperature": 0.8, **PENALTIES},
+    "min_p 0.4": {"temperature": 1.3, "min_p": 0.4},
 }
+ENDING = {"stop late": {"temperature": 1.0, "min_new_tokens": 2, "stop_token_ids": (1,)}}
 
 
-@pytest.mark.parametrize("options", NOISY)
-@pytest.mark.parametrize("method", ["plain", *itertools.product(EXPANSIONS, STOPS)], ids=str)
+@pytest.mark.parametrize("options", NOISY | ENDING)
+@pytest.mark.parametrize("method", ["plain", "lookup", *itertools.product(EXPANSIONS, STOPS)], ids=str)
 def test_every_method_gives_the_tokens_of_plain_decoding_under_every_noise(
     method: str | tuple[str, str], options: str
 ) -> None:
     """40 noise tables, each a row of a ragged batch. Equal tokens for every table: an equal law under any noise."""
     if isinstance(method, str):
-        drafter = NoDraft()
+        drafter = NoDraft() if method == "plain" else LookupDrafter(3, 2)
     else:
         drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[method[0]](), STOPS[method[1]]())
     prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(40)]
-    params = [SamplingParams(seed=seed, max_new_tokens=3 + seed % 3, **NOISY[options]) for seed in range(40)]
+    params = [SamplingParams(seed=seed, max_new_tokens=3 + seed % 3, **(NOISY | ENDING)[options]) for seed in range(40)]
     found, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params, noise=table_noise)
     for seed in range(40):
         expected = plain_by_hand(prompts[seed], TABLES[seed], params[seed], params[seed].max_new_tokens)
@@ -314,11 +390,14 @@ def test_a_draft_equal_to_the_target_is_always_accepted(options: str, sampling: 
     assert all(event.stats == RoundStats(drafted=3, accepted=3, emitted=4, tested=3) for event in events)
 
 
-@pytest.mark.parametrize("stop", [Entropy(0.3, cap=3), FixedLength(3)], ids=["entropy", "fixed"])
+@pytest.mark.parametrize("expansion", [Cape((2, 2, 1, 1)), Beam(3)], ids=["cape", "beam"])
+@pytest.mark.parametrize(
+    "stop", [Entropy(0.3, cap=3), FixedLength(3), Heuristic(2, 4)], ids=["entropy", "fixed", "heuristic"]
+)
 @pytest.mark.parametrize("sampling", ["noise", "residual"])
-def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy) -> None:
+def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy, expansion: Expansion) -> None:
     """Ragged prompts, unequal budgets, stops at unequal depths: neighbours change nothing, under both samplings."""
-    drafter = ModelDrafter(ToyDraft(DRAFT), Cape((2, 2, 1, 1)), stop)
+    drafter = ModelDrafter(ToyDraft(DRAFT), expansion, stop)
     prompts = [(2, 0, 1, 1, 2)[: 1 + i % 5] for i in range(12)]
     params = [SamplingParams(1.0, seed=i, max_new_tokens=2 + i, sampling=sampling) for i in range(12)]
     together, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)

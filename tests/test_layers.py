@@ -13,8 +13,9 @@ import glidecape
 SOURCE = Path(glidecape.__file__).parent
 LAYERS = [
     {"errors"},
-    {"noise", "masks"},
+    {"noise", "masks", "text"},
     {"sampling"},
+    {"penalties"},
     {"cache", "tree", "stats"},
     {"models"},
     {"verify"},
@@ -22,7 +23,7 @@ LAYERS = [
     {"drafting"},
     {"decode"},
     {"train", "bench"},
-    {"demo"},
+    {"demo", "show", "fit"},
     {"cli"},
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(glidecape.__path__, "glidecape.")]

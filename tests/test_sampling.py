@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from glidecape.errors import InputError
 from glidecape.sampling import SamplingParams, log_law, widen
@@ -45,6 +45,16 @@ def test_law_is_that_of_the_transformers_warpers(temperature: float, top_k: int,
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     found = log_law(raw, SamplingParams(temperature, top_k, top_p))
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert torch.allclose(found.exp(), expected.softmax(-1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=str)
+def test_min_p_is_that_of_transformers_after_the_other_warpers(options: dict, min_p: float) -> None:
+    raw = logits_of(7, (50, 64))
+    expected = MinPLogitsWarper(min_p)(None, log_law(raw, SamplingParams(0.8, **options)))
+    found = log_law(raw, SamplingParams(0.8, min_p=min_p, **options))
     assert torch.equal(found.isfinite(), expected.isfinite())
     assert torch.allclose(found.exp(), expected.softmax(-1), rtol=0, atol=1e-14)
 
@@ -155,6 +165,19 @@ def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float)
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\], not nan"),
         ({"max_new_tokens": -1}, r"max_new_tokens must not be negative, but is -1"),
         ({"sampling": "beam"}, r"sampling must be 'noise' or 'residual', not 'beam'"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], not 1.5"),
+        ({"min_p": float("nan")}, r"min_p must be in .*, not nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be positive \(1 is off\), not 0.0"),
+        ({"repetition_penalty": float("inf")}, r"repetition_penalty must be positive .*, not inf"),
+        ({"presence_penalty": float("nan")}, r"presence_penalty must be a number \(0 is off\), not nan"),
+        ({"frequency_penalty": float("inf")}, r"frequency_penalty must be a number \(0 is off\), not inf"),
+        ({"logit_bias": {3: float("-inf")}}, r"logit_bias takes token ids and finite numbers, not 3: -inf"),
+        ({"logit_bias": {-1: 2.0}}, r"logit_bias takes token ids and finite numbers, not -1: 2.0"),
+        ({"logit_bias": ((3, 1.0), (3, 2.0))}, r"logit_bias names a token id twice: \[3, 3\]"),
+        ({"stop": ("a", "")}, r"stop takes strings of at least one character, not \['a', ''\]"),
+        ({"stop": (5,)}, r"stop takes strings of at least one character, not \[5\]"),
+        ({"min_new_tokens": -1}, r"min_new_tokens must be from 0 to max_new_tokens 128, not -1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens must be from 0 to max_new_tokens 8, not 9"),
         ({"seed": 2**63}, r"seed must fit in 64 bits .*, but is 9223372036854775808"),
     ],
     ids=str,

@@ -139,7 +139,7 @@ class ToyDraft:
 
 def check_invariants(state: DecodeState) -> None:
     """Committed slots hold every known token but the last one, at its place; the draft trusts true tokens only."""
-    caches = [state.cache] if state.draft is None else [state.cache, state.draft.own]
+    caches = [state.cache, *([state.draft.own] if hasattr(state.draft, "own") else [])]
     assert state.cache.lengths == [len(row.tokens) - 1 for row in state.rows]
     for cache in caches:
         assert cache.scratch == 0
@@ -219,12 +219,12 @@ def exact_law(
 ) -> Counter[Context]:
     """The joint law of the first `length` emitted tokens, by enumeration of every random outcome of every round.
 
-    Histories that led to the same tokens and the same trusted length of the draft's cache are merged before the next
-    round; `check_invariants` makes sure that their caches hold the same.
+    Histories that led to the same tokens, the same trusted length of the draft's cache and the same next length are merged
+    before the next round; `check_invariants` makes sure that their caches hold the same.
     """
     law: Counter[Context] = Counter()
     first = start(target, drafter, [prompt], params)  # type: ignore[arg-type]
-    waiting: dict[tuple[Context, int], tuple[float, DecodeState]] = {((), -1): (1.0, first)}
+    waiting: dict[tuple[Context, tuple[int, ...]], tuple[float, DecodeState]] = {((), ()): (1.0, first)}
     while waiting:
         key = min(waiting, key=lambda k: len(k[0]))  # shortest first: nothing is merged into a state already run
         reach, state = waiting.pop(key)
@@ -240,7 +240,8 @@ def exact_law(
             if len(tokens) >= length:
                 law[tokens[:length]] += weight
             else:
-                after = (tokens, own.draft.own.lengths[0] if isinstance(drafter, ModelDrafter) else 0)
+                held = (own.draft.own.lengths[0], *(own.draft.lengths or ())) if hasattr(own.draft, "own") else ()
+                after = (tokens, held)
                 waiting[after] = (weight + (waiting[after][0] if after in waiting else 0.0), own)
             script = chance.next_script()
     return law

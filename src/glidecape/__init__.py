@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .models.target import Target
     from .sampling import SamplingParams
     from .stats import Stats
+    from .text import TextStream
 
 # Loaded when first used: `import glidecape` itself imports neither torch nor transformers.
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "Target": "models.target",
     "SamplingParams": "sampling",
     "Stats": "stats",
+    "TextStream": "text",
 }
 __all__ = [
     "METHODS",
@@ -44,6 +46,7 @@ __all__ = [
     "StandaloneDraft",
     "Stats",
     "Target",
+    "TextStream",
     "generate",
     "load_draft",
     "make_drafter",

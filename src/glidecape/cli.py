@@ -75,7 +75,10 @@ def generate(
         str | None, typer.Option(help="GliDe draft, or a draft LM for vanilla: folder or Hub name.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="plain, vanilla, vanilla+svip, glide, glide+cape, glide+svip or glide+cape+svip.")
+        str,
+        typer.Option(
+            help="plain, lookup, vanilla or glide; the last two also +cape or +beam, and +svip or +heuristic."
+        ),
     ] = "glide+cape",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     file: Annotated[
@@ -91,13 +94,32 @@ def generate(
         str, typer.Option(help="noise: same seed, same text with any method. residual: papers' rule.")
     ] = ("noise"),
     stop_token: Annotated[list[int] | None, typer.Option(help="Token id that ends a row; repeat for several.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a row, left out; repeat for several.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
-    draft_length: Annotated[int, typer.Option(help="Tokens drafted a round, without SVIP.")] = 5,
+    min_new_tokens: Annotated[int, typer.Option(help="Nothing ends a row before.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens of this share of the largest probability; 0: all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="On tokens of prompt and output; 1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="On tokens of the output, once; 0: off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="On tokens of the output, each time; 0: off.")] = 0.0,
+    logit_bias: Annotated[list[str] | None, typer.Option(help="ID=NUMBER added to a token's logit; repeat.")] = None,
+    draft_length: Annotated[
+        int, typer.Option(help="Tokens drafted a round, without SVIP; the first one with heuristic.")
+    ] = 5,
     cape_bins: Annotated[
         str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
     ] = "paper",
     svip_threshold: Annotated[float, typer.Option(help="Stop drafting when sqrt(0.15 entropy) is above.")] = 0.3,
-    svip_cap: Annotated[int, typer.Option(help="Tokens at most with SVIP; the draft's max lag also holds.")] = 40,
+    svip_fit: Annotated[
+        Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
+    ] = None,
+    svip_cap: Annotated[
+        int, typer.Option(help="Tokens at most with svip or heuristic; the draft's max lag also holds.")
+    ] = 40,
+    svip_over: Annotated[
+        str, typer.Option(help="Whose entropy, with beam: best, mean or min of the frontier.")
+    ] = "best",
+    beams: Annotated[int, typer.Option(help="Nodes a depth with beam.")] = 4,
+    lookup_ngram: Annotated[int, typer.Option(help="Longest match of prompt lookup.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt instead of text.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -106,11 +128,10 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
-    from .decode import decode
-    from .drafting.methods import make_drafter, parse_method
+    from .drafting.methods import DRAFTLESS, make_drafter, parse_method
     from .models.checkpoint import load_draft
     from .sampling import SamplingParams
-    from .stats import Stats
+    from .show import show
 
     base, _ = parse_method(method)
     prompts = _prompts(prompt, file)
@@ -124,50 +145,46 @@ def generate(
             stop_token_ids=tuple(stop_token or ()),
             ignore_eos=ignore_eos,
             sampling=sampling,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_bias(logit_bias or []),
+            stop=tuple(stop or ()),
+            min_new_tokens=min_new_tokens,
         )
         for i in range(len(prompts))
     ]
     bins = _bins(cape_bins)
     model = _target(target, dtype, device, threads, revision, trust_remote_code)
-    loaded = load_draft(draft, model) if draft is not None and base != "plain" else None
+    loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
-    drafter = make_drafter(method, loaded, draft_length, bins, svip_threshold, svip_cap)
-    ids = [model.encode(text) for text in prompts]
-    for first in range(0, len(ids), batch):
-        rows = list(range(first, min(first + batch, len(ids))))
-        stats = Stats()
-        tokens: dict[int, list[int]] = {r: [] for r in rows}
-        origins: dict[int, list[str]] = {r: [] for r in rows}
-        finish: dict[int, str] = {}
-        shown = 0
-        stream = not as_json and len(rows) == 1
-        if stream:
-            print(prompts[first], end="", flush=True)
-        for event in decode(model, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
-            row = rows[event.row]
-            tokens[row] += event.tokens
-            origins[row] += event.origins
-            finish[row] = event.finish or "length"
-            if stream:
-                text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    print(text[shown:], end="", flush=True)
-                    shown = len(text)
-        for row in rows:
-            text = model.tokenizer.decode(tokens[row], skip_special_tokens=True)
-            if as_json:
-                line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
-                print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
-            elif stream:
-                print(text[shown:])
-            else:
-                print(f"--- {row}\n{prompts[row]}{text}")
-        if not as_json:
-            print(
-                f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "
-                f"acceptance length {stats.acceptance_length:.2f}]",
-                file=sys.stderr,
-            )
+    drafter = make_drafter(
+        method,
+        loaded,
+        draft_length,
+        bins,
+        svip_threshold,
+        svip_cap,
+        over=svip_over,
+        beams=beams,
+        ngram=lookup_ngram,
+    )
+    if svip_fit is not None:
+        from .fit import with_fitted_threshold
+
+        drafter, fit = with_fitted_threshold(
+            model, drafter, [model.encode(text) for text in _prompts(None, svip_fit)], params[0]
+        )
+        print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
+    show(model, drafter, prompts, params, batch, method, as_json)
+
+
+def _bias(items: list[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(value) for token, _, value in (item.partition("=") for item in items)}
+    except ValueError:
+        raise InputError(f"--logit-bias takes ID=NUMBER, such as 42=-5, not '{' '.join(items)}'") from None
 
 
 def _check_kind(base: str, loaded: Any, name: str | None) -> None:
@@ -177,7 +194,7 @@ def _check_kind(base: str, loaded: Any, name: str | None) -> None:
         return
     if (base == "glide") != isinstance(loaded, GlideDraft):
         kind = "a GliDe draft" if isinstance(loaded, GlideDraft) else "a causal LM"
-        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla or vanilla+svip"
+        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla, vanilla+svip, …"
         raise InputError(f"{name} holds {kind}, which does not fit --method {base}: use {fit}, or name another draft")
 
 

@@ -16,6 +16,7 @@ from .noise import Noise, gumbel
 from .sampling import SamplingParams
 from .state import DecodeState, Emitted, Row, new_row
 from .stats import RoundStats, Stats
+from .text import text_of
 from .tree import TokenTree
 from .verify import verify_row
 
@@ -54,7 +55,10 @@ def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int])
     round_stats = RoundStats(int(tree.num_drafted[i]), accepted, len(tokens), accepted + rejected)
     row.rounds.append(round_stats)
     origins = [*tree.origins(i, path)[:accepted], "bonus"][: len(tokens)]
-    return Emitted(row.index, tokens, origins, round_stats, row.finish)
+    if row.cut is None:
+        return Emitted(row.index, tokens, origins, round_stats, row.finish)
+    cut = row.cut.tokens - row.cut.kept
+    return Emitted(row.index, tokens, origins, round_stats, row.finish, row.cut.text, cut)
 
 
 def start(
@@ -68,8 +72,8 @@ def start(
     """Check the prompts, allocate the caches and read the prompts.
 
     Raises:
-        InputError: no prompt, an empty one, a token id out of range, a prompt longer than the context, or not enough room
-            for the cache.
+        InputError: no prompt, an empty one, a token id out of range, a prompt longer than the context, an option that does
+            not fit the target (`state.new_row`), or not enough room for the cache.
     """
     if not prompts:
         raise InputError("no prompt: give at least one")
@@ -86,10 +90,7 @@ def start(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {own.max_new_tokens} that is more than the "
                 f"target's context of {target.context}: shorten it, or emit {max(0, target.context - len(prompt))} at most"
             )
-    rows = [
-        new_row(i, list(prompt), own, target.eos_token_ids)
-        for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))
-    ]
+    rows = [new_row(i, list(prompt), own, target) for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))]
     # Room for the longest row, a proposal after it, and the padding of ragged catch-ups.
     capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * drafter.budget + 2
     state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes), noise=noise)
@@ -134,8 +135,9 @@ class Completion:
     """What one prompt became.
 
     Attributes:
-        tokens: emitted ids, a stop token included.
-        text: their text, special tokens left out; "" without a tokenizer.
+        tokens: emitted ids, a stop token included. A stop string is left out; the token in which it begins stays if
+            text before the stop string begins in it, too.
+        text: their text, special tokens and a stop string left out; "" without a tokenizer.
         origins: of each token: "chain", "sibling" or "bonus".
         finish: "stop" or "length".
         rounds: counts of each round.
@@ -162,6 +164,7 @@ def generate(
     """
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     done = [Completion() for _ in ids]
+    cut_text: dict[int, str] = {}
     for event in decode(target, drafter or NoDraft(), ids, params, stats):
         one = done[event.row]
         one.tokens += event.tokens
@@ -169,7 +172,11 @@ def generate(
         if event.stats.emitted:
             one.rounds.append(event.stats)
         one.finish = event.finish or one.finish
-    for one in done:
+        if event.text is not None:
+            kept = len(one.tokens) - event.cut
+            one.tokens, one.origins = one.tokens[:kept], one.origins[:kept]
+            cut_text[event.row] = event.text
+    for i, one in enumerate(done):
         if target.tokenizer is not None:
-            one.text = target.tokenizer.decode(one.tokens, skip_special_tokens=True)
+            one.text = cut_text[i] if i in cut_text else text_of(target.tokenizer, one.tokens)
     return done

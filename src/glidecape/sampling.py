@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,15 @@ class SamplingParams:
             added by `generate` unless `ignore_eos`.
         sampling: "noise" (shared Gumbel noise: the same seed gives the same text with every method) or "residual"
             (the papers' rule). At temperature 0 both are greedy.
+        min_p: keep tokens whose probability is at least min_p times the largest one; 0 keeps all.
+        repetition_penalty: logits of tokens of the prompt or the output are divided by it where positive, else
+            multiplied; 1 is off. As in transformers.
+        presence_penalty, frequency_penalty: taken off the logit of a token that was emitted: once, and once for each
+            occurrence; the prompt does not count; 0 is off. As in the OpenAI and vLLM interfaces.
+        logit_bias: {token id: number added to its logit}; stored as sorted pairs.
+        stop: strings that end the row. The text ends before them, and so do the ids where a token boundary allows.
+        min_new_tokens: before so many tokens nothing may end the row: stop tokens have probability 0, and stop strings
+            are not looked for.
 
     Raises:
         InputError: a value out of range.
@@ -42,6 +53,13 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     sampling: str = NOISE
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         # Logits divided by less would overflow float32.
@@ -57,10 +75,40 @@ class SamplingParams:
             raise InputError(f"max_new_tokens must not be negative, but is {self.max_new_tokens}")
         if self.sampling not in (NOISE, RESIDUAL):
             raise InputError(f"sampling must be '{NOISE}' or '{RESIDUAL}', not '{self.sampling}'")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be in [0, 1], not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"repetition_penalty must be positive (1 is off), not {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} must be a number (0 is off), not {getattr(self, name)}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens must be from 0 to max_new_tokens {self.max_new_tokens}, not {self.min_new_tokens}"
+            )
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop takes strings of at least one character, not {list(self.stop)}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Does the law depend on which tokens came before?"""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _bias_pairs(bias: Mapping[int, float] | tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(sorted(bias.items() if isinstance(bias, Mapping) else bias))
+    for token, value in pairs:
+        if token < 0 or not math.isfinite(value):
+            raise InputError(f"logit_bias takes token ids and finite numbers, not {token}: {value}")
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise InputError(f"logit_bias names a token id twice: {[token for token, _ in pairs]}")
+    return pairs
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -71,7 +119,8 @@ def widen(logits: Tensor) -> Tensor:
 def log_law(logits: Tensor, params: SamplingParams) -> Tensor:
     """The processed law of one row: log-probabilities in the dtype of `logits`, `(…, vocab)`.
 
-    Temperature, then top-k, then top-p, as transformers orders them. Greedy gives 0 at the argmax, -inf elsewhere.
+    Temperature, then top-k, top-p and min-p, as transformers orders them. Greedy gives 0 at the argmax, -inf elsewhere.
+    What depends on a node's own path (`penalties.adjust`) comes before.
     """
     if params.greedy:
         best = logits.argmax(-1, keepdim=True)
@@ -86,4 +135,8 @@ def log_law(logits: Tensor, params: SamplingParams) -> Tensor:
         # A token stays if the mass before it is still short of top_p; the first one always stays.
         drop = (mass - ranked.softmax(-1)) >= params.top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
+    if params.min_p > 0:
+        # The largest probability is compared through logits: a common factor cancels.
+        least = logits.amax(-1, keepdim=True) + math.log(params.min_p)
+        logits = logits.masked_fill(logits < least, float("-inf"))
     return logits.log_softmax(-1)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .errors import InputError
 from .noise import Noise, gumbel
+from .penalties import History, adjust
 from .sampling import NOISE, SamplingParams, log_law, widen
 from .stats import RoundStats
+from .text import Cut, StopStrings
 from .tree import TokenTree
 from .verify import Chance, DenseLaw, Law, PointLaw, RandomChance
 
@@ -24,7 +27,10 @@ class Row:
 
     Attributes:
         index: the row's number in the caller's list of prompts.
-        finish: None while running, else "stop" (a stop token) or "length" (max_new_tokens).
+        finish: None while running, else "stop" (a stop token or string) or "length" (max_new_tokens).
+        stops: looks for stop strings; None without any.
+        history: counts of its tokens, for penalties; made when first needed.
+        cut: where a stop string ended the row.
     """
 
     index: int
@@ -35,6 +41,9 @@ class Row:
     chance: Chance
     finish: str | None = None
     rounds: list[RoundStats] = field(default_factory=list)
+    stops: StopStrings | None = None
+    history: History | None = None
+    cut: Cut | None = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -45,16 +54,28 @@ class Row:
         """Tokens it may still emit."""
         return self.params.max_new_tokens - len(self.new_tokens)
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """Is there anything to do to the logits before temperature?"""
+        early = len(self.tokens) - self.prompt_length < self.params.min_new_tokens
+        return early or self.params.counts_tokens or bool(self.params.logit_bias)
+
 
 @dataclass
 class Emitted:
-    """What one row got from one round: tokens with their origins ("chain", "sibling", "bonus"), and the round's counts."""
+    """What one row got from one round: tokens with their origins ("chain", "sibling", "bonus"), and the round's counts.
+
+    Where a stop string ended the row, `text` is the row's whole text, cut before it, and `cut` the number of tokens at the
+    row's end, emitted in this round or earlier ones, that belong to the stop string and are not to be handed out.
+    """
 
     row: int
     tokens: list[int]
     origins: list[str]
     stats: RoundStats
     finish: str | None
+    text: str | None = None
+    cut: int = 0
 
 
 @dataclass
@@ -107,8 +128,30 @@ class DecodeState:
             vectors.append(torch.stack([made[at] for at in wanted]))
         return torch.stack(vectors) if len(vectors) > 1 else vectors[0][None]
 
+    def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """Logits after bias, penalties and min_new_tokens, each node with its own path; `(batch, count, vocab)`.
+
+        `nodes (batch, count)` are the tree nodes that the logits are of, padding (-1) anything; None: all of the tree.
+        """
+        changed = [i for i, row in enumerate(self.rows) if row.adjusts_logits]
+        if not changed:
+            return logits
+        logits = widen(logits).clone()
+        for i in changed:
+            row = self.rows[i]
+            if row.params.counts_tokens:
+                row.history = row.history or History(logits.shape[-1], logits.device)
+                row.history.update(row.tokens, row.prompt_length)
+            at = slice(None) if nodes is None else nodes[i].clamp(min=0)
+            above = tree.ancestors[i, at].clone()
+            above[:, 0] = False  # the root is one of the row's tokens
+            emitted = len(row.new_tokens) + tree.depth[i, at]
+            logits[i] = adjust(logits[i], row.params, row.history, tree.tokens[i], above, emitted, row.stop_ids)
+        return logits
+
     def laws(self, tree: TokenTree, logits: Tensor) -> list[Any]:
         """For each row a function from node to its `Law`, all sampling options applied."""
+        logits = self.adjusted(tree, logits)
         greedy = noisy = None
         if any(row.params.greedy for row in self.rows):
             greedy = logits.argmax(-1).tolist()
@@ -127,7 +170,7 @@ class DecodeState:
         return made
 
     def clip(self, row: Row, tree: TokenTree, path: list[int], bonus: int, i: int) -> tuple[list[int], list[int]]:
-        """The path and tokens that row `i` may keep: nothing after a stop token or past max_new_tokens.
+        """The path and tokens that row `i` may keep: nothing after a stop token or string, or past max_new_tokens.
 
         Returns:
             The nodes to commit (the root and accepted nodes, but never the last emitted token, which becomes the root),
@@ -139,6 +182,11 @@ class DecodeState:
             tokens, row.finish = tokens[: stop + 1], "stop"
         elif len(tokens) >= row.budget:
             tokens, row.finish = tokens[: row.budget], "length"
+        if row.stops is not None:
+            known = row.new_tokens
+            row.cut = row.stops.find([*known, *tokens], len(known))
+            if row.cut is not None:
+                tokens, row.finish = tokens[: row.cut.tokens - len(known)], "stop"
         return path[: len(tokens)], tokens
 
     def select(self, keep: list[int]) -> None:
@@ -160,6 +208,29 @@ def _dense(logits: Tensor, params: SamplingParams) -> Any:
     return at
 
 
-def new_row(index: int, prompt: list[int], params: SamplingParams, eos: tuple[int, ...]) -> Row:
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
-    return Row(index, list(prompt), len(prompt), params, frozenset(stops), RandomChance(params.seed))
+def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) -> Row:
+    """A row at its beginning.
+
+    Raises:
+        InputError: an option names a token outside the vocabulary, stop strings without a tokenizer, or
+            min_new_tokens where every token ends the row.
+    """
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(target.eos_token_ids))
+    vocab = target.vocab_size
+    if bad := [token for token in dict(params.logit_bias) if token >= vocab]:
+        raise InputError(f"logit_bias names token id {bad[0]}, outside the vocabulary of {vocab}")
+    strings = params.stop
+    if strings and target.tokenizer is None:
+        raise InputError("stop strings need a tokenizer, and this target has none: stop at token ids instead")
+    if strings:
+        # A special token is left out of the text, so it is found by its id.
+        names: list[str] = target.tokenizer.all_special_tokens
+        special = dict(zip(names, target.tokenizer.all_special_ids, strict=True))
+        stops |= {special[text] for text in strings if text in special}
+        strings = tuple(text for text in strings if text not in special)
+    if params.min_new_tokens and stops >= set(range(vocab)):
+        raise InputError("min_new_tokens cannot be kept: every token of the vocabulary ends the row")
+    row = Row(index, list(prompt), len(prompt), params, frozenset(stops), RandomChance(params.seed))
+    if strings:
+        row.stops = StopStrings(target.tokenizer, strings, params.min_new_tokens)
+    return row

@@ -24,7 +24,7 @@ from rich.table import Table
 from ..decode import decode, generate
 from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.expansion import Cape
-from ..drafting.methods import make_drafter, parse_method
+from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -131,8 +131,8 @@ def _drafters(drafts: Mapping[str, DraftModel], methods: list[str], settings: Se
     for name in methods:
         key, _, method = name.rpartition(":")
         base, _ = parse_method(method)
-        model = None if base == "plain" else drafts.get(key or base)
-        if base != "plain" and model is None:
+        model = None if base in DRAFTLESS else drafts.get(key or base)
+        if base not in DRAFTLESS and model is None:
             raise InputError(f"'{name}' needs a draft named '{key or base}': give --draft {key or base}=FOLDER")
         made[name] = make_drafter(method, model, settings.draft_length, settings.bins, settings.threshold)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,14 +72,18 @@ class NoDraft:
 class DraftState:
     """The draft's cache. Its committed length is the trusted one: tokens past it are run again at the next round.
 
-    `ran` holds the tree nodes of this round in the order they were run, one column of nodes a slot.
+    `ran` holds the tree nodes of this round in the order they were run, one column of nodes a slot. `lengths` are the
+    next lengths of the rows where the stop policy adapts them, else None.
     """
 
     own: KVCache
     ran: list[Tensor]
+    lengths: list[int] | None = None
 
     def select(self, rows: list[int]) -> None:
         self.own.select(rows)
+        if self.lengths is not None:
+            self.lengths = [self.lengths[i] for i in rows]
 
 
 class ModelDrafter:
@@ -90,14 +95,14 @@ class ModelDrafter:
 
     @property
     def budget(self) -> int:
-        per_depth = 1 + getattr(self.expansion, "most", 0)
-        return 1 + sum(self.expansion.width(d) * per_depth for d in range(self.cap))
+        return 1 + sum(self.expansion.nodes(d) for d in range(self.cap))
 
     def admit(self, state: DecodeState) -> None:
         """Read the prompts, all but their last tokens."""
         own = self.model.new_cache(len(state.rows), state.cache.capacity)
         self._catch_up(state, own, [len(row.tokens) - 1 for row in state.rows])
-        state.draft = DraftState(own, [])
+        start = getattr(self.stop, "start", None)
+        state.draft = DraftState(own, [], None if start is None else [min(start, self.cap)] * len(state.rows))
 
     def _catch_up(self, state: DecodeState, own: KVCache, upto: list[int], chunk: int = 512) -> None:
         device = own.keys[0].device
@@ -115,13 +120,15 @@ class ModelDrafter:
         roots = state.root_positions
         # A proposal longer than what its row may still emit would be verified for nothing.
         caps = [min(self.cap, max(1, row.budget - 1)) for row in state.rows]
+        if state.draft.lengths is not None:
+            caps = [min(cap, length) for cap, length in zip(caps, state.draft.lengths, strict=True)]
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=roots.device)
         logits = self._first_step(state, own)
         state.draft.ran = [frontier]
         depth = 0
         while True:
             positions = roots[:, None] + depth
-            law = draft_law(state, logits, positions.expand_as(frontier), self.expansion.draws, frontier >= 0)
+            law = draft_law(state, tree, frontier, logits, positions.expand_as(frontier), self.expansion.draws)
             frontier = self.expansion.grow(tree, frontier, law)
             depth += 1
             more = depth < max(caps) and self.stop.more(tree, depth, law)
@@ -153,14 +160,16 @@ class ModelDrafter:
         """Run the frontier; logits `(batch, width, vocab)`. Rows with no frontier node run a dummy."""
         at = frontier.clamp(min=0)
         state.draft.ran.append(frontier)
-        ran = torch.cat(state.draft.ran, 1).clamp(min=0)  # (batch, slots): the node in each scratch slot
+        slots = torch.cat(state.draft.ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
+        ran = slots.clamp(min=0)
         depths = tree.depth.gather(1, ran)
         keys = max(own.lengths) + ran.shape[1]
         if ran.shape[1] == len(state.draft.ran):  # width 1 throughout: a chain, every slot is an ancestor
             mask = tree_mask(own.lengths, None, 1, keys) if len(set(own.lengths)) > 1 else None
         else:
             above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
-            mask = tree_mask(own.lengths, above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)), at.shape[1], keys)
+            above = above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
+            mask = tree_mask(own.lengths, above, at.shape[1], keys)
         scratch = roots[:, None] + depths
         positions = roots[:, None] + tree.depth.gather(1, at)
         logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, state.cache, scratch)
@@ -168,13 +177,16 @@ class ModelDrafter:
         return logits
 
     def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        """Trust the longest beginning of each path that was run, in order, in the draft's first scratch slots."""
-        ran = [column.tolist() for column in state.draft.ran]
-        slots: list[list[int]] = [[node for column in ran for node in column[row]] for row in range(tree.batch)]
+        """Trust the longest beginning of each path that was run; its slots move next to the draft's committed ones."""
+        ran = torch.cat(state.draft.ran, 1).tolist()
         trusted = []
-        for path, in_slot in zip(paths, slots, strict=True):
-            count = 0
-            while count < min(len(path), len(in_slot)) and path[count] == in_slot[count]:
-                count += 1
-            trusted.append(count)
-        state.draft.own.commit(trusted)
+        for path, in_slot in zip(paths, ran, strict=True):
+            slot = {node: at for at, node in enumerate(in_slot)}
+            trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, path)])
+        state.draft.own.keep(trusted)
+        if state.draft.lengths is not None:
+            deepest = tree.depth.masked_fill(~tree.valid, 0).amax(1).tolist()
+            state.draft.lengths = [
+                min(self.cap, self.stop.next_length(length, len(path) - 1 == end))  # type: ignore[attr-defined]
+                for length, path, end in zip(state.draft.lengths, paths, deepest, strict=True)
+            ]

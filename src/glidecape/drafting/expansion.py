@@ -1,8 +1,9 @@
 """Expansions: how nodes are added below the frontier.
 
 An expansion has `draws` (may its chain be drawn at random under the residual rule?), `width(depth)`, the frontier's
-static width, and `grow(tree, frontier, law) -> frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none.
-`finish(tree)` may prune, deterministic nodes only. A new one is a class like these, and nothing else changes.
+static width, `nodes(depth)`, the most nodes that it adds below a frontier at `depth`, and `grow(tree, frontier, law) ->
+frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none. `finish(tree)` may prune, deterministic nodes
+only. A new one is a class like these, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..sampling import widen
 from ..tree import TokenTree
 from .law import DraftLaw
 
@@ -21,6 +23,8 @@ class Expansion(Protocol):
     draws: bool
 
     def width(self, depth: int) -> int: ...
+
+    def nodes(self, depth: int) -> int: ...
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor: ...
 
@@ -36,6 +40,9 @@ class Chain:
     draws = True
 
     def width(self, depth: int) -> int:
+        return 1
+
+    def nodes(self, depth: int) -> int:
         return 1
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
@@ -77,6 +84,9 @@ class Cape(Chain):
             raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
         self.bins, self.most = bins, max(bins)
 
+    def nodes(self, depth: int) -> int:
+        return 1 + self.most
+
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         rank, drawn = law.rank[:, 0], law.drawn
         if drawn is not None:  # a drawn token comes first, whatever its rank
@@ -96,3 +106,51 @@ class Cape(Chain):
         if drawn is not None:
             tree.sampled[:, -keep:] &= (drawn >= 0) & (number[:keep] == 0)
         return added[:, :1]
+
+
+class Beam:
+    """Beam expansion: at each depth the `beams` best nodes by cumulative score, all of which stay in the tree.
+
+    A node's score is the sum along its path of the log-softmax of the draft's ranks: greedy, the draft's own
+    log-probabilities; under shared noise those of the logits with the noise in them, so that a token the noise favours
+    scores high; under the residual rule the processed log-law.
+
+    The draft's cache is only written at its end: a node finds its ancestors through the mask, and the accepted path is
+    moved once a round.
+
+    Lossless: every node is chosen deterministically, so verify takes it for a point mass, siblings one after the other.
+    Source: the baseline of the GliDe paper, section 5.1 (4 beams, merged into a prefix tree). Differs: it keeps the nodes
+    that a beam search discards on its way, as LongSpec does (appendix D): they are drafted already, and cost the target
+    a few nodes more.
+    """
+
+    draws = False
+
+    def __init__(self, beams: int = 4) -> None:
+        if not 1 <= beams <= 64:
+            raise InputError(f"a beam expansion has 1 to 64 beams, not {beams}")
+        self.beams = beams
+
+    def width(self, depth: int) -> int:
+        return 1 if depth == 0 else self.beams
+
+    def nodes(self, depth: int) -> int:
+        return self.beams
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        """The new nodes in order of descending score."""
+        vocab = law.rank.shape[-1]
+        best = widen(law.rank).log_softmax(-1).topk(min(self.beams, vocab), dim=-1)  # of each frontier node
+        above = tree.score.gather(1, frontier.clamp(min=0))
+        total = (
+            (above[..., None] + best.values.float()).masked_fill((frontier < 0)[..., None], float("-inf")).flatten(1)
+        )
+        # A token outside the processed law can never be accepted: its score is -inf.
+        chosen = total.topk(min(self.beams, total.shape[1]), dim=1)
+        parents = frontier.gather(1, chosen.indices // best.values.shape[2])
+        tokens = best.indices.flatten(1).gather(1, chosen.indices)
+        own = best.values.flatten(1).gather(1, chosen.indices)
+        return tree.add(parents, tokens, own, chosen.values.isfinite())
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        return tree

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..sampling import NOISE, log_law, widen
 from ..state import DecodeState
+from ..tree import TokenTree
 
 
 @dataclass
@@ -18,14 +19,16 @@ class DraftLaw:
 
     Attributes:
         logits: `(batch, width, vocab)`, raw.
-        rank: `(batch, width, vocab)`; nodes are chosen in descending rank. Greedy: the logits. Shared noise: the
-            processed log-law plus the noise of the *next* position. Residual: the processed log-law.
+        rank: `(batch, width, vocab)`; nodes are chosen in descending rank. Greedy: the logits, penalties applied.
+            Shared noise: the processed log-law plus the noise of the *next* position. Residual: the processed log-law.
+        nodes: `(batch, width)` the frontier, numbers of tree nodes, -1 for none.
         drawn: `(batch, width)` tokens drawn at random (residual rows), -1 in rows that draw nothing; None if no row does.
         drawn_law: `(batch, width, vocab)` log-law that they were drawn from.
     """
 
     logits: Tensor
     rank: Tensor
+    nodes: Tensor
     drawn: Tensor | None = None
     drawn_law: Tensor | None = None
 
@@ -45,18 +48,20 @@ class DraftLaw:
         return self.log_q.amax(-1).exp()
 
 
-def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool, live: Tensor) -> DraftLaw:
-    """Rank the tokens that may follow frontier nodes at `positions (batch, width)`.
+def draft_law(
+    state: DecodeState, tree: TokenTree, frontier: Tensor, logits: Tensor, positions: Tensor, draws: bool
+) -> DraftLaw:
+    """Rank the tokens that may follow the frontier nodes `(batch, width)`, which stand at `positions (batch, width)`.
 
-    `draws`: the expansion draws a chain (residual rows only); otherwise every node is deterministic.
-    `live (batch, width)`: where the frontier is a node. Nothing is drawn elsewhere: a row that stopped must not use up
-    its chance because a neighbour drafts on.
+    `draws`: the expansion draws a chain (residual rows only); otherwise every node is deterministic. Nothing is drawn
+    where the frontier is no node: a row that stopped must not use up its chance because a neighbour drafts on.
     """
     params = [row.params for row in state.rows]
+    adjusted = state.adjusted(tree, logits, frontier)
     if all(p.greedy for p in params):
-        return DraftLaw(logits, logits)
+        return DraftLaw(logits, adjusted, frontier)
     vocab = logits.shape[-1]
-    wide = widen(logits)
+    wide = widen(adjusted)
     rank = torch.stack([wide[i] if p.greedy else log_law(wide[i], p) for i, p in enumerate(params)])
     noisy = [i for i, p in enumerate(params) if not p.greedy and p.sampling == NOISE]
     if noisy:
@@ -64,11 +69,11 @@ def draft_law(state: DecodeState, logits: Tensor, positions: Tensor, draws: bool
         rank[noisy] = rank[noisy] + noise[noisy]
     residual = [i for i, p in enumerate(params) if not p.greedy and p.sampling != NOISE]
     if not residual or not draws:
-        return DraftLaw(logits, rank)
+        return DraftLaw(logits, rank, frontier)
     drawn = torch.full(logits.shape[:2], -1, device=logits.device)
     law = torch.zeros_like(rank, dtype=torch.float64)
     for i in residual:
-        law[i] = log_law(logits[i].double(), params[i])
-        for column in live[i].nonzero()[:, 0].tolist():
+        law[i] = log_law(adjusted[i].double(), params[i])
+        for column in (frontier[i] >= 0).nonzero()[:, 0].tolist():
             drawn[i, column] = state.rows[i].chance.categorical(law[i, column].exp())
-    return DraftLaw(logits, rank, drawn, law)
+    return DraftLaw(logits, rank, frontier, drawn, law)

@@ -1,0 +1,94 @@
+"""Prompt lookup: what followed the same words earlier in the prompt or output is proposed again. There is no draft model.
+
+Source: A. Saxena, "Prompt lookup decoding" (2023); transformers' `prompt_lookup_num_tokens`. Differs: among equally long
+matches the latest one counts, as text repeats what is near more often; a row without a match proposes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import InputError
+from ..state import DecodeState
+from ..tree import TokenTree
+
+
+@dataclass
+class NgramIndex:
+    """Where the n-grams of one row were last followed by something.
+
+    Attributes:
+        longest: n-grams of 1 .. longest tokens are known.
+        after: from an n-gram to the place of the token that followed it last.
+        known: tokens of the row whose n-grams before them are in `after`.
+
+    >>> NgramIndex(3).propose([1, 2, 3, 9, 2, 3], 2)
+    [9, 2]
+    """
+
+    longest: int
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0
+
+    def propose(self, tokens: list[int], length: int) -> list[int]:
+        """Up to `length` tokens that followed the longest n-gram which ends `tokens` and occurred before; [] for none."""
+        for at in range(self.known, len(tokens)):
+            for n in range(1, min(self.longest, at) + 1):
+                self.after[tuple(tokens[at - n : at])] = at
+        self.known = len(tokens)
+        for n in range(min(self.longest, len(tokens)), 0, -1):
+            place = self.after.get(tuple(tokens[-n:]))
+            if place is not None:
+                return tokens[place : place + length]
+        return []
+
+
+@dataclass
+class LookupState:
+    """One index a row."""
+
+    indexes: list[NgramIndex]
+
+    def select(self, rows: list[int]) -> None:
+        self.indexes = [self.indexes[i] for i in rows]
+
+
+class LookupDrafter:
+    """Prompt lookup as a `Drafter`: a chain of tokens copied from the row itself.
+
+    Args:
+        length: tokens proposed at most.
+        ngram: longest n-gram that is looked for; the longest match is used.
+
+    Lossless: every node is chosen deterministically, so verify takes it for a point mass.
+    """
+
+    def __init__(self, length: int = 5, ngram: int = 3) -> None:
+        if length < 1 or ngram < 1:
+            raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")
+        self.length, self.ngram = length, ngram
+
+    @property
+    def budget(self) -> int:
+        return 1 + self.length
+
+    def admit(self, state: DecodeState) -> None:
+        state.draft = LookupState([NgramIndex(self.ngram) for _ in state.rows])
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        found = [
+            index.propose(row.tokens, min(self.length, max(1, row.budget - 1)))
+            for row, index in zip(state.rows, state.draft.indexes, strict=True)
+        ]
+        tree = TokenTree(state.roots)
+        above = torch.zeros(tree.batch, 1, dtype=torch.long, device=tree.tokens.device)
+        for depth in range(max(len(tokens) for tokens in found)):
+            has = torch.tensor([[len(tokens) > depth] for tokens in found], device=above.device)
+            token = torch.tensor([[(tokens + [0] * self.length)[depth]] for tokens in found], device=above.device)
+            above = tree.add(above, token, torch.zeros_like(token, dtype=torch.float), has)
+        return tree
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        return None
