@@ -327,7 +327,10 @@ def bench(
     target: TargetName,
     draft: Annotated[list[str], typer.Option(help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")],
     prompts: Annotated[
-        str, typer.Option(help=".jsonl with a prompt column, a text file, or stdlib:N: N cuts of Python's own library.")
+        str,
+        typer.Option(
+            help="Joined by commas: .jsonl with a prompt column, a text file, stdlib:N for cuts of Python's own."
+        ),
     ],
     methods: Annotated[
         str, typer.Option(help="Joined by commas; NAME:method uses the draft of that name.")
@@ -336,6 +339,7 @@ def bench(
     max_new_tokens: int = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Prompts are cut to so many tokens; 0: whole.")] = 0,
     limit: Annotated[int, typer.Option(help="Prompts that count: with greedy decoding, ones that don't loop.")] = 32,
+    looping: Annotated[int, typer.Option(help="Prompts with looping greedy continuations, reported apart.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; medians are reported.")] = 3,
     transformers: Annotated[bool, typer.Option(help="Time transformers' own generate in the same run.")] = True,
     draft_length: int = 5,
@@ -358,13 +362,23 @@ def bench(
         named[name or _base_of(folder)] = folder
     drafts = {name: load_draft(folder, model) for name, folder in named.items()}
     settings = Settings(
-        temperature, max_new_tokens, prompt_tokens, limit, repeats, draft_length, _bins(cape_bins), svip_threshold
+        temperature,
+        max_new_tokens,
+        prompt_tokens,
+        limit,
+        looping,
+        repeats,
+        draft_length,
+        _bins(cape_bins),
+        svip_threshold,
     )
     source = target if transformers else None
-    suite, _, count = prompts.partition(":")
-    if suite == "stdlib" and not (count or "128").isdigit():
-        raise InputError(f"--prompts stdlib:N takes a number, not '{count}'")
-    texts = stdlib_prompts(int(count or 128)) if suite == "stdlib" else _prompts(None, Path(prompts))
+    texts = []
+    for source_of in prompts.split(","):
+        suite, _, count = source_of.partition(":")
+        if suite == "stdlib" and not (count or "128").isdigit():
+            raise InputError(f"--prompts stdlib:N takes a number, not '{count}'")
+        texts += stdlib_prompts(int(count or 128)) if suite == "stdlib" else _prompts(None, Path(source_of))
     result = compare(model, drafts, methods.split(","), texts, settings, source, _command())
     report(result)
     if out is not None:

@@ -18,7 +18,7 @@ from .text import Cut, StopStrings
 from .tree import TokenTree
 from .verify import Chance, DenseLaw, Law, PointLaw, RandomChance
 
-NOISE_AHEAD = 8  # positions past the root that noise is made for at once
+NOISE_AHEAD = 16  # positions past the root that noise is made for at once
 
 
 @dataclass
@@ -112,25 +112,21 @@ class DecodeState:
 
         One vector a row and position serves every node there, the draft's and the target's, in this round and the next.
         """
-        device, roots = positions.device, self.cache.lengths
-        depths = range(1, int((positions - self.root_positions[:, None]).max()) + 1)  # the root itself is known
         if self._noise_vocab != vocab:
             self._noise_vocab, self._noise_at = vocab, {}
-        for i, row in enumerate(self.rows):
+        vectors = []
+        for row, root, wanted in zip(self.rows, self.cache.lengths, positions.tolist(), strict=True):
             made = self._noise_at.setdefault(row.index, {})
-            if any(roots[i] + depth not in made for depth in depths):
-                first = next(at for at in range(roots[i] + 1, roots[i] + len(depths) + 1) if at not in made)
+            if any(at not in made for at in wanted):
                 # Ahead of need: the rounds to come want them too, and a call costs more than a vector.
-                span = torch.arange(first, roots[i] + max(len(depths), NOISE_AHEAD) + 1, device=device)
-                vectors = self.noise(torch.tensor([row.params.seed], device=device), span[None], vocab)[0]
-                self._noise_at[row.index] = {at: v for at, v in made.items() if at > roots[i]} | dict(
-                    zip(span.tolist(), vectors, strict=True)
-                )
-        table = torch.stack(
-            [torch.stack([self._noise_at[row.index][roots[i] + d] for d in depths]) for i, row in enumerate(self.rows)]
-        )
-        offset = positions - self.root_positions[:, None]
-        return table[torch.arange(len(self.rows), device=device)[:, None], offset - 1]
+                first = next((at for at in range(root + 1, max(wanted) + 1) if at not in made), min(wanted))
+                span = torch.arange(first, max(*wanted, root + NOISE_AHEAD) + 1, device=positions.device)
+                seed = torch.tensor([row.params.seed], device=positions.device)
+                fresh = self.noise(seed, span[None], vocab)[0]
+                made = {at: v for at, v in made.items() if at > root} | dict(zip(span.tolist(), fresh, strict=True))
+                self._noise_at[row.index] = made
+            vectors.append(torch.stack([made[at] for at in wanted]))
+        return torch.stack(vectors) if len(vectors) > 1 else vectors[0][None]
 
     def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
         """Logits after bias, penalties and min_new_tokens, each node with its own path; `(batch, count, vocab)`.

@@ -41,6 +41,7 @@ class Settings:
     max_new_tokens: int = 128
     prompt_tokens: int = 0
     limit: int = 32
+    looping: int = 16
     repeats: int = 3
     draft_length: int = 5
     bins: tuple[int, ...] = Cape.PAPER
@@ -165,7 +166,7 @@ def compare(
     ids = [p for p in ids if len(p) + settings.max_new_tokens <= target.context]
     if not ids:
         raise InputError("every prompt is longer than the target's context: set --prompt-tokens")
-    groups = _sort_prompts(target, ids, params, settings)
+    groups, drawn = _sort_prompts(target, ids, params, settings)
     # What every method must emit, made as it is measured: batch 1. It warms up, too.
     chosen = [i for group in groups.values() for i in group]
     expected = {i: _run(target, drafters["plain"], ids[i], params)[0] for i in chosen}
@@ -177,7 +178,8 @@ def compare(
     result: dict[str, Any] = {
         "provenance": _provenance(command),
         "settings": asdict(settings),
-        "prompts": {name: len(group) for name, group in groups.items()} | {"sha256": digest_of(prompts)},
+        "prompts": {name: len(group) for name, group in groups.items()}
+        | {"drawn": drawn, "sha256": digest_of(prompts)},
         "repeated_4grams": round(statistics.mean(repetition(tokens) for tokens in expected.values()), 4),
     }
     total = sum(map(len, groups.values())) * settings.repeats
@@ -210,18 +212,21 @@ def compare(
 
 def _sort_prompts(
     target: Target, ids: list[list[int]], params: SamplingParams, settings: Settings
-) -> dict[str, list[int]]:
-    """Which prompts' plain continuations loop, up to `limit` of each kind."""
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Which prompts' plain continuations loop: prompts are drawn until `limit` don't; up to `looping` of the others."""
     groups: dict[str, list[int]] = {"steady": [], "looping": []}
+    limits = {"steady": settings.limit, "looping": settings.looping}
+    drawn = {"steady": 0, "looping": 0}
     for first in range(0, len(ids), BATCH):
         rows = list(range(first, min(first + BATCH, len(ids))))
         for i, one in zip(rows, generate(target, [ids[i] for i in rows], params=params), strict=True):
-            group = groups["looping" if settings.temperature == 0 and loops(one.tokens) else "steady"]
-            if len(group) < settings.limit:
-                group.append(i)
+            kind = "looping" if settings.temperature == 0 and loops(one.tokens) else "steady"
+            drawn[kind] += len(groups["steady"]) < settings.limit
+            if len(groups[kind]) < limits[kind]:
+                groups[kind].append(i)
         if len(groups["steady"]) == settings.limit:
             break
-    return groups
+    return groups, drawn
 
 
 def _merged(each: list[Stats]) -> Stats:

@@ -88,24 +88,24 @@ class Cape(Chain):
         return 1 + self.most
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
-        ahead = super().grow(tree, frontier, law)
-        if self.most == 0:
-            return ahead
-        chosen = tree.tokens[:, -1:, None]
-        rank = law.rank.scatter(2, chosen, float("-inf"))  # siblings differ from the chain's node
-        best = rank.topk(min(self.most, rank.shape[-1] - 1), dim=-1)
+        rank, drawn = law.rank[:, 0], law.drawn
+        if drawn is not None:  # a drawn token comes first, whatever its rank
+            at = drawn.clamp(min=0)
+            rank = rank.scatter(1, at, torch.where(drawn >= 0, float("inf"), rank.gather(1, at)))
+        best = rank.topk(min(1 + self.most, rank.shape[-1]), dim=-1)
         part = (law.confidence * len(self.bins)).long().clamp(max=len(self.bins) - 1)
-        wanted = torch.tensor(self.bins, device=rank.device)[part]  # (batch, 1)
-        tokens = best.indices[:, 0]
-        number = torch.arange(tokens.shape[1], device=rank.device)
+        siblings = torch.tensor(self.bins, device=rank.device)[part]  # (batch, 1)
+        number = torch.arange(best.indices.shape[1], device=rank.device)
         # A token outside the processed law can never be accepted.
-        valid = (number < wanted) & best.values[:, 0].isfinite() & (ahead >= 0)
-        keep = int(valid.sum(1).max())  # valid ones come first: the rest would be padding in every row
-        if keep:
-            log_prob = law.log_q[:, 0].gather(1, tokens)
-            parents = frontier.expand(-1, keep)
-            tree.add(parents, tokens[:, :keep], log_prob[:, :keep], valid[:, :keep])
-        return ahead
+        valid = (number <= siblings) & (best.values > float("-inf")) & (frontier >= 0)
+        keep = max(1, int(valid.sum(1).max()))  # valid ones come first: the rest would be padding in every row
+        tokens = best.indices[:, :keep]
+        log_prob = law.log_q[:, 0].gather(1, tokens)
+        drawn_law = None if law.drawn_law is None else law.drawn_law.expand(-1, keep, -1)
+        added = tree.add(frontier.expand(-1, keep), tokens, log_prob, valid[:, :keep], drawn_law)
+        if drawn is not None:
+            tree.sampled[:, -keep:] &= (drawn >= 0) & (number[:keep] == 0)
+        return added[:, :1]
 
 
 class Beam:
