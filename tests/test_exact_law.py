@@ -406,6 +406,20 @@ def test_rows_get_the_tokens_they_get_alone(sampling: str, stop: StopPolicy, exp
         assert together[i] == alone[0], f"row {i}"
 
 
+@pytest.mark.parametrize("expansion", EXPANSIONS)
+def test_rows_with_unequal_options_do_not_mix(expansion: str) -> None:
+    """Greedy, noise and residual rows, with and without penalties, one batch: each as alone."""
+    drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), Heuristic(2, 4))
+    prompts = [(2, 0, 1, 1, 2)[: 1 + i % 5] for i in range(12)]
+    modes = [{}, {"temperature": 0.9}, {"temperature": 0.9, "sampling": RESIDUAL}]
+    extras = [PENALTIES, {}, {"min_new_tokens": 3, "stop_token_ids": (1,)}, {"min_p": 0.3}]
+    params = [SamplingParams(seed=i, max_new_tokens=4 + i, **modes[i % 3], **extras[i % 4]) for i in range(12)]
+    together, _, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)
+    for i in range(12):
+        alone, _, _ = run_checked(ToyTarget(TARGET), drafter, [prompts[i]], [params[i]])
+        assert together[i] == alone[0], f"row {i}"
+
+
 # --- the noise itself
 
 

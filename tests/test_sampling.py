@@ -172,6 +172,7 @@ def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float)
         ({"presence_penalty": float("nan")}, r"presence_penalty must be a number \(0 is off\), not nan"),
         ({"frequency_penalty": float("inf")}, r"frequency_penalty must be a number \(0 is off\), not inf"),
         ({"logit_bias": {3: float("-inf")}}, r"logit_bias takes token ids and finite numbers, not 3: -inf"),
+        ({"logit_bias": {"7": 1.0}}, r"logit_bias takes token ids and finite numbers, not '7': 1.0"),
         ({"logit_bias": {-1: 2.0}}, r"logit_bias takes token ids and finite numbers, not -1: 2.0"),
         ({"logit_bias": ((3, 1.0), (3, 2.0))}, r"logit_bias names a token id twice: \[3, 3\]"),
         ({"stop": ("a", "")}, r"stop takes strings of at least one character, not \['a', ''\]"),
@@ -185,6 +186,13 @@ def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float)
 def test_a_value_out_of_range_is_refused_with_the_value(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         SamplingParams(**options)
+
+
+def test_stop_and_bias_are_stored_in_one_form() -> None:
+    one = SamplingParams(stop="END", logit_bias={9: 1.0, 3: -2.0})
+    assert (one.stop, one.logit_bias) == (("END",), ((3, -2.0), (9, 1.0)))
+    assert one == SamplingParams(stop=["END"], logit_bias=((3, -2.0), (9, 1.0)))  # type: ignore[arg-type]
+    assert hash(one) == hash(SamplingParams(stop=("END",), logit_bias={3: -2.0, 9: 1.0}))
 
 
 def test_the_edges_are_accepted() -> None:

@@ -34,7 +34,8 @@ class SamplingParams:
         presence_penalty, frequency_penalty: taken off the logit of a token that was emitted: once, and once for each
             occurrence; the prompt does not count; 0 is off. As in the OpenAI and vLLM interfaces.
         logit_bias: {token id: number added to its logit}; stored as sorted pairs.
-        stop: strings that end the row. The text ends before them, and so do the ids where a token boundary allows.
+        stop: one string or several that end the row; stored as a tuple. The text ends before them, and so do the ids where a
+            token boundary allows.
         min_new_tokens: before so many tokens nothing may end the row: stop tokens have probability 0, and stop strings
             are not looked for.
 
@@ -102,13 +103,14 @@ class SamplingParams:
 
 
 def _bias_pairs(bias: Mapping[int, float] | tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    pairs = tuple(sorted(bias.items() if isinstance(bias, Mapping) else bias))
+    pairs = tuple(bias.items() if isinstance(bias, Mapping) else bias)
     for token, value in pairs:
-        if token < 0 or not math.isfinite(value):
-            raise InputError(f"logit_bias takes token ids and finite numbers, not {token}: {value}")
-    if len({token for token, _ in pairs}) < len(pairs):
+        numbers = isinstance(token, int) and isinstance(value, (int, float))
+        if not numbers or token < 0 or not math.isfinite(value):
+            raise InputError(f"logit_bias takes token ids and finite numbers, not {token!r}: {value!r}")
+    if len(dict(pairs)) < len(pairs):
         raise InputError(f"logit_bias names a token id twice: {[token for token, _ in pairs]}")
-    return pairs
+    return tuple(sorted(pairs))
 
 
 def widen(logits: Tensor) -> Tensor:
