@@ -38,7 +38,8 @@ for path in map(Path, sys.argv[1:]):
     for kind in ("steady", "looping"):
         if result[kind]:
             print(
-                f"{kind} continuations, {result['prompts'][kind]} prompts, commit {result['provenance']['commit']}:\n"
+                f"{kind} continuations, {result['prompts'][kind]} prompts, "
+                f"{result['repeated_4grams'][kind]:.0%} repeated 4-grams, commit {result['provenance']['commit']}:\n"
             )
             print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
             for row in result[kind]:
