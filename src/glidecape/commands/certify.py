@@ -72,7 +72,11 @@ def register(
         reference = AutoModelForCausalLM.from_pretrained(target, **options).to(device).eval()
         findings = run(model, reference, drafters, texts, params)
         if as_json:
-            settings = {"target": target, "drafts": folders, "dtype": str(model.dtype).removeprefix("torch.")}
+            settings: dict[str, Any] = {
+                "target": target,
+                "drafts": folders,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
             settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "prompts": len(texts)}
             verdict = worst(findings)
             print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
@@ -131,7 +135,7 @@ def print_table(findings: list[Finding]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    table = Table(title="output against plain decoding and transformers")
+    table = Table(title="output against the target's own")
     for column in ("method", EQUAL, NEAR_TIE, BUG):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method in dict.fromkeys(f.method for f in findings):
