@@ -22,8 +22,10 @@ LAYERS = [
     {"state"},
     {"drafting"},
     {"decode"},
+    {"certify"},
     {"train", "bench"},
     {"demo", "show", "fit"},
+    {"commands"},
     {"cli"},
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(glidecape.__path__, "glidecape.")]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands import certify as _certify
 from .errors import GlideCapeError, InputError
 
 if TYPE_CHECKING:
@@ -405,6 +406,9 @@ def demo(
     from .demo import run_demo
 
     run_demo(target, draft, max_new_tokens, threads)
+
+
+_certify.register(app, _target, _prompts, _base_of)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,252 @@
+"""Certify: for one's own target, drafts and dtype, is every method's output the target's?
+
+Each method is compared, token by token, with plain decoding and with an independent reference: a second copy of the model
+in transformers' own attention and cache, which shares neither mask, positions, cache nor verify with us. Greedy, that is
+`generate`; at temperature > 0 it is the argmax of its law plus the shared noise along plain's output.
+
+Where two outputs part, the logits there are made again in several shapes: by the reference (whole text at once; one token
+after a cache), by the target with one node, and by the target with a tree. They differ by rounding alone if all is well.
+A token that rounding can have turned is a near-tie; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decode import generate
+from .drafting.drafter import Drafter, NoDraft
+from .errors import InputError
+from .models.target import Target
+from .noise import gumbel
+from .sampling import NOISE, SamplingParams, log_law, widen
+from .tree import TokenTree
+
+EQUAL, NEAR_TIE, BUG = "equal", "near-tie", "bug"
+SPAN = 6  # tokens that the many-node forward runs as a tree
+SLACK = 4.0  # rounding may be so many times what the reference's own two shapes, or the dtype's steps, show
+
+PROMPTS = (
+    "def read_lines(path):\n    ",
+    "Once upon a time there was a mill by the river, and",
+    "The three most important things to know about volcanoes are:\n1.",
+    '{"name": "Ada", "born": 1815, "field": "mathematics"}\n{"name": "Emmy", "born":',
+    "one two three one two three one two three one two",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One method on one prompt.
+
+    Attributes:
+        verdict: "equal", "near-tie" or "bug".
+        against: "plain" or "transformers": the output it parts from (the worse one); "" where equal.
+        index: number of the first differing new token; -1 where equal.
+        expected, got: the two tokens there; -1 for an output that ended before.
+        margin: between the reference's two highest scores there (logits; with temperature, noisy log-probabilities).
+        gap: how far the lower of the two tokens lies below the reference's highest score.
+        shapes: largest difference of scores between the target's one-node and many-node forwards.
+        error: largest difference of scores of either of them from the reference.
+        rounding: the most that rounding is held to explain, for gap and error.
+    """
+
+    method: str
+    prompt: int
+    verdict: str = EQUAL
+    against: str = ""
+    index: int = -1
+    expected: int = -1
+    got: int = -1
+    margin: float = 0.0
+    gap: float = 0.0
+    shapes: float = 0.0
+    error: float = 0.0
+    rounding: float = 0.0
+
+    @property
+    def explained(self) -> bool:
+        """Rounding of the two kernel shapes explains the difference."""
+        return self.verdict == NEAR_TIE
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"explained": self.explained}
+
+
+@torch.no_grad()
+def certify(
+    target: Target,
+    reference: Any,
+    drafters: Mapping[str, Drafter],
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | None = None,
+) -> list[Finding]:
+    """Compare every method with plain decoding and with `reference`, prompt by prompt.
+
+    End-of-text is ignored, so that every output has `max_new_tokens` tokens. Prompt i uses seed + i.
+
+    Args:
+        reference: a transformers causal LM with the target's weights, dtype and device, but not the target's own module.
+        drafters: by the name of the method; plain is added.
+
+    Returns:
+        A finding for each method and prompt, "plain" first.
+
+    Raises:
+        InputError: the reference is the target's module, options that don't determine the text, or an unusable prompt.
+    """
+    params = params or SamplingParams(max_new_tokens=64)
+    if reference is target.model:
+        raise InputError("the reference must be a model of its own: load the target's weights a second time")
+    if not params.greedy and params.sampling != NOISE:
+        raise InputError("the residual rule draws other tokens with every method: certify with sampling='noise'")
+    bare = SamplingParams(params.temperature, seed=params.seed, max_new_tokens=params.max_new_tokens)
+    if replace(params, ignore_eos=False) != bare:
+        raise InputError("certify compares the bare law at a temperature: leave all other sampling options out")
+    found: list[list[Finding]] = [[] for _ in range(len(drafters) + 1)]
+    everyone = {"plain": NoDraft(), **{name: d for name, d in drafters.items() if name != "plain"}}
+    for i, prompt in enumerate(prompts):
+        ids = target.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        own = replace(params, seed=params.seed + i, ignore_eos=True)
+        plain = generate(target, [ids], None, own)[0].tokens
+        judge = _Judge(target, reference, ids, own)
+        truth = judge.reference_tokens(plain)
+        for row, (name, drafter) in zip(found, everyone.items(), strict=False):
+            tokens = plain if name == "plain" else generate(target, [ids], drafter, own)[0].tokens
+            against = {"transformers": truth} if name == "plain" else {"plain": plain, "transformers": truth}
+            verdicts = [judge.compare(Finding(name, i, against=a), right, tokens) for a, right in against.items()]
+            row.append(max(verdicts, key=lambda f: (EQUAL, NEAR_TIE, BUG).index(f.verdict)))
+    return [finding for row in found for finding in row]
+
+
+class _Judge:
+    """Holds one prompt, and says of two outputs that part whether rounding can have parted them."""
+
+    def __init__(self, target: Target, reference: Any, prompt: list[int], params: SamplingParams) -> None:
+        self.target, self.reference, self.prompt, self.params = target, reference, prompt, params
+
+    def reference_tokens(self, plain: list[int]) -> list[int]:
+        """The reference's own output; with temperature, along plain's output: its choice after each of plain's tokens."""
+        if not plain:
+            return []
+        if not self.params.greedy:
+            logits = self._full([*self.prompt, *plain[:-1]])[len(self.prompt) - 1 :]
+            return self._scores(logits, len(self.prompt)).argmax(-1).tolist()
+        from transformers import GenerationConfig
+
+        ids = torch.tensor([self.prompt], device=self.reference.device)
+        # Nothing of the model's own generation settings: the output's law is that of the logits.
+        saved, self.reference.generation_config = self.reference.generation_config, GenerationConfig()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out = self.reference.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=len(plain),
+                    pad_token_id=0,
+                    eos_token_id=None,
+                )
+        finally:
+            self.reference.generation_config = saved
+        return out[0, len(self.prompt) :].tolist()
+
+    def compare(self, finding: Finding, right: list[int], tokens: list[int]) -> Finding:
+        """The finding with its verdict."""
+        longest = max(len(right), len(tokens))
+        at = next((k for k in range(longest) if right[k : k + 1] != tokens[k : k + 1]), None)
+        if at is None:
+            return replace(finding, against="")
+        expected, got = ((side[at] if at < len(side) else -1) for side in (right, tokens))
+        finding = replace(finding, verdict=BUG, index=at, expected=expected, got=got)
+        if expected < 0 or got < 0:
+            return finding  # one output is shorter: rounding cannot do that
+        known = [*self.prompt, *tokens[:at]]
+        truth = self._score(self._full(known)[-1], len(known))
+        stepped = self._score(self._after_a_cache(known), len(known))
+        one = self._score(self._one_node(known), len(known))
+        many = self._score(self._many_nodes(known), len(known))
+        best = truth.topk(2).values
+        step = torch.finfo(self.target.dtype).eps * _largest(self._full(known)[-1])
+        if not self.params.greedy:
+            step /= self.params.temperature
+        rounding = SLACK * max(_difference(truth, stepped), step)
+        error = max(_difference(truth, one), _difference(truth, many))
+        gap = float(best[0] - torch.minimum(truth[expected], truth[got]))
+        # Written so that a score that is not a number is a bug.
+        tie = math.isfinite(rounding) and gap <= 2 * rounding and error <= rounding
+        return replace(
+            finding,
+            verdict=NEAR_TIE if tie else BUG,
+            margin=float(best[0] - best[1]),
+            gap=gap,
+            shapes=_difference(one, many),
+            error=error,
+            rounding=rounding,
+        )
+
+    def _scores(self, logits: Tensor, first: int) -> Tensor:
+        """What the argmax is taken of, `(count, vocab)`, for tokens at positions `first`, `first + 1`, …"""
+        if self.params.greedy:
+            return widen(logits)
+        positions = torch.arange(first, first + len(logits), device=logits.device)[None]
+        seed = torch.tensor([self.params.seed], device=logits.device)
+        return log_law(widen(logits), self.params) + gumbel(seed, positions, logits.shape[-1])[0]
+
+    def _score(self, logits: Tensor, position: int) -> Tensor:
+        return self._scores(logits[None], position)[0]
+
+    def _full(self, tokens: list[int]) -> Tensor:
+        """The reference on the whole text at once, without a cache; `(tokens, vocab)`."""
+        ids = torch.tensor([tokens], device=self.reference.device)
+        return self.reference(input_ids=ids, use_cache=False).logits[0].to(self.target.device)
+
+    def _after_a_cache(self, tokens: list[int]) -> Tensor:
+        """The reference on the last token, after a cache of its own: the other shape of its kernels."""
+        ids = torch.tensor([tokens], device=self.reference.device)
+        if len(tokens) == 1:
+            return self._full(tokens)[-1]
+        past = self.reference(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        out = self.reference(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
+        return out.logits[0, -1].to(self.target.device)
+
+    def _one_node(self, tokens: list[int]) -> Tensor:
+        cache = self.target.new_cache(1, len(tokens) + 1)
+        self.target.prefill([tokens], cache)
+        tree = TokenTree(torch.tensor([tokens[-1]], device=self.target.device))
+        return self._run(tree, cache)[0]
+
+    def _many_nodes(self, tokens: list[int]) -> Tensor:
+        """The target on the last tokens as a tree, with a wrong sibling beside each, as a round would run them."""
+        *before, root = tokens[: max(1, len(tokens) - SPAN + 1)]
+        device = self.target.device
+        cache = self.target.new_cache(1, len(tokens) + SPAN + 1)
+        self.target.prefill([[*before, root]], cache)
+        tree, node = TokenTree(torch.tensor([root], device=device)), 0
+        for token in tokens[len(before) + 1 :]:
+            parents = torch.tensor([[node, node]], device=device)
+            node = tree.nodes
+            wrong = (token + 1) % self.target.vocab_size
+            tree.add(parents, torch.tensor([[token, wrong]], device=device), torch.zeros(1, 2, device=device))
+        return self._run(tree, cache)[node]
+
+    def _run(self, tree: TokenTree, cache: Any) -> Tensor:
+        root = torch.tensor(cache.lengths, device=self.target.device)
+        return self.target.forward(tree.tokens, tree.positions(root), cache, tree.ancestors).logits[0]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference of two score vectors; infinite where one holds a value that is not a number."""
+    largest = float((one - other).abs().max())
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _largest(logits: Tensor) -> float:
+    return float(widen(logits).abs().max())
