@@ -77,7 +77,7 @@ def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, 
         "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=Cape.SMALL),
     }
     console.print(
-        f"[bold]GlideCape[/] on {target.name}: {sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters, "
+        f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "
         f"float32, {torch.get_num_threads()} threads. "
         "Tokens: [green]drafted chain[/], [magenta]CaPE sibling[/], target's own (plain)."
     )

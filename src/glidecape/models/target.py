@@ -149,6 +149,7 @@ class Target:
         _refuse_by_config(self.text_config)
         _register()
         model.set_attn_implementation(ATTENTION)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self._digest: str | None = None
         self.packed = bool(pack) and self._pack(None if pack is True else pack)
         self.shapes = _kv_shapes(model, self.text_config)
