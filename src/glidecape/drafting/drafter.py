@@ -148,7 +148,8 @@ class ModelDrafter:
         width = max(len(piece) for piece in pieces)
         tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
         positions = torch.tensor(own.lengths, device=device)[:, None] + torch.arange(width, device=device)
-        mask = tree_mask(own.lengths, None, width, max(own.lengths) + width)
+        sees_all = width == 1 and len(set(own.lengths)) == 1
+        mask = None if sees_all else tree_mask(own.lengths, None, width, max(own.lengths) + width)
         logits = self.model.step(tokens, positions, own, mask, state.cache, positions)
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
         # The root stays scratch slot 0: it is the first token of this round's tree.
