@@ -11,12 +11,12 @@ bench() { "$bin"/glidecape bench "${common[@]}" "${@:2}" --out "runs/out/results
 
 # gamma 5, few siblings: every method on the same prompts.
 all=plain,vanilla,glide,nocross:glide,glide+cape,glide+svip,glide+cape+svip
-bench g5-t0 --methods $all --temperature 0 --draft-length 5 --cape-bins small
+bench g5-t0 --methods $all --temperature 0 --draft-length 5 --cape-bins small --looping 8
 bench g5-t1 --methods $all --temperature 1 --draft-length 5 --cape-bins small
-# Short drafts, what suits a small target on a CPU.
-ours=plain,glide,glide+cape,glide+cape+svip
-bench g3-t0 --methods $ours --temperature 0 --draft-length 3 --cape-bins small --looping 0
-bench g3-t1 --methods $ours --temperature 1 --draft-length 3 --cape-bins small
+# gamma 4, a looser threshold, and the beam: what suits a small target on a CPU.
+ours=plain,glide,glide+cape,glide+cape+svip,glide+beam
+bench g4-t0 --methods $ours --temperature 0 --draft-length 4 --cape-bins small --svip-threshold 0.45 --looping 0
+bench g4-t1 --methods $ours --temperature 1 --draft-length 4 --cape-bins small --svip-threshold 0.45
 # The paper's bins.
 bench paper-t0 --methods plain,glide,glide+cape --temperature 0 --draft-length 5 --looping 0 --repeats 1
 bench paper-t1 --methods plain,glide,glide+cape --temperature 1 --draft-length 5 --repeats 1
