@@ -63,16 +63,18 @@ def _rank(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _provenance() -> dict[str, dict[str, str]]:
-    """Version and licence of each importable package, as its own metadata states them."""
+def _provenance(roots: list[Path]) -> dict[str, dict[str, str]]:
+    """Version and licence of each package below `roots`, as the metadata beside it states them."""
     found: dict[str, dict[str, str]] = {}
-    for package, names in metadata.packages_distributions().items():
-        info: Any = metadata.metadata(names[0])  # an email.message.Message, whatever its stub says
+    for one in metadata.distributions(path=[str(root) for root in roots]):
+        info: Any = one.metadata  # an email.message.Message, whatever its stub says
         licence = info.get("License-Expression") or next(
             (c.split("::")[-1].strip() for c in info.get_all("Classifier") or [] if c.startswith("License ::")),
-            (info.get("License") or "unknown").splitlines()[0][:60],
+            (info.get("License") or "unknown").strip().splitlines()[0][:60],
         )
-        found[package] = {"distribution": names[0], "version": info["Version"], "licence": licence}
+        for package in {Path(str(file)).parts[0].removesuffix(".py") for file in one.files or []}:
+            described = {"distribution": info["Name"], "version": info["Version"], "licence": licence}
+            found.setdefault(package, described)
     return found
 
 
@@ -149,7 +151,7 @@ def build_pysource(
         tokens = np.concatenate(rows)
         tokens.tofile(out / f"{name}.bin")
         counts[f"{name}_tokens"] = len(tokens)
-    known = _provenance()
+    known = _provenance(roots or default_roots())
     table = [
         {"package": p, "bytes": size[p], "held_out": p in held, **known.get(p, {})} for p in sorted(size, key=str.lower)
     ]
