@@ -214,6 +214,7 @@ def train(
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the hidden matrices.")] = "adamw",
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -233,6 +234,7 @@ def train(
         recipe,
         budget,
         _command(),
+        save_every_s=save_every,
     )
 
 

@@ -6,8 +6,9 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats
 from .data import Windows, load_tokens
-from .loop import STATE_FILE, Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, save_state
 
 LOSSES = ("kl", "ce", "kl+ce")
 
@@ -162,14 +163,23 @@ def evaluate_draft(
 
 
 def train_draft(
-    target: Target, data: Path, out: Path, recipe: DraftRecipe, budget: Budget, command: str = "", prompts: int = 16
+    target: Target,
+    data: Path,
+    out: Path,
+    recipe: DraftRecipe,
+    budget: Budget,
+    command: str = "",
+    prompts: int = 16,
+    save_every_s: float = 300.0,
 ) -> dict[str, float]:
-    """Train a draft and write it to `out`; an interrupted run goes on from there.
+    """Train a draft and write it to `out`; a run killed at any moment goes on from its last save, `save_every_s` seconds
+    ago at most, and ends with the weights of one never killed (with a budget of tokens, on the same machine).
 
     Returns:
         Figures: steps, tokens, seconds, train_loss, and `evaluate_draft`'s.
     Raises:
-        DataError: no readable text in `data`. CheckpointError: `out` is not writable or not resumable.
+        DataError: no readable text in `data`. CheckpointError: `out` is not writable, not resumable, or holds a run
+            with another recipe or other data.
         UnsupportedError: the target's cache cannot be read by a GliDe draft.
     """
     tokens = load_tokens(data, target.tokenizer)
@@ -179,7 +189,8 @@ def train_draft(
     module = make_draft(target, recipe)
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
-    clock = load_state(out, module, made) if (out / STATE_FILE).exists() else Clock()
+    identity = asdict(recipe) | {"data": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]}
+    clock = load_state(out, module, made, identity)
     teacher = Teacher(target, recipe.rows, length)
     max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
     autocast = torch.autocast(target.device.type, dtype=torch.bfloat16)
@@ -197,9 +208,9 @@ def train_draft(
         return distillation_loss(drafted, taught, batch, visible > 0, recipe.loss), batch.numel()
 
     def save(now: Clock) -> None:
-        save_state(out, module, made, now)
+        save_state(out, module, made, now, identity)
 
-    clock = fit(module, made, budget, loss_of, clock, save)
+    clock = fit(module, made, budget, loss_of, clock, save, save_every_s)
     figures = {
         "steps": clock.step,
         "tokens": clock.tokens,

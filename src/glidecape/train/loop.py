@@ -71,10 +71,13 @@ def reuse_freed_memory() -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+    """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
+    file whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
@@ -82,6 +85,26 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of writers that were killed: `.NAME.PID` where no process of that number lives."""
+    for path in folder.glob(".*.*"):
+        pid = path.name.rpartition(".")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _lives(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would be killing
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
@@ -108,30 +131,62 @@ def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.o
     return made
 
 
-def load_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer]) -> Clock:
-    """Take up a run saved by `save_state`; returns its clock.
+def load_state(
+    folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], identity: dict[str, Any] | None = None
+) -> Clock:
+    """Take up the run saved in `folder` by `save_state`, or begin one; returns its clock.
+
+    `identity` is what makes a run the one it is (recipe, data). A budget is no part of it: a run may be prolonged.
 
     Raises:
-        CheckpointError: the file is torn or belongs to another module.
+        CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
     """
+    remove_leftovers(folder)
     path = folder / STATE_FILE
+    if not path.exists():
+        return Clock()
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state.get("identity", {})
+    except Exception as error:
+        raise _cannot_resume(path, error) from None
+    other = [
+        f"{name} {saved[name]}, not {value}"
+        for name, value in (identity or {}).items()
+        if saved.get(name, value) != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --out"
+        )
+    try:
         module.load_state_dict(state["module"])
-        for optimizer, saved in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, moments in zip(made, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         return Clock(**state["clock"])
     except Exception as error:
-        raise CheckpointError(
-            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
-        ) from None
+        raise _cannot_resume(path, error) from None
 
 
-def save_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], clock: Clock) -> None:
+def _cannot_resume(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+    )
+
+
+def save_state(
+    folder: Path,
+    module: torch.nn.Module,
+    made: list[torch.optim.Optimizer],
+    clock: Clock,
+    identity: dict[str, Any] | None = None,
+) -> None:
+    """Write weights, optimizer moments and clock: all that a resumed run needs to go on bit for bit."""
     state = {
         "module": module.state_dict(),
         "optimizers": [o.state_dict() for o in made],
         "clock": vars(clock),
+        "identity": identity or {},
     }
     write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
 
