@@ -109,7 +109,7 @@ def test_another_recipe_or_other_data_is_refused_and_a_larger_budget_is_not(worl
         return train_draft(target, data, tmp_path / "out", recipe, Budget(tokens=steps * 64), prompts=0)
 
     train(small, 1)
-    with pytest.raises(CheckpointError, match="rate 0.002, not 0.1"):
+    with pytest.raises(CheckpointError, match=r"rate 0\.002, not 0\.1"):
         train(DraftRecipe(length=32, rows=2, rate=0.1), 2)
     (tmp_path / "other.txt").write_text("def other(): pass\n" * 200)
     with pytest.raises(CheckpointError, match="data"):

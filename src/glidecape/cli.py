@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands.plan import plan
 from .errors import GlideCapeError, InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make training corpora.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(plan)
 
 TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -206,7 +208,8 @@ def train(
         str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
     ] = "glide",
     preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, ce or kl+ce.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
     max_lag: Annotated[int, typer.Option(help="Deepest draft to train for; 0: the preset's.")] = 0,
@@ -225,7 +228,7 @@ def train(
     """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
     from .train.draft import DraftRecipe, train_draft
 
-    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed)
+    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed, lags)
     budget = _budget(tokens, minutes)
     train_draft(
         _target(target, dtype, device, threads, revision, trust_remote_code, pack=False),

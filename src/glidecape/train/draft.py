@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..cache import KVCache
 from ..decode import decode
 from ..drafting.methods import make_drafter
 from ..errors import DataError, InputError
-from ..masks import block_visible
 from ..models.checkpoint import save_glide
 from ..models.glide import GlideConfig, GlideDraft, GlideModel
 from ..models.standalone import StandaloneDraft
@@ -30,9 +28,9 @@ from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats
 from .data import Windows, load_tokens
+from .lags import LAGS, lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, save_state
-
-LOSSES = ("kl", "ce", "kl+ce")
+from .losses import check_loss, distillation_loss
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class DraftRecipe:
     Attributes:
         kind: "glide", "glide-no-cross" (the ablation) or "lm" (an independent LM of one layer).
         preset: of GliDe, "default" or "paper"; the paper's brings its loss and lag with it.
-        loss: "kl" (KL(target || draft), the default), "ce" (next token of the text), or their mean "kl+ce".
+        loss: one of `losses.LOSSES`, or several joined by "+".
+        lags: one of `lags.LAGS`.
         max_lag: deepest lag trained; 0 takes the preset's.
         length, rows: window in tokens and windows a step.
         muon: hidden matrices with Muon instead of AdamW.
@@ -57,31 +56,14 @@ class DraftRecipe:
     rate: float = 2e-3
     muon: bool = False
     seed: int = 0
+    lags: str = "block-random"
 
     def __post_init__(self) -> None:
         if self.kind not in ("glide", "glide-no-cross", "lm"):
             raise InputError(f"unknown kind of draft '{self.kind}': choose glide, glide-no-cross or lm")
-        if self.loss not in LOSSES:
-            raise InputError(f"unknown loss '{self.loss}': choose from {', '.join(LOSSES)}")
-
-
-def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
-    """Mean loss in nats over counted positions.
-
-    Args:
-        draft, target: logits `(batch, length, vocab)` at positions 0 .. length-1.
-        tokens: `(batch, length)`; position j predicts token j + 1.
-        counted: `(batch, length)` bool; the last position never counts for "ce".
-    """
-    total = draft.new_zeros((), dtype=torch.float32)
-    parts = loss.split("+")
-    if "kl" in parts:
-        q, p = draft[counted].float().log_softmax(-1), target[counted].float().log_softmax(-1)
-        total = total + F.kl_div(q, p, reduction="batchmean", log_target=True)
-    if "ce" in parts:
-        known = counted[:, :-1]
-        total = total + F.cross_entropy(draft[:, :-1][known].float(), tokens[:, 1:][known])
-    return total / len(parts)
+        if self.lags not in LAGS:
+            raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
+        check_loss(self.loss)
 
 
 def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
@@ -133,6 +115,30 @@ def draft_logits(module: nn.Module, tokens: Tensor, positions: Tensor, cache: KV
     if isinstance(module, GlideModel):
         return module(tokens, positions, cache.committed(module.config.target_layer), visible)
     return module(input_ids=tokens).logits
+
+
+class Lesson:
+    """The loss of a batch: the target's forward, its keys and values read at the recipe's lags, the draft's forward.
+
+    Args:
+        length: of the windows, in tokens.
+    """
+
+    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
+        self.target, self.module, self.recipe = target, module, recipe
+        self.teacher = Teacher(target, recipe.rows, length)
+        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
+
+    def __call__(self, batch: Tensor, number: int) -> Tensor:
+        """Mean loss over `batch (rows, length)`, the run's batch of that number."""
+        rows, length = batch.shape
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = visible.to(batch.device)
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            taught = self.teacher(batch)
+            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+        # Every kind of draft learns from the same positions.
+        return distillation_loss(drafted, taught, batch, visible > 0, self.recipe.loss)
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
@@ -191,21 +197,13 @@ def train_draft(
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]}
     clock = load_state(out, module, made, identity)
-    teacher = Teacher(target, recipe.rows, length)
-    max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
-    autocast = torch.autocast(target.device.type, dtype=torch.bfloat16)
+    lesson = Lesson(target, module, recipe, length)
     module.train()
 
     def loss_of(step: int) -> tuple[Tensor, int]:
+        # Windows and lags depend on the step alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(step, recipe.rows, length).to(target.device)
-        # Boundaries depend on the step alone, as the batch does: a resumed run repeats nothing and skips nothing.
-        phases = np.random.default_rng([recipe.seed, step]).integers(0, max_lag, recipe.rows)
-        visible = block_visible(torch.from_numpy(phases).to(target.device), length, max_lag)
-        with autocast:
-            taught = teacher(batch)
-            drafted = draft_logits(module, batch, teacher.positions, teacher.cache, visible)
-        # Every kind of draft learns from the same positions.
-        return distillation_loss(drafted, taught, batch, visible > 0, recipe.loss), batch.numel()
+        return lesson(batch, step), batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)

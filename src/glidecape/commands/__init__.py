@@ -1,0 +1,1 @@
+"""Commands of `glidecape` that have a module of their own."""
