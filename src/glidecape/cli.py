@@ -217,6 +217,13 @@ def train(
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the hidden matrices.")] = "adamw",
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of --rows windows a step.")] = 1,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of a step's gradient; 0: any.")] = 1.0,
+    loss_on: Annotated[
+        str, typer.Option(help="all tokens, or completion: of prompt+completion and chat data.")
+    ] = "all",
+    preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
     device: Device = "cpu",
@@ -226,19 +233,16 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
-    from .train.draft import DraftRecipe, train_draft
+    from .train.draft import DraftRecipe, preview_data, train_draft
 
-    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed, lags)
-    budget = _budget(tokens, minutes)
-    train_draft(
-        _target(target, dtype, device, threads, revision, trust_remote_code, pack=False),
-        data,
-        out,
-        recipe,
-        budget,
-        _command(),
-        save_every_s=save_every,
-    )
+    muon = _is_muon(optimizer)
+    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, muon, seed, lags, loss_on, accumulate, clip)
+    budget = None if preview else _budget(tokens, minutes)
+    model = _target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    if budget is None:
+        print(preview_data(model, data, recipe))
+        return
+    train_draft(model, data, out, recipe, budget, _command(), save_every_s=save_every, compile_model=compile_model)
 
 
 def _is_muon(optimizer: str) -> bool:

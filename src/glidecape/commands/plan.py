@@ -43,7 +43,8 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     own = sum(p.numel() for p in module.parameters())
     frozen = sum(p.numel() * p.element_size() for p in target.model.parameters())
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
-    # The target's logits in its dtype, the draft's and their gradient in autocast's, and a widened piece of each.
+    # Logits: the target's in its dtype, the draft's and their gradient in autocast's; of all, the rows that count are
+    # gathered again, and a piece of them is widened.
     from ..train.losses import CHUNK, DIRECT
 
     logits = recipe.rows * length * target.vocab_size
@@ -58,7 +59,7 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
         draft_parameters=own,
         checkpoint_bytes=2 * own,
         training_state_bytes=12 * own,
-        memory_bytes=frozen + 16 * own + cache + logits * (target.dtype.itemsize + 4) + widened + activations,
+        memory_bytes=frozen + 16 * own + cache + logits * 2 * (target.dtype.itemsize + 3) + widened + activations,
     )
 
 

@@ -70,7 +70,7 @@ def reuse_freed_memory() -> None:
             libc.mallopt(option, 2**31 - 1)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
     file whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -201,10 +201,12 @@ def fit(
     save_every_s: float = 300.0,
     clip: float = 1.0,
     console: Console | None = None,
+    accumulate: int = 1,
 ) -> Clock:
-    """Train until the budget is spent. `loss_of(step)` gives the loss of that step's batch and its tokens.
+    """Train until the budget is spent. `loss_of(number)` gives the loss of the run's batch of that number, and its tokens.
 
-    A step's batch depends on the step alone, so a run killed and resumed sees the same data as one never killed.
+    A step takes the mean gradient of `accumulate` batches, clipped to norm `clip` (0: not clipped). A batch depends on its
+    number alone, so a run killed and resumed sees the same data as one never killed.
     """
     console = console or Console(stderr=True)
     reuse_freed_memory()
@@ -219,15 +221,20 @@ def fit(
             for optimizer in made:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * budget.factor(progress)
-            loss, tokens = loss_of(clock.step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+            loss_here = 0.0
+            for number in range(clock.step * accumulate, (clock.step + 1) * accumulate):
+                loss, tokens = loss_of(number)
+                (loss / accumulate).backward()
+                loss_here += float(loss.detach()) / accumulate
+                clock.tokens += tokens
+            if clip:
+                torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
             for optimizer in made:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            clock.step, clock.tokens = clock.step + 1, clock.tokens + tokens
+            clock.step += 1
             clock.seconds = before + time.monotonic() - started
-            clock.losses.append(float(loss.detach()))
+            clock.losses.append(loss_here)
             progress = budget.progress(clock.tokens, clock.seconds)
             recent = clock.losses[-20:]
             mean = sum(recent) / len(recent)
