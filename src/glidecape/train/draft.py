@@ -34,7 +34,8 @@ class DraftRecipe:
 
     Attributes:
         kind: "glide", "glide-no-cross" (the ablation) or "lm" (an independent LM of one layer).
-        preset: of GliDe, "default" or "paper"; the paper's brings its loss and lag with it.
+        preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
+            lags="block" besides.
         loss: one of `losses.LOSSES`, or several joined by "+".
         lags: one of `lags.LAGS`.
         max_lag: deepest lag trained; 0 takes the preset's.
