@@ -63,7 +63,8 @@ def test_clip_bounds_the_gradient_and_zero_does_not(world, target, tmp_path, mon
         DraftRecipe(accumulate=0)
 
 
-def test_a_compiled_draft_learns_the_same(world, target, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["glide", "lm"])
+def test_a_compiled_draft_learns_the_same(kind, world, target, tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, as by torch.compile's default, but without its code generator."""
     compiled = []
 
@@ -73,11 +74,12 @@ def test_a_compiled_draft_learns_the_same(world, target, tmp_path, monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(drafts.torch, "compile", trace)
-    recipe = DraftRecipe(rows=2, length=32, lags="shift")
+    recipe = DraftRecipe(kind=kind, rows=2, length=32, lags="shift")
     plain = weights(world, target, tmp_path / "plain", recipe)
     assert compiled == []
     traced = weights(world, target, tmp_path / "traced", recipe, compile_model=True)
     assert len(compiled) == 1
+    assert plain.keys() == traced.keys()
     for name in plain:
         torch.testing.assert_close(traced[name], plain[name], atol=1e-4, rtol=1e-3)
 

@@ -7,6 +7,8 @@ The target runs on each batch and its keys and values are used at once: nothing 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,21 +102,31 @@ def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
     return GlideModel(GlideConfig.for_target(target, recipe.preset, **changes), target).float()
 
 
+@contextmanager
+def compiled(module: nn.Module) -> Iterator[None]:
+    """Run the draft's layer (of an LM, all of it) through torch.compile, until the end of the block.
+
+    What stands around GliDe's layer asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
+    """
+    part: Any = module.layer if isinstance(module, GlideModel) else module
+    part.forward = torch.compile(part.forward)
+    try:
+        yield
+    finally:
+        del part.forward  # the class's own again: decoding has a new shape each round
+
+
 class Lesson:
     """The loss of a batch: the target's forward, its keys and values read at the recipe's lags, the draft's forward.
 
     Args:
         length: of the windows, in tokens.
-        compiled: draft and loss through torch.compile; the target stays as it is.
     """
 
-    def __init__(
-        self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, compiled: bool = False
-    ) -> None:
+    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
         self.target, self.module, self.recipe = target, module, recipe
         self.teacher = Teacher(target, recipe.rows, length)
         self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
-        self.draft = torch.compile(draft_logits) if compiled else draft_logits
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
         """Mean loss over `batch (rows, length)`, the run's batch of that number.
@@ -126,7 +138,7 @@ class Lesson:
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
             taught = self.teacher(batch)
-            drafted = self.draft(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
         counted = visible > 0  # every kind of draft learns from the same positions
         if learned is not None:
             counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
@@ -164,7 +176,7 @@ def train_draft(
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest}
     clock = load_state(out, module, made, identity)
-    lesson = Lesson(target, module, recipe, length, compile_model)
+    lesson = Lesson(target, module, recipe, length)
     module.train()
 
     def loss_of(number: int) -> tuple[Tensor, int]:
@@ -176,7 +188,8 @@ def train_draft(
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
 
-    clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+    with compiled(module) if compile_model else nullcontext():
+        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
