@@ -94,11 +94,12 @@ def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
 def test_leftovers_of_the_living_are_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = {f".a.{os.getpid()}", f".a.{os.getppid()}", f".a.{dead.pid}", ".gitignore", "a.1"}
+    names = {f".{STATE_FILE}.{pid}" for pid in (os.getpid(), os.getppid(), dead.pid)}
+    names |= {".gitignore", f".notes.{dead.pid}", STATE_FILE, f"{STATE_FILE}.{dead.pid}"}
     for name in names:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == names - {f".a.{dead.pid}"}
+    assert {p.name for p in tmp_path.iterdir()} == names - {f".{STATE_FILE}.{dead.pid}"}
 
 
 def test_another_recipe_or_other_data_is_refused_and_a_larger_budget_is_not(world, tmp_path):

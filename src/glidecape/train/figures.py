@@ -19,10 +19,8 @@ from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats
-from .loop import write_atomic
+from .loop import CURVE, PICTURE, write_atomic
 from .teacher import Teacher, draft_logits
-
-CURVE, PICTURE = "curve.json", "curve.png"
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:

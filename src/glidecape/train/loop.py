@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import CheckpointError
+from ..models.checkpoint import CARD, WEIGHTS
 
-STATE_FILE = "training.pt"
+STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
+WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
 @dataclass
@@ -88,11 +90,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of writers that were killed: `.NAME.PID` where no process of that number lives."""
-    for path in folder.glob(".*.*"):
-        pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _lives(int(pid)):
-            path.unlink(missing_ok=True)
+    """Delete our temporary files whose writers were killed: `.NAME.PID` where no process of that number lives."""
+    for name in WRITTEN:
+        for path in folder.glob(f".{name}.*"):
+            pid = path.suffix[1:]
+            if pid.isdigit() and not _lives(int(pid)):
+                path.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:
