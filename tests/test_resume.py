@@ -17,8 +17,8 @@ from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import STATE_FILE, Budget, remove_leftovers
 
 STEPS, ROWS, LENGTH = 60, 4, 32
-RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True)
-BUDGET = Budget(tokens=STEPS * ROWS * LENGTH)
+RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
+BUDGET = Budget(tokens=STEPS * 2 * ROWS * LENGTH)
 
 # Arguments: target, data, out, and the save before whose rename the process kills itself (0: never).
 CHILD = """

@@ -278,6 +278,7 @@ def train_target_command(
     long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -293,7 +294,8 @@ def train_target_command(
         raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
     shape = TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
     windowing = Windowing(length, rows, long_length, long_share)
-    train_target(data, out, shape, _budget(tokens, minutes), windowing, rate, compile_model, device, seed, _command())
+    budget = _budget(tokens, minutes)
+    train_target(data, out, shape, budget, windowing, rate, compile_model, device, seed, _command(), save_every)
 
 
 @data_app.command()
