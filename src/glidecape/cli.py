@@ -10,11 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands import certify as _certify
+from .commands.bench import bench
+from .commands.certify import certify
+from .commands.plan import plan
+from .commands.shared import (
+    Device,
+    Dtype,
+    Revision,
+    TargetName,
+    Threads,
+    Trust,
+    command_line,
+    load_target,
+    parse_bins,
+    read_prompts,
+)
 from .errors import GlideCapeError, InputError
 
 if TYPE_CHECKING:
-    from .models.target import Target
+    pass
 
 app = typer.Typer(
     help="Lossless speculative decoding with GliDe, CaPE and SVIP: the target's own output, sooner.",
@@ -24,49 +38,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make training corpora.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
-
-
-def _target(
-    name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool, pack: bool = True
-) -> Target:
-    import torch
-    from transformers.utils import logging
-
-    from .models.target import Target
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if threads:
-        torch.set_num_threads(threads)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack)
-
-
-def _command() -> str:
-    return " ".join(["glidecape", *sys.argv[1:]])
-
-
-def _bins(text: str) -> tuple[int, ...]:
-    from .drafting.expansion import Cape
-
-    named = {"paper": Cape.PAPER, "small": Cape.SMALL}
-    try:
-        return named[text] if text in named else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--cape-bins takes 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
+for _one in (bench, certify, plan):
+    app.command()(_one)
 
 
 @app.command()
@@ -135,7 +108,7 @@ def generate(
     from .show import show
 
     base, _ = parse_method(method)
-    prompts = _prompts(prompt, file)
+    prompts = read_prompts(prompt, file)
     params = [
         SamplingParams(
             temperature=temperature,
@@ -156,8 +129,8 @@ def generate(
         )
         for i in range(len(prompts))
     ]
-    bins = _bins(cape_bins)
-    model = _target(target, dtype, device, threads, revision, trust_remote_code)
+    bins = parse_bins(cape_bins)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
     loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
     drafter = make_drafter(
@@ -175,7 +148,7 @@ def generate(
         from .fit import with_fitted_threshold
 
         drafter, fit = with_fitted_threshold(
-            model, drafter, [model.encode(text) for text in _prompts(None, svip_fit)], params[0]
+            model, drafter, [model.encode(text) for text in read_prompts(None, svip_fit)], params[0]
         )
         print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
     show(model, drafter, prompts, params, batch, method, as_json)
@@ -199,22 +172,6 @@ def _check_kind(base: str, loaded: Any, name: str | None) -> None:
         raise InputError(f"{name} holds {kind}, which does not fit --method {base}: use {fit}, or name another draft")
 
 
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    prompts = list(given or [])
-    if file is not None:
-        from .train.data import read_texts
-
-        prompts += list(read_texts(file))
-    if not prompts:
-        if sys.stdin.isatty():
-            raise InputError("no prompt: give --prompt, --file, or text on standard input")
-        prompts = [sys.stdin.read()]
-    for i, text in enumerate(prompts):
-        if not text.strip():
-            raise InputError(f"prompt {i} is empty: give at least one token to continue")
-    return prompts
-
-
 @app.command()
 def train(
     target: TargetName,
@@ -224,7 +181,8 @@ def train(
         str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
     ] = "glide",
     preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, ce or kl+ce.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
     max_lag: Annotated[int, typer.Option(help="Deepest draft to train for; 0: the preset's.")] = 0,
@@ -232,6 +190,14 @@ def train(
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the hidden matrices.")] = "adamw",
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of --rows windows a step.")] = 1,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of a step's gradient; 0: any.")] = 1.0,
+    loss_on: Annotated[
+        str, typer.Option(help="all tokens, or completion: of prompt+completion and chat data.")
+    ] = "all",
+    preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -240,18 +206,16 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
-    from .train.draft import DraftRecipe, train_draft
+    from .train.draft import DraftRecipe, preview_data, train_draft
 
-    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, _is_muon(optimizer), seed)
-    budget = _budget(tokens, minutes)
-    train_draft(
-        _target(target, dtype, device, threads, revision, trust_remote_code, pack=False),
-        data,
-        out,
-        recipe,
-        budget,
-        _command(),
-    )
+    muon = _is_muon(optimizer)
+    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, muon, seed, lags, loss_on, accumulate, clip)
+    budget = None if preview else _budget(tokens, minutes)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    if budget is None:
+        print(preview_data(model, data, recipe))
+        return
+    train_draft(model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model)
 
 
 def _is_muon(optimizer: str) -> bool:
@@ -287,6 +251,7 @@ def train_target_command(
     long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -302,7 +267,8 @@ def train_target_command(
         raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
     shape = TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
     windowing = Windowing(length, rows, long_length, long_share)
-    train_target(data, out, shape, _budget(tokens, minutes), windowing, rate, compile_model, device, seed, _command())
+    budget = _budget(tokens, minutes)
+    train_target(data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every)
 
 
 @data_app.command()
@@ -324,76 +290,6 @@ def pysource(
 
 
 @app.command()
-def bench(
-    target: TargetName,
-    draft: Annotated[list[str], typer.Option(help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")],
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="Joined by commas: .jsonl with a prompt column, a text file, stdlib:N for cuts of Python's own."
-        ),
-    ],
-    methods: Annotated[
-        str, typer.Option(help="Joined by commas; NAME:method uses the draft of that name.")
-    ] = "plain,glide",
-    temperature: float = 0.0,
-    max_new_tokens: int = 128,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompts are cut to so many tokens; 0: whole.")] = 0,
-    limit: Annotated[int, typer.Option(help="Prompts that count: with greedy decoding, ones that don't loop.")] = 32,
-    looping: Annotated[int, typer.Option(help="Prompts with looping greedy continuations, reported apart.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; medians are reported.")] = 3,
-    transformers: Annotated[bool, typer.Option(help="Time transformers' own generate in the same run.")] = True,
-    draft_length: int = 5,
-    cape_bins: str = "paper",
-    svip_threshold: float = 0.3,
-    out: Annotated[Path | None, typer.Option(help="Write the table as JSON too.")] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-) -> None:
-    """Compare methods on one target, prompt by prompt in turn, beside plain decoding and transformers."""
-    from .bench.compare import Settings, compare, report
-    from .bench.prompts import stdlib_prompts
-    from .models.checkpoint import load_draft
-
-    model = _target(target, dtype, device, threads, None, False)
-    named = {}
-    for item in draft:
-        name, _, folder = item.rpartition("=")
-        named[name or _base_of(folder)] = folder
-    drafts = {name: load_draft(folder, model) for name, folder in named.items()}
-    settings = Settings(
-        temperature,
-        max_new_tokens,
-        prompt_tokens,
-        limit,
-        looping,
-        repeats,
-        draft_length,
-        _bins(cape_bins),
-        svip_threshold,
-    )
-    source = target if transformers else None
-    texts = []
-    for source_of in prompts.split(","):
-        suite, _, count = source_of.partition(":")
-        if suite == "stdlib" and not (count or "128").isdigit():
-            raise InputError(f"--prompts stdlib:N takes a number, not '{count}'")
-        texts += stdlib_prompts(int(count or 128)) if suite == "stdlib" else _prompts(None, Path(source_of))
-    result = compare(model, drafts, methods.split(","), texts, settings, source, _command())
-    report(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _base_of(folder: str) -> str:
-    from .models.checkpoint import WEIGHTS
-
-    return "glide" if (Path(folder) / WEIGHTS).is_file() else "vanilla"
-
-
-@app.command()
 def demo(
     target: Annotated[
         Path | None, typer.Option(help="Model folder; default: the pair shipped in the checkout.")
@@ -406,9 +302,6 @@ def demo(
     from .demo import run_demo
 
     run_demo(target, draft, max_new_tokens, threads)
-
-
-_certify.register(app, _target, _prompts, _base_of)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,1 +1,1 @@
-"""Commands of the command line that have a module of their own; each offers `register`."""
+"""Commands of `glidecape` that have a module of their own."""

@@ -3,87 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InputError
+from .shared import base_of, load_target, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
     from ..drafting.drafter import Drafter
 
 
-def register(
-    app: typer.Typer,
-    load_target: Callable[..., Any],
-    read_prompts: Callable[[list[str] | None, Path | None], list[str]],
-    base_of: Callable[[str], str],
+def certify(
+    target: Annotated[str, typer.Option(help="Model folder or Hub name of the target.")],
+    draft: Annotated[
+        list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="all, or names joined by commas; NAME:method uses the draft of that name.")
+    ] = "all",
+    prompts: Annotated[
+        Path | None, typer.Option(help=".jsonl with a prompt column, or a text file; default: built in.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
+    seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
+    ] = False,
 ) -> None:
-    """Add the command to `app`; the rest is what it shares with the other commands."""
+    """Is every method's output the target's? Equal and near-tie: exit code 0; bug: 1. Takes twice the memory."""
+    from transformers import AutoModelForCausalLM
 
-    @app.command()
-    def certify(
-        target: Annotated[str, typer.Option(help="Model folder or Hub name of the target.")],
-        draft: Annotated[
-            list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
-        ] = None,
-        methods: Annotated[
-            str, typer.Option(help="all, or names joined by commas; NAME:method uses the draft of that name.")
-        ] = "all",
-        prompts: Annotated[
-            Path | None, typer.Option(help=".jsonl with a prompt column, or a text file; default: built in.")
-        ] = None,
-        temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
-        max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
-        seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
-        as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
-        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-        dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
-        threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")] = 0,
-        revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
-        ] = False,
-    ) -> None:
-        """Is every method's output the target's? Equal and near-tie: exit code 0; bug: 1. Takes twice the memory."""
-        from transformers import AutoModelForCausalLM
+    from ..certify import BUG, PROMPTS
+    from ..certify import certify as run
+    from ..models.checkpoint import load_draft
+    from ..sampling import SamplingParams
 
-        from ..certify import BUG, PROMPTS
-        from ..certify import certify as run
-        from ..models.checkpoint import load_draft
-        from ..sampling import SamplingParams
-
-        params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
-        texts = list(PROMPTS) if prompts is None else read_prompts(None, prompts)
-        model = load_target(target, dtype, device, threads, revision, trust_remote_code)
-        folders: dict[str, str] = {}
-        for item in draft or []:
-            name, _, folder = item.rpartition("=")
-            name = name or base_of(folder)
-            if name in folders:
-                raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
-            folders[name] = folder
-        loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
-        drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
-        options = {"dtype": model.dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        reference = AutoModelForCausalLM.from_pretrained(target, **options).to(device).eval()
-        findings = run(model, reference, drafters, texts, params)
-        if as_json:
-            settings: dict[str, Any] = {
-                "target": target,
-                "drafts": folders,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            }
-            settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "prompts": len(texts)}
-            verdict = worst(findings)
-            print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
-        else:
-            print_table(findings)
-        if worst(findings) == BUG:
-            raise typer.Exit(1)
+    params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
+    texts = list(PROMPTS) if prompts is None else read_prompts(None, prompts)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
+    folders: dict[str, str] = {}
+    for item in draft or []:
+        name, _, folder = item.rpartition("=")
+        name = name or base_of(folder)
+        if name in folders:
+            raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
+        folders[name] = folder
+    loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
+    drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
+    options = {"dtype": model.dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    reference = AutoModelForCausalLM.from_pretrained(target, **options).to(device).eval()
+    findings = run(model, reference, drafters, texts, params)
+    if as_json:
+        settings: dict[str, Any] = {
+            "target": target,
+            "drafts": folders,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "prompts": len(texts)}
+        verdict = worst(findings)
+        print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
+    else:
+        print_table(findings)
+    if worst(findings) == BUG:
+        raise typer.Exit(1)
 
 
 def make_drafters(methods: str, drafts: dict[str, Any], bases: dict[str, str]) -> dict[str, Drafter]:

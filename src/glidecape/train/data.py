@@ -1,15 +1,16 @@
 """Token windows to train on, from whatever text a user has.
 
-Accepted by `load_tokens`: a folder written by `glidecape data pysource` (when the target shares its tokenizer), a
-`.jsonl` or `.jsonl.gz` file with a `text` column, `prompt` and `completion` columns or chat `messages`, a text file, or
-a folder of such files.
+Accepted by `load_streams`: a folder written by `glidecape data pysource` (when the target shares its tokenizer), a
+`.jsonl` or `.jsonl.gz` file (columns: see `rows.pieces_of`), a text file, or a folder of such files.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,70 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .rows import check_completion, pieces_of
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token ids one document after the other, and which of them are to be learned (bool, same length; None: all)."""
+
+    tokens: np.ndarray
+    learned: np.ndarray | None = None
+
+    def __getitem__(self, part: slice) -> Stream:
+        return Stream(self.tokens[part], None if self.learned is None else self.learned[part])
+
+    @property
+    def digest(self) -> str:
+        """What tells streams apart: a short sha256 of all that they hold."""
+        learned = b"" if self.learned is None else self.learned.tobytes()
+        return hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes() + learned).hexdigest()[:16]
 
 
 class Windows:
     """Non-overlapping windows of a token stream, visited in a seeded order, epoch after epoch.
 
-    `batch(step, rows, length)` depends on its arguments and the seed alone: resuming needs no iterator state.
+    `batch(step, rows, length)` depends on its arguments and the seed alone: resuming needs no iterator state. Windows
+    in which nothing is to be learned are passed over.
     """
 
-    def __init__(self, tokens: np.ndarray, seed: int = 0) -> None:
-        self.tokens, self.seed = tokens, seed
+    def __init__(self, tokens: np.ndarray, seed: int = 0, learned: np.ndarray | None = None) -> None:
+        self.tokens, self.seed, self.learned = tokens, seed, learned
+        self._usable: dict[int, np.ndarray] = {}
 
     def batch(self, step: int, rows: int, length: int) -> torch.Tensor:
         """Token ids `(rows, length)`, int64."""
-        per_epoch = len(self.tokens) // length
-        if per_epoch < 1:
-            raise DataError(f"the data holds {len(self.tokens)} tokens, fewer than one window of {length}: add text")
-        picked = []
+        return self._cut(self.tokens, np.int64, step, rows, length)
+
+    def batch_learned(self, step: int, rows: int, length: int) -> torch.Tensor | None:
+        """Which tokens of that batch are to be learned, `(rows, length)` bool; None: all."""
+        return None if self.learned is None else self._cut(self.learned, np.bool_, step, rows, length)
+
+    def _cut(self, values: np.ndarray, dtype: Any, step: int, rows: int, length: int) -> torch.Tensor:
+        numbers, picked = self._numbers(length), []
         for i in range(step * rows, (step + 1) * rows):
-            epoch, at = divmod(i, per_epoch)
-            order = self._order(epoch, per_epoch)
-            start = int(order[at]) * length
-            picked.append(self.tokens[start : start + length].astype(np.int64))
+            epoch, at = divmod(i, len(numbers))
+            start = int(numbers[self._order(epoch, len(numbers))[at]]) * length
+            picked.append(values[start : start + length].astype(dtype))
         return torch.from_numpy(np.stack(picked))
+
+    def _numbers(self, length: int) -> np.ndarray:
+        """Windows of that length that can be used, by their number in the stream."""
+        if length not in self._usable:
+            count = len(self.tokens) // length
+            if count < 1:
+                raise DataError(
+                    f"the data holds {len(self.tokens)} tokens, fewer than one window of {length}: add text"
+                )
+            numbers = np.arange(count)
+            if self.learned is not None:  # a window's first token has nothing before it to be predicted from
+                numbers = numbers[self.learned[: count * length].reshape(count, length)[:, 1:].any(1)]
+            if not len(numbers):
+                raise DataError(f"no window of {length} tokens holds a token of a completion: add text")
+            self._usable[length] = numbers
+        return self._usable[length]
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         cached: tuple[tuple[int, int], np.ndarray] | None = getattr(self, "_cached", None)
@@ -54,72 +94,124 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file or folder.
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file or folder, each with its place in words; a text file is one row with a `text` column.
 
     Raises:
-        DataError: nothing there, not UTF-8, a row that is not JSON, or a row without a known column (with its number).
+        DataError: nothing there, not UTF-8, or a row that is not JSON.
     """
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES or ".jsonl" in p.suffixes]
         if not files:
             raise DataError(f"no .jsonl, .txt, .md or .py file below {path}")
         for file in files:
-            yield from read_texts(file)
+            yield from read_rows(file)
         return
     if not path.is_file():
         raise DataError(f"no data at {path}: name a .jsonl or text file, a folder of them, or a corpus folder")
+    number = 0
     try:
         with _open(path) as lines:
             if ".jsonl" not in path.suffixes:
-                yield lines.read()
+                yield str(path), {"text": lines.read()}
                 return
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _text_of(json.loads(line), path, number)
+                    yield f"{path} row {number}", json.loads(line)
     except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path} is not readable as UTF-8 text or JSON lines ({error})") from None
+        raise DataError(f"{path} row {number} is not readable as UTF-8 text or JSON lines ({error})") from None
 
 
-def _text_of(row: Any, path: Path, number: int) -> str:
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if isinstance(row.get("prompt"), str):
-            return row["prompt"] + str(row.get("completion", ""))
-        if isinstance(row.get("messages"), list):
-            return "\n".join(str(m.get("content", "")) for m in row["messages"])
-    columns = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise DataError(f"{path} row {number} has no text, prompt or messages column, but {columns}")
+def read_texts(path: Path) -> Iterator[str]:
+    """The documents of a file or folder, or its prompts.
+
+    Raises:
+        DataError: see `read_rows`; or a row without a known column (with its number).
+    """
+    for place, row in read_rows(path):
+        texts = [text for text, _ in pieces_of(row, place, None)]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place} holds token ids, where text is wanted")
+        yield "".join(map(str, texts))
 
 
-def load_tokens(path: Path, tokenizer: Any, split: str = "train", max_tokens: int | None = None) -> np.ndarray:
-    """The token stream of `path` under `tokenizer`; each document begins with the end-of-text token, if there is one.
+def load_streams(
+    path: Path,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    loss_on: str = "all",
+    max_tokens: int | None = None,
+) -> dict[str, Stream]:
+    """The streams "train" and "valid" of `path`; each document begins with the end-of-text token, if there is one.
 
     For a file without splits, the last 2 % (at least one window's worth) are "valid".
 
-    Raises:
-        DataError: nothing readable, empty, or a corpus that was made with another tokenizer.
-    """
-    if (path / f"{split}.bin").is_file():
-        from transformers import AutoTokenizer
+    Args:
+        vocab_size: the target's; ids beyond it are refused.
+        loss_on: "all", or "completion": completions, assistant's turns and tokens under a `loss_mask` are learned, and
+            the end-of-text token that follows a document which ends in one.
 
-        own = AutoTokenizer.from_pretrained(path)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise DataError(
-                f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
-            )
-        return np.fromfile(path / f"{split}.bin", dtype=np.uint16)
+    Raises:
+        DataError: nothing readable, empty, or a corpus that was made with another tokenizer; a row that cannot be used
+            (with its number).
+    """
+    if (path / "train.bin").is_file():
+        return _corpus(path, tokenizer, vocab_size, loss_on)
     ids: list[np.ndarray] = []
-    count = 0
-    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in read_texts(path):
-        ids.append(np.array(start + tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32))
-        count += len(ids[-1])
+    learned: list[np.ndarray] = []
+    count, before = 0, False
+    start = tokenizer.eos_token_id
+    for place, row in read_rows(path):
+        document = [] if start is None else [start]
+        marks = [before] * len(document)
+        pieces = pieces_of(row, place, tokenizer)
+        if loss_on == "completion":
+            check_completion(pieces, row, place)
+        for piece, counted in pieces:
+            # Piece by piece, as in decoding, where a prompt is tokenized before its completion exists.
+            more = tokenizer.encode(piece, add_special_tokens=False) if isinstance(piece, str) else piece
+            document += more
+            marks += [counted] * len(more)
+        before = marks[-1] if marks else before
+        if vocab_size is not None and document and not 0 <= min(document) <= max(document) < vocab_size:
+            wrong = next(i for i in document if not 0 <= i < vocab_size)
+            raise DataError(f"{place} holds token {wrong}, outside the target's vocabulary of {vocab_size}")
+        ids.append(np.array(document, dtype=np.uint32))
+        learned.append(np.array(marks, dtype=np.bool_))
+        count += len(document)
         if max_tokens and count >= max_tokens:
             break
     if count < 2:
         raise DataError(f"{path} holds no text")
-    tokens = np.concatenate(ids)
-    cut = max(1, len(tokens) - max(512, len(tokens) // 50))
-    return tokens[:cut] if split == "train" else tokens[cut:]
+    whole = Stream(np.concatenate(ids), np.concatenate(learned) if loss_on == "completion" else None)
+    return _split(whole)
+
+
+def _split(whole: Stream) -> dict[str, Stream]:
+    count = len(whole.tokens)
+    cut = max(1, count - max(512, count // 50))
+    return {"train": whole[:cut], "valid": whole[cut:]}
+
+
+def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:
+    """The streams of a folder written by `corpus.build_pysource`."""
+    from transformers import AutoTokenizer
+
+    if loss_on == "completion":
+        raise DataError(f"{path} is a corpus of plain text: there is no completion in it, so leave --loss-on all")
+    if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
+        )
+    found = {name: np.fromfile(path / f"{name}.bin", dtype=np.uint16) for name in ("train", "valid")}
+    for name, tokens in found.items():
+        if vocab_size is not None and len(tokens) and int(tokens.max()) >= vocab_size:
+            raise DataError(
+                f"{path}/{name}.bin holds token {tokens.max()}, outside the target's vocabulary of {vocab_size}"
+            )
+    return {name: Stream(tokens) for name, tokens in found.items()}
+
+
+def load_tokens(path: Path, tokenizer: Any, split: str = "train", max_tokens: int | None = None) -> np.ndarray:
+    """The token ids of one of `load_streams`' streams."""
+    return load_streams(path, tokenizer, max_tokens=max_tokens)[split].tokens

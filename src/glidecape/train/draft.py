@@ -7,31 +7,27 @@ The target runs on each batch and its keys and values are used at once: nothing 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..cache import KVCache
-from ..decode import decode
-from ..drafting.methods import make_drafter
-from ..errors import DataError, InputError
-from ..masks import block_visible
+from ..errors import InputError
 from ..models.checkpoint import save_glide
-from ..models.glide import GlideConfig, GlideDraft, GlideModel
-from ..models.standalone import StandaloneDraft
+from ..models.glide import GlideConfig, GlideModel
 from ..models.target import Target
-from ..sampling import SamplingParams
-from ..stats import Stats
-from .data import Windows, load_tokens
-from .loop import STATE_FILE, Budget, Clock, fit, load_state, optimizers, save_state
-
-LOSSES = ("kl", "ce", "kl+ce")
+from .data import Windows, load_streams
+from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
+from .lags import LAGS, lag_visible
+from .loop import Budget, Clock, fit, load_state, optimizers, save_state
+from .losses import check_loss, distillation_loss
+from .rows import preview
+from .teacher import Teacher, draft_logits
 
 
 @dataclass(frozen=True)
@@ -40,11 +36,16 @@ class DraftRecipe:
 
     Attributes:
         kind: "glide", "glide-no-cross" (the ablation) or "lm" (an independent LM of one layer).
-        preset: of GliDe, "default" or "paper"; the paper's brings its loss and lag with it.
-        loss: "kl" (KL(target || draft), the default), "ce" (next token of the text), or their mean "kl+ce".
+        preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
+            lags="block" besides.
+        loss: one of `losses.LOSSES`, or several joined by "+".
+        lags: one of `lags.LAGS`.
         max_lag: deepest lag trained; 0 takes the preset's.
         length, rows: window in tokens and windows a step.
         muon: hidden matrices with Muon instead of AdamW.
+        loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
+        accumulate: batches of `rows` windows whose gradients make one step.
+        clip: largest norm of a step's gradient; 0: none.
     """
 
     kind: str = "glide"
@@ -56,31 +57,21 @@ class DraftRecipe:
     rate: float = 2e-3
     muon: bool = False
     seed: int = 0
+    lags: str = "block-random"
+    loss_on: str = "all"
+    accumulate: int = 1
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("glide", "glide-no-cross", "lm"):
             raise InputError(f"unknown kind of draft '{self.kind}': choose glide, glide-no-cross or lm")
-        if self.loss not in LOSSES:
-            raise InputError(f"unknown loss '{self.loss}': choose from {', '.join(LOSSES)}")
-
-
-def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
-    """Mean loss in nats over counted positions.
-
-    Args:
-        draft, target: logits `(batch, length, vocab)` at positions 0 .. length-1.
-        tokens: `(batch, length)`; position j predicts token j + 1.
-        counted: `(batch, length)` bool; the last position never counts for "ce".
-    """
-    total = draft.new_zeros((), dtype=torch.float32)
-    parts = loss.split("+")
-    if "kl" in parts:
-        q, p = draft[counted].float().log_softmax(-1), target[counted].float().log_softmax(-1)
-        total = total + F.kl_div(q, p, reduction="batchmean", log_target=True)
-    if "ce" in parts:
-        known = counted[:, :-1]
-        total = total + F.cross_entropy(draft[:, :-1][known].float(), tokens[:, 1:][known])
-    return total / len(parts)
+        if self.lags not in LAGS:
+            raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
+        if self.loss_on not in ("all", "completion"):
+            raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
+        if self.accumulate < 1 or self.clip < 0:
+            raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
+        check_loss(self.loss)
 
 
 def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
@@ -111,96 +102,95 @@ def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
     return GlideModel(GlideConfig.for_target(target, recipe.preset, **changes), target).float()
 
 
-class Teacher:
-    """The frozen target on whole windows: logits and, through one reused cache, the keys and values of its layers."""
+@contextmanager
+def compiled(module: nn.Module) -> Iterator[None]:
+    """Run the draft's layer (of an LM, all of it) through torch.compile, until the end of the block.
 
-    def __init__(self, target: Target, rows: int, length: int) -> None:
-        self.target = target.model.requires_grad_(False) and target
-        self.cache: KVCache = target.new_cache(rows, length)
-        self.positions = torch.arange(length, device=target.device).expand(rows, -1)
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        self.cache.truncate([0] * tokens.shape[0])
-        logits = self.target.forward(tokens, self.positions, self.cache).logits
-        self.cache.commit([tokens.shape[1]] * tokens.shape[0])
-        return logits
+    What stands around GliDe's layer asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
+    """
+    part: Any = module.layer if isinstance(module, GlideModel) else module
+    part.forward = torch.compile(part.forward)
+    try:
+        yield
+    finally:
+        del part.forward  # the class's own again: decoding has a new shape each round
 
 
-def draft_logits(module: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor) -> Tensor:
-    """Teacher-forced draft logits `(batch, length, vocab)` of either kind of draft."""
-    if isinstance(module, GlideModel):
-        return module(tokens, positions, cache.committed(module.config.target_layer), visible)
-    return module(input_ids=tokens).logits
+class Lesson:
+    """The loss of a batch: the target's forward, its keys and values read at the recipe's lags, the draft's forward.
 
+    Args:
+        length: of the windows, in tokens.
+    """
 
-def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from held-out text, at fixed random places."""
-    if len(tokens) < 2 * length:
-        raise DataError(f"only {len(tokens)} held-out tokens: evaluation needs {2 * length} at least")
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
-    return [tokens[s : s + length].astype(int).tolist() for s in starts]
+    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
+        self.target, self.module, self.recipe = target, module, recipe
+        self.teacher = Teacher(target, recipe.rows, length)
+        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
 
+    def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
+        """Mean loss over `batch (rows, length)`, the run's batch of that number.
 
-def evaluate_draft(
-    target: Target, module: nn.Module, prompts: list[list[int]], new_tokens: int = 64
-) -> dict[str, float]:
-    """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
-    figures: dict[str, float] = {}
-    module.eval()
-    draft = GlideDraft(module) if isinstance(module, GlideModel) else StandaloneDraft(Target(module))
-    method = "glide" if isinstance(module, GlideModel) else "vanilla"
-    for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
-        stats = Stats()
-        params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
-        for prompt in prompts:
-            for _ in decode(target, make_drafter(method, draft, 5), [prompt], params, stats):
-                pass
-        figures[f"alpha_{name}"] = round(stats.alpha, 4)
-        figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
-    return figures
+        `learned (rows, length)` bool: tokens to be learned, each by the position before it. None: all.
+        """
+        rows, length = batch.shape
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = visible.to(batch.device)
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            taught = self.teacher(batch)
+            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+        counted = visible > 0  # every kind of draft learns from the same positions
+        if learned is not None:
+            counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
+        return distillation_loss(drafted, taught, batch, counted, self.recipe.loss)
 
 
 def train_draft(
-    target: Target, data: Path, out: Path, recipe: DraftRecipe, budget: Budget, command: str = "", prompts: int = 16
-) -> dict[str, float]:
-    """Train a draft and write it to `out`; an interrupted run goes on from there.
+    target: Target,
+    data: Path,
+    out: Path,
+    recipe: DraftRecipe,
+    budget: Budget,
+    command: str = "",
+    prompts: int = 16,
+    save_every_s: float = 300.0,
+    compile_model: bool = False,
+) -> dict[str, Any]:
+    """Train a draft and write it to `out`; a run killed at any moment goes on from its last save, `save_every_s` seconds
+    ago at most, and ends with the weights of one never killed (with a budget of tokens, on the same machine).
 
     Returns:
-        Figures: steps, tokens, seconds, train_loss, and `evaluate_draft`'s.
+        Figures: steps, tokens, seconds, train_loss, parameters, and those of `figures_by_lag` and `evaluate_draft`.
     Raises:
-        DataError: no readable text in `data`. CheckpointError: `out` is not writable or not resumable.
+        DataError: no readable text in `data`, or a row that cannot be used.
+        CheckpointError: `out` is not writable, not resumable, or holds a run
+            with another recipe or other data.
         UnsupportedError: the target's cache cannot be read by a GliDe draft.
     """
-    tokens = load_tokens(data, target.tokenizer)
-    held_out = load_tokens(data, target.tokenizer, split="valid")
+    streams = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on)
+    text, held_out = streams["train"], streams["valid"].tokens
     length = min(recipe.length, target.context)
-    windows = Windows(tokens, recipe.seed)
+    windows = Windows(text.tokens, recipe.seed, text.learned)
     module = make_draft(target, recipe)
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
-    clock = load_state(out, module, made) if (out / STATE_FILE).exists() else Clock()
-    teacher = Teacher(target, recipe.rows, length)
-    max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
-    autocast = torch.autocast(target.device.type, dtype=torch.bfloat16)
+    identity = asdict(recipe) | {"data": text.digest}
+    clock = load_state(out, module, made, identity)
+    lesson = Lesson(target, module, recipe, length)
     module.train()
 
-    def loss_of(step: int) -> tuple[Tensor, int]:
-        batch = windows.batch(step, recipe.rows, length).to(target.device)
-        # Boundaries depend on the step alone, as the batch does: a resumed run repeats nothing and skips nothing.
-        phases = np.random.default_rng([recipe.seed, step]).integers(0, max_lag, recipe.rows)
-        visible = block_visible(torch.from_numpy(phases).to(target.device), length, max_lag)
-        with autocast:
-            taught = teacher(batch)
-            drafted = draft_logits(module, batch, teacher.positions, teacher.cache, visible)
-        # Every kind of draft learns from the same positions.
-        return distillation_loss(drafted, taught, batch, visible > 0, recipe.loss), batch.numel()
+    def loss_of(number: int) -> tuple[Tensor, int]:
+        # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
+        batch = windows.batch(number, recipe.rows, length).to(target.device)
+        learned = windows.batch_learned(number, recipe.rows, length)
+        return lesson(batch, number, None if learned is None else learned.to(target.device)), batch.numel()
 
     def save(now: Clock) -> None:
-        save_state(out, module, made, now)
+        save_state(out, module, made, now, identity)
 
-    clock = fit(module, made, budget, loss_of, clock, save)
-    figures = {
+    with compiled(module) if compile_model else nullcontext():
+        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+    figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
@@ -208,9 +198,11 @@ def train_draft(
         "parameters": sum(p.numel() for p in module.parameters()),
     }
     if prompts:
+        figures |= figures_by_lag(target, module, held_out, length)
         room = min(128, target.context - 64)
         chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
         figures |= evaluate_draft(target, module, chosen)
+    write_curve(out, clock.losses, clock.tokens, figures)
     if isinstance(module, GlideModel):
         save_glide(out, module, target, command, figures, torch.bfloat16)
     else:
@@ -226,3 +218,17 @@ def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict
     target.tokenizer.save_pretrained(out)
     card = {"command": command, "kind": "lm", "figures": figures}
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> str:
+    """The first window that training would see, decoded, with its loss mask (`rows.preview`).
+
+    Raises:
+        DataError: as `train_draft`.
+    """
+    text = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on)["train"]
+    windows, length = Windows(text.tokens, recipe.seed, text.learned), min(recipe.length, target.context)
+    learned = windows.batch_learned(0, 1, length)
+    return preview(
+        target.tokenizer, windows.batch(0, 1, length)[0].tolist(), None if learned is None else learned[0].tolist()
+    )

@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import CheckpointError
+from ..models.checkpoint import CARD, WEIGHTS
 
-STATE_FILE = "training.pt"
+STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
+WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
 @dataclass
@@ -70,11 +72,14 @@ def reuse_freed_memory() -> None:
             libc.mallopt(option, 2**31 - 1)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole."""
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
+    file whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
@@ -82,6 +87,27 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete our temporary files whose writers were killed: `.NAME.PID` where no process of that number lives."""
+    for name in WRITTEN:
+        for path in folder.glob(f".{name}.*"):
+            pid = path.suffix[1:]
+            if pid.isdigit() and not _lives(int(pid)):
+                path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would be killing
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
@@ -108,30 +134,62 @@ def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.o
     return made
 
 
-def load_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer]) -> Clock:
-    """Take up a run saved by `save_state`; returns its clock.
+def load_state(
+    folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], identity: dict[str, Any] | None = None
+) -> Clock:
+    """Take up the run saved in `folder` by `save_state`, or begin one; returns its clock.
+
+    `identity` is what makes a run the one it is (recipe, data). A budget is no part of it: a run may be prolonged.
 
     Raises:
-        CheckpointError: the file is torn or belongs to another module.
+        CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
     """
+    remove_leftovers(folder)
     path = folder / STATE_FILE
+    if not path.exists():
+        return Clock()
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state.get("identity", {})
+    except Exception as error:
+        raise _cannot_resume(path, error) from None
+    other = [
+        f"{name} {saved[name]}, not {value}"
+        for name, value in (identity or {}).items()
+        if saved.get(name, value) != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --out"
+        )
+    try:
         module.load_state_dict(state["module"])
-        for optimizer, saved in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, moments in zip(made, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         return Clock(**state["clock"])
     except Exception as error:
-        raise CheckpointError(
-            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
-        ) from None
+        raise _cannot_resume(path, error) from None
 
 
-def save_state(folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], clock: Clock) -> None:
+def _cannot_resume(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+    )
+
+
+def save_state(
+    folder: Path,
+    module: torch.nn.Module,
+    made: list[torch.optim.Optimizer],
+    clock: Clock,
+    identity: dict[str, Any] | None = None,
+) -> None:
+    """Write weights, optimizer moments and clock: all that a resumed run needs to go on bit for bit."""
     state = {
         "module": module.state_dict(),
         "optimizers": [o.state_dict() for o in made],
         "clock": vars(clock),
+        "identity": identity or {},
     }
     write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
 
@@ -146,10 +204,12 @@ def fit(
     save_every_s: float = 300.0,
     clip: float = 1.0,
     console: Console | None = None,
+    accumulate: int = 1,
 ) -> Clock:
-    """Train until the budget is spent. `loss_of(step)` gives the loss of that step's batch and its tokens.
+    """Train until the budget is spent. `loss_of(number)` gives the loss of the run's batch of that number, and its tokens.
 
-    A step's batch depends on the step alone, so a run killed and resumed sees the same data as one never killed.
+    A step takes the mean gradient of `accumulate` batches, clipped to norm `clip` (0: not clipped). A batch depends on its
+    number alone, so a run killed and resumed sees the same data as one never killed.
     """
     console = console or Console(stderr=True)
     reuse_freed_memory()
@@ -164,15 +224,20 @@ def fit(
             for optimizer in made:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * budget.factor(progress)
-            loss, tokens = loss_of(clock.step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+            loss_here = 0.0
+            for number in range(clock.step * accumulate, (clock.step + 1) * accumulate):
+                loss, tokens = loss_of(number)
+                (loss / accumulate).backward()
+                loss_here += float(loss.detach()) / accumulate
+                clock.tokens += tokens
+            if clip:
+                torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
             for optimizer in made:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            clock.step, clock.tokens = clock.step + 1, clock.tokens + tokens
+            clock.step += 1
             clock.seconds = before + time.monotonic() - started
-            clock.losses.append(float(loss.detach()))
+            clock.losses.append(loss_here)
             progress = budget.progress(clock.tokens, clock.seconds)
             recent = clock.losses[-20:]
             mean = sum(recent) / len(recent)

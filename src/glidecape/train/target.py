@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import DataError
 from .data import Windows
-from .loop import STATE_FILE, Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, fit, load_state, optimizers, save_state
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def train_target(
     device: str = "cpu",
     seed: int = 0,
     command: str = "",
+    save_every_s: float = 300.0,
 ) -> dict[str, float]:
     """Train on a corpus folder (`glidecape data pysource`) and write a Hugging Face model folder to `out`.
 
@@ -107,7 +108,8 @@ def train_target(
     model = LlamaForCausalLM(config).to(device)
     made = optimizers(model, rate, muon=True)
     out.mkdir(parents=True, exist_ok=True)
-    clock = load_state(out, model, made) if (out / STATE_FILE).exists() else Clock()
+    identity = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
+    clock = load_state(out, model, made, identity)
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
     def next_token_loss(batch: torch.Tensor) -> torch.Tensor:
@@ -123,7 +125,7 @@ def train_target(
         with autocast:
             return compiled(batch), batch.numel()
 
-    clock = fit(model, made, budget, loss_of, clock, lambda c: save_state(out, model, made, c))
+    clock = fit(model, made, budget, loss_of, clock, lambda c: save_state(out, model, made, c, identity), save_every_s)
     model.eval()
     figures = {
         "steps": clock.step,

@@ -1,0 +1,79 @@
+"""What the commands share: option types, loading a target, reading prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..models.target import Target
+
+TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
+
+
+def load_target(
+    name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool, pack: bool = True
+) -> Target:
+    import torch
+    from transformers.utils import logging
+
+    from ..models.target import Target
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack)
+
+
+def command_line() -> str:
+    return " ".join(["glidecape", *sys.argv[1:]])
+
+
+def parse_bins(text: str) -> tuple[int, ...]:
+    from ..drafting.expansion import Cape
+
+    named = {"paper": Cape.PAPER, "small": Cape.SMALL}
+    try:
+        return named[text] if text in named else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--cape-bins takes 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    prompts = list(given or [])
+    if file is not None:
+        from ..train.data import read_texts
+
+        prompts += list(read_texts(file))
+    if not prompts:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give --prompt, --file, or text on standard input")
+        prompts = [sys.stdin.read()]
+    for i, text in enumerate(prompts):
+        if not text.strip():
+            raise InputError(f"prompt {i} is empty: give at least one token to continue")
+    return prompts
+
+
+def base_of(folder: str) -> str:
+    from ..models.checkpoint import WEIGHTS
+
+    return "glide" if (Path(folder) / WEIGHTS).is_file() else "vanilla"

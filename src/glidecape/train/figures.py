@@ -1,0 +1,131 @@
+"""What a trained draft is worth: by the decode loop, by lag on held-out text, and as a curve in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..decode import decode
+from ..drafting.methods import make_drafter
+from ..errors import DataError
+from ..models.glide import GlideDraft, GlideModel
+from ..models.standalone import StandaloneDraft
+from ..models.target import Target
+from ..sampling import SamplingParams
+from ..stats import Stats
+from .loop import CURVE, PICTURE, write_atomic
+from .teacher import Teacher, draft_logits
+
+
+def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from held-out text, at fixed random places."""
+    if len(tokens) < 2 * length:
+        raise DataError(f"only {len(tokens)} held-out tokens: evaluation needs {2 * length} at least")
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
+    return [tokens[s : s + length].astype(int).tolist() for s in starts]
+
+
+def evaluate_draft(
+    target: Target, module: nn.Module, prompts: list[list[int]], new_tokens: int = 64
+) -> dict[str, float]:
+    """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
+    figures: dict[str, float] = {}
+    module.eval()
+    draft = GlideDraft(module) if isinstance(module, GlideModel) else StandaloneDraft(Target(module))
+    method = "glide" if isinstance(module, GlideModel) else "vanilla"
+    for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
+        stats = Stats()
+        params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
+        for prompt in prompts:
+            for _ in decode(target, make_drafter(method, draft, 5), [prompt], params, stats):
+                pass
+        figures[f"alpha_{name}"] = round(stats.alpha, 4)
+        figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
+    return figures
+
+
+@torch.no_grad()
+def figures_by_lag(
+    target: Target, module: nn.Module, tokens: np.ndarray, length: int, max_windows: int = 16
+) -> dict[str, Any]:
+    """How well the draft agrees with the target at each lag, teacher-forced on held-out text.
+
+    Every position of a window from `max_lag` on is drafted once for each lag, so all lags are judged on the same
+    positions. That is exact for a draft of one layer, whose own keys don't depend on lags. A draft that reads no target
+    keys has no lag: its lists hold one number.
+
+    Returns:
+        lags: 1 .. max_lag; positions: how many each is judged on; overlap_by_lag: mean of sum min(p, q), the chance that
+        a token drawn from the draft is accepted at temperature 1; greedy_acceptance_by_lag: how often both have the same
+        most likely token. Empty when the text is shorter than a window.
+    """
+    reads = isinstance(module, GlideModel) and module.config.cross_attention
+    deepest = module.config.max_lag if isinstance(module, GlideModel) else 8
+    lags = list(range(1, deepest + 1)) if reads else [1]
+    windows = min(max_windows, len(tokens) // length)
+    if windows < 1 or length <= deepest:
+        return {}
+    teacher, position = Teacher(target, 1, length), torch.arange(length, device=target.device)
+    overlap, same = [0.0] * len(lags), [0] * len(lags)
+    module.eval()
+    for at in np.linspace(0, len(tokens) - length, windows).astype(int):
+        batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
+        taught = teacher(batch)[0, deepest:]
+        p = taught.float().softmax(-1)
+        for i, lag in enumerate(lags):
+            visible = (position + 1 - lag).clamp(min=0)[None]
+            drafted = draft_logits(module, batch, teacher.positions, teacher.cache, visible)[0, deepest:]
+            overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
+            same[i] += int((drafted.argmax(-1) == taught.argmax(-1)).sum())
+    count = windows * (length - deepest)
+    return {
+        "lags": lags,
+        "positions": count,
+        "overlap_by_lag": [round(value / count, 4) for value in overlap],
+        "greedy_acceptance_by_lag": [round(value / count, 4) for value in same],
+    }
+
+
+def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[str, Any]) -> None:
+    """The loss of each step and the figures by lag, as `curve.json`, and drawn as `curve.png` if matplotlib is there.
+
+    Args:
+        tokens: trained on in all; every step took as many.
+    """
+    each = tokens // max(1, len(losses))
+    curve: dict[str, Any] = {"tokens_a_step": each, "loss": [round(value, 5) for value in losses]}
+    curve |= {name: value for name, value in figures.items() if "lag" in name}
+    write_atomic(folder / CURVE, lambda path: path.write_text(json.dumps(curve) + "\n"))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        Console(stderr=True).print(
+            f"no {PICTURE}: matplotlib is not installed (pip install 'glidecape[plots]'); the numbers are in {CURVE}",
+            markup=False,
+        )
+        return
+    picture = Figure(figsize=(10, 4), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    steps = np.arange(1, len(losses) + 1) * each
+    left.plot(steps, losses, linewidth=0.5, alpha=0.4, label="step")
+    window = max(1, len(losses) // 50)
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        left.plot(steps[window - 1 :], smooth, label=f"mean of {window} steps")
+    left.set(xlabel="tokens", ylabel="training loss (nats)")
+    left.legend()
+    for name, label in (
+        ("overlap_by_lag", "overlap, temperature 1"),
+        ("greedy_acceptance_by_lag", "greedy acceptance"),
+    ):
+        if name in figures:
+            right.plot(figures["lags"], figures[name], marker="o", label=label)
+    right.set(xlabel="lag (tokens)", ylabel="on held-out text", ylim=(0, 1))
+    right.legend()
+    write_atomic(folder / PICTURE, lambda path: picture.savefig(path, format="png", dpi=120))

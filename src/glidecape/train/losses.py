@@ -1,0 +1,102 @@
+"""What a draft is trained to lower, summed over positions in bounded memory.
+
+With p the target's law and q the draft's at a position, in nats:
+
+    kl    KL(p || q): q must cover all of p. The default.
+    rkl   KL(q || p): q may leave out what it cannot hold, and is punished for what p would not say.
+    tv    total variation, 1 - sum of min(p, q): the chance of a rejection itself; its gradient fades where p and q hardly
+          overlap, so it follows or joins another loss.
+    ce    cross-entropy of the text's next token: no target needed. Source: GliDe paper, section 5.1.
+
+Joined by "+", losses are averaged: "kl+tv".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError
+
+LOSSES = ("kl", "rkl", "tv", "ce")
+DIRECT = 2**25  # logits that are widened at once: 128 MiB in float32; recomputing costs a softmax more
+CHUNK = 2**23  # logits of a chunk
+
+
+def check_loss(loss: str) -> None:
+    """Raises InputError for a loss that is not one of `LOSSES`, or a sum of different ones."""
+    parts = loss.split("+")
+    if not set(parts) <= set(LOSSES) or len(set(parts)) < len(parts):
+        raise InputError(f"unknown loss '{loss}': choose from {', '.join(LOSSES)}, or join some with +, as in kl+tv")
+
+
+def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
+    """Mean loss in nats over counted positions; 0 if there are none.
+
+    Small inputs take the direct way. Large ones go through chunks of positions, which are computed again in the backward
+    pass: then no float32 copy of more than `CHUNK` logits lives at any time.
+
+    Args:
+        draft, target: logits `(batch, length, vocab)` at positions 0 .. length-1. No gradient reaches the target's.
+        tokens: `(batch, length)`; position j predicts token j + 1.
+        counted: `(batch, length)` bool; the last position never counts for "ce".
+    """
+    vocab, target = draft.shape[-1], target.detach()
+    rows = counted.flatten().nonzero()[:, 0]
+    following = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()[rows]  # -100: unknown, ignored
+    parts = loss.split("+")
+    weights = {part: 1 / (len(parts) * max(1, len(rows))) for part in parts}
+    if "ce" in parts:
+        weights["ce"] = 1 / (len(parts) * max(1, int((following != -100).sum())))
+    flat_draft, flat_target = draft.flatten(0, 1), target.flatten(0, 1)
+    if len(rows) * vocab <= DIRECT:
+        return _total(flat_draft[rows], flat_target[rows], following, weights)
+    return _Chunked.apply(flat_draft, flat_target, rows, following, weights)
+
+
+def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, float]) -> Tensor:
+    """Weighted sum over positions: logits `(positions, vocab)` of any dtype, the next tokens `(positions,)`."""
+    q = draft.float().log_softmax(-1)
+    total = q.new_zeros(())
+    if weights.keys() - {"ce"}:
+        p = target.float().log_softmax(-1)
+    for part, weight in weights.items():
+        if part == "kl":
+            value = F.kl_div(q, p, reduction="sum", log_target=True)
+        elif part == "rkl":
+            value = F.kl_div(p, q, reduction="sum", log_target=True)
+        elif part == "tv":
+            value = (p.exp() - q.exp()).abs().sum() / 2
+        else:
+            value = F.nll_loss(q, following, reduction="sum", ignore_index=-100)
+        total = total + weight * value
+    return total
+
+
+class _Chunked(torch.autograd.Function):
+    """`_total` over chunks of `rows`; only the logits that came in are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, draft: Tensor, target: Tensor, rows: Tensor, following: Tensor, weights: dict[str, float]
+    ) -> Tensor:
+        ctx.save_for_backward(draft, target, rows, following)
+        ctx.weights, ctx.size = weights, max(1, CHUNK // draft.shape[-1])
+        total = torch.zeros((), dtype=torch.float32, device=draft.device)
+        for at, then in zip(rows.split(ctx.size), following.split(ctx.size), strict=True):
+            total += _total(draft[at], target[at], then, weights)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        draft, target, rows, following = ctx.saved_tensors
+        gradient = torch.zeros_like(draft)
+        for at, then in zip(rows.split(ctx.size), following.split(ctx.size), strict=True):
+            with torch.enable_grad():
+                piece = draft[at].requires_grad_()
+                value = _total(piece, target[at], then, ctx.weights)
+            gradient[at] = torch.autograd.grad(value, piece, gradients[0])[0]
+        return gradient, None, None, None, None

@@ -1,0 +1,116 @@
+"""One row of training data: its pieces of text, and which of them the target itself would have written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DataError
+
+Piece = tuple[str | list[int], bool]  # text or token ids, and whether it is a completion
+
+
+def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
+    """The pieces of a row in order.
+
+    Columns, the first that is there counts: `tokens` (ids, with an optional `loss_mask` of 0 and 1), `text`, `prompt` with
+    an optional `completion`, or `messages` (chat: `role` and `content`; through the tokenizer's chat template if it has
+    one, else joined by line ends).
+
+    Raises:
+        DataError: none of these, or of another type; the message begins with `place`.
+    """
+    if isinstance(row, dict):
+        if "tokens" in row:
+            return _of_tokens(row, place)
+        if isinstance(row.get("text"), str):
+            return [(row["text"], False)]
+        if isinstance(row.get("prompt"), str):
+            completion = row.get("completion", "")
+            if not isinstance(completion, str):
+                raise DataError(f"{place}: its completion is no text, but {type(completion).__name__}")
+            return [(row["prompt"], False), (completion, True)]
+        if isinstance(row.get("messages"), list):
+            return _of_messages(row["messages"], place, tokenizer)
+    columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise DataError(f"{place} has no text, prompt, messages or tokens column, but {columns}")
+
+
+def _of_tokens(row: dict[str, Any], place: str) -> list[Piece]:
+    tokens = row["tokens"]
+    if not isinstance(tokens, list) or not all(type(i) is int for i in tokens):
+        raise DataError(f"{place}: tokens must be a list of whole numbers")
+    mask = row.get("loss_mask")
+    if mask is None:
+        return [(tokens, False)]
+    if not isinstance(mask, list) or len(mask) != len(tokens) or not all(m in (0, 1) for m in mask):
+        length = len(mask) if isinstance(mask, list) else type(mask).__name__
+        raise DataError(f"{place}: loss_mask must be {len(tokens)} numbers 0 or 1, one a token, not {length}")
+    return [([token], bool(m)) for token, m in zip(tokens, mask, strict=True)]
+
+
+def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]:
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
+    if not getattr(tokenizer, "chat_template", None):
+        ends = ["\n"] * (len(messages) - 1) + [""]
+        return [(m["content"] + end, m.get("role") == "assistant") for m, end in zip(messages, ends, strict=True)]
+    pieces: list[Piece] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        # The template as decoding uses it: up to where the assistant begins, then with its turn.
+        for end, generates, counted in ((i, True, False), (i + 1, False, True)):
+            text = _rendered(tokenizer, messages[:end], generates, place)
+            if not text.startswith(done):
+                raise DataError(
+                    f"{place}: this tokenizer's chat template rewrites earlier turns when message {end} is added; split "
+                    "the conversation into rows that end with one assistant message each"
+                )
+            pieces.append((text[len(done) :], counted))
+            done = text
+    if messages and messages[-1].get("role") != "assistant":
+        text = _rendered(tokenizer, messages, False, place)
+        pieces.append((text.removeprefix(done), False))
+    return pieces
+
+
+def _rendered(tokenizer: Any, messages: list[Any], generates: bool, place: str) -> str:
+    if not messages:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"{place}: the tokenizer's chat template refuses it ({error})") from None
+
+
+def check_completion(pieces: list[Piece], row: dict[str, Any], place: str) -> None:
+    """Refuse a row from which `--loss-on completion` would learn nothing.
+
+    Raises:
+        DataError: no completion, or an empty one.
+    """
+    if any(counted and len(piece) for piece, counted in pieces):
+        return
+    if "loss_mask" in row:
+        raise DataError(f"{place} counts no token: its loss_mask is all zero")
+    if "completion" in row or ("messages" in row and any(counted for _, counted in pieces)):
+        raise DataError(f"{place} has an empty completion: nothing is to be learned from it")
+    raise DataError(
+        f"{place} has no completion but {sorted(row)}: --loss-on completion takes prompt and completion, messages with an "
+        "assistant's, or tokens with a loss_mask"
+    )
+
+
+def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> str:
+    """The text of a window with what is learned between \u27e6 and \u27e7, below a line that counts it."""
+    marks = [True] * len(tokens) if learned is None else learned
+    lines = f"{len(tokens)} tokens, {sum(marks)} learned ({sum(marks) / len(tokens):.0%}), between \u27e6 and \u27e7:\n"
+    first = 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or marks[end] != marks[first]:
+            text = tokenizer.decode(tokens[first:end])
+            lines += f"\u27e6{text}\u27e7" if marks[first] else text
+            first = end
+    return lines

@@ -1,0 +1,118 @@
+"""A training process that is killed with SIGKILL, more than once, and resumed: the weights of a run never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glidecape.errors import CheckpointError
+from glidecape.models.target import Target
+from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.loop import STATE_FILE, Budget, remove_leftovers
+
+STEPS, ROWS, LENGTH = 60, 4, 32
+RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
+BUDGET = Budget(tokens=STEPS * 2 * ROWS * LENGTH)
+
+# Arguments: target, data, out, and the save before whose rename the process kills itself (0: never).
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from glidecape.models.target import Target
+from glidecape.train import loop
+from glidecape.train.draft import train_draft
+from test_resume import BUDGET, RECIPE
+target, data, out = map(Path, sys.argv[1:4])
+left, rename = int(sys.argv[4]), os.replace
+def replace(*paths):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*paths)
+loop.os.replace = replace
+model = Target.from_pretrained(target, dtype=torch.float32)
+train_draft(model, data, out, RECIPE, BUDGET, "test", prompts=0, save_every_s=0)
+"""
+
+
+def start(world, out, dies_at_save=0):
+    words = [sys.executable, "-c", CHILD, world["target"], world["corpus"], out, dies_at_save]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_saves(child, path, count):
+    """Until `path` has been replaced `count` times; fails when the child ends before."""
+    seen = set()
+    while len(seen) < count:
+        assert child.poll() is None, child.stderr.read()
+        if path.exists():
+            seen.add(path.stat().st_mtime_ns)
+        time.sleep(0.001)
+
+
+def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    child = start(world, killed)
+    wait_for_saves(child, killed / STATE_FILE, 6)
+    time.sleep(random.Random(1).random() / 50)  # anywhere: in a forward, in a save
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    child.stderr.close()
+    first = torch.load(killed / STATE_FILE)["clock"]["step"]
+    assert 6 <= first < STEPS
+    # The second time in the middle of a save: the new state is written, not yet renamed.
+    child = start(world, killed, dies_at_save=4)
+    assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child.stderr.close()
+    assert torch.load(killed / STATE_FILE)["clock"]["step"] == first + 3
+    assert [p for p in killed.iterdir() if p.name.startswith(f".{STATE_FILE}.")]
+
+    for out in (killed, whole):
+        child = start(world, out)
+        assert child.wait() == 0, child.stderr.read()
+        child.stderr.close()
+    states = [torch.load(out / STATE_FILE) for out in (whole, killed)]
+    assert [s["clock"]["step"] for s in states] == [STEPS, STEPS]
+    assert states[0]["clock"]["losses"] == states[1]["clock"]["losses"]
+    for name, weight in states[0]["module"].items():
+        assert torch.equal(weight, states[1]["module"][name]), name
+    drafts = [load_file(out / "draft.safetensors") for out in (whole, killed)]
+    assert all(torch.equal(t, drafts[1][name]) for name, t in drafts[0].items())
+    assert not [p.name for p in killed.iterdir() if p.name.startswith(".")]
+
+
+def test_leftovers_of_the_living_are_kept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {f".{STATE_FILE}.{pid}" for pid in (os.getpid(), os.getppid(), dead.pid)}
+    names |= {".gitignore", f".notes.{dead.pid}", STATE_FILE, f"{STATE_FILE}.{dead.pid}"}
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == names - {f".{STATE_FILE}.{dead.pid}"}
+
+
+def test_another_recipe_or_other_data_is_refused_and_a_larger_budget_is_not(world, tmp_path):
+    target = Target.from_pretrained(world["target"], dtype=torch.float32)
+    small = DraftRecipe(length=32, rows=2)
+
+    def train(recipe, steps, data=world["corpus"]):
+        return train_draft(target, data, tmp_path / "out", recipe, Budget(tokens=steps * 64), prompts=0)
+
+    train(small, 1)
+    with pytest.raises(CheckpointError, match=r"rate 0\.002, not 0\.1"):
+        train(DraftRecipe(length=32, rows=2, rate=0.1), 2)
+    (tmp_path / "other.txt").write_text("def other(): pass\n" * 200)
+    with pytest.raises(CheckpointError, match="data"):
+        train(small, 2, tmp_path / "other.txt")
+    assert train(small, 3)["steps"] == 3
