@@ -51,6 +51,17 @@ def test_there_and_back_again_is_the_same_model():
 
 
 @needs_packing
+def test_a_tied_weight_is_tied_again():
+    model = nn.ModuleDict({"embed": nn.Embedding(12, 8), "head": nn.Linear(8, 12, bias=False)})
+    model["head"].weight = model["embed"].weight
+    pack(model)
+    assert model["head"].weight is model["embed"].weight
+    unpack(model)
+    assert model["head"].weight is model["embed"].weight
+    assert sum(p.numel() for p in model.parameters()) == 96
+
+
+@needs_packing
 def test_a_gradient_through_packed_weights_is_refused():
     with pytest.raises(UnsupportedError, match="unpack"):
         PackedLinear(torch.randn(4, 4))(torch.randn(2, 4, requires_grad=True))

@@ -9,6 +9,7 @@ been found and every shape compiled; here they are called directly.
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from typing import Any
 
@@ -34,13 +35,16 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.dtype = dtype or weight.dtype
         self.out_features, self.in_features = weight.shape
+        # A weight that something else holds, as a tied embedding does, is tied again when unpacked.
+        self._dense = weakref.ref(weight)
         # Not buffers: an opaque tensor can be neither saved nor moved.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
         self.bias = None if bias is None else bias.detach().to(self.dtype)
 
     @property
     def weight(self) -> Tensor:
-        return self._packed.to_dense()
+        dense = self._dense()
+        return self._packed.to_dense() if dense is None else dense
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -110,7 +114,8 @@ def unpack(model: nn.Module) -> None:
     for name, part in list(model.named_modules()):
         if isinstance(part, PackedLinear):
             dense = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
-            dense.weight = nn.Parameter(part.weight)
+            weight = part.weight
+            dense.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
             if part.bias is not None:
                 dense.bias = nn.Parameter(part.bias)
             above, _, own = name.rpartition(".")
