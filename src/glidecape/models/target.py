@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError
 from ..masks import tree_mask
 from .layers import attend
 from .packed import pack as pack_layers
@@ -156,7 +156,15 @@ class Target:
         if probe:
             from .probe import probe_target
 
-            probe_target(self)
+            try:
+                probe_target(self)
+            except GlideCapeError:
+                raise
+            except Exception as error:
+                reason = (
+                    f"{self.text_config.model_type} cannot run a token tree on this cache: {_first_sentence(error)}"
+                )
+                raise UnsupportedError(reason) from error
 
     @classmethod
     def from_pretrained(

@@ -174,7 +174,7 @@ def train_draft(
     module = make_draft(target, recipe)
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
-    identity = asdict(recipe) | {"data": text.digest}
+    identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
     clock = load_state(out, module, made, identity)
     lesson = Lesson(target, module, recipe, length)
     module.train()

@@ -1,0 +1,31 @@
+"""A dozen model families beyond those of test_against_transformers.py; runs/models.py tries every one there is."""
+
+import pytest
+
+import zoo
+
+PASSING = (
+    "biogpt",
+    "cohere",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "smollm3",
+    "stablelm",
+)
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_tokens_equal_transformers(kind):
+    assert zoo.check(kind) == zoo.Verdict(kind, "passes")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("bloom", "ALiBi"), ("bert", "tree"), ("mamba", "recurrent")])
+def test_what_cannot_hold_a_tree_is_refused_with_the_reason(kind, reason):
+    verdict = zoo.check(kind)
+    assert verdict.verdict == "refused"
+    assert reason in verdict.reason
