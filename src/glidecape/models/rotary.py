@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
+
 if TYPE_CHECKING:
     from .target import Target
 
@@ -20,6 +22,9 @@ class TargetRotary:
     They are looked up in a table made once, except where they depend on the sequence's length (dynamic scaling) or the
     context is very long. A target that does not rotate gives its draft the common base of 10,000 for its own heads and
     None for the cross-attention.
+
+    Raises:
+        UnsupportedError: the target does not rotate by cosines and sines.
     """
 
     def __init__(self, target: Target, layer: int) -> None:
@@ -32,6 +37,7 @@ class TargetRotary:
         self.size = target.context + 256
         self.fixed = self.size <= MAX_TABLE and "dynamic" not in scaling and "longrope" not in scaling
         self.table: KV | None = None
+        self._make(torch.zeros(1, 1, dtype=torch.long, device=target.device))  # refuse now, not while decoding
 
     def _needs_kind(self, target: Target) -> bool:
         if self.rotary is None:
@@ -46,7 +52,10 @@ class TargetRotary:
     def _make(self, positions: Tensor) -> KV:
         if self.rotary is not None:
             like = torch.zeros(1, device=positions.device)
-            cos, sin = self.rotary(like, positions, **self.by_kind)
+            made = self.rotary(like, positions, **self.by_kind)
+            if not isinstance(made, tuple) or len(made) != 2:
+                raise UnsupportedError("this target rotates by complex numbers, which a GliDe draft does not read yet")
+            cos, sin = made
         else:
             half = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
             angle = (positions[..., None] * 10_000.0**-half).repeat(1, 1, 2)
