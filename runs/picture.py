@@ -1,6 +1,6 @@
 """docs/speed.svg from the JSON of runs/results.sh: tokens a second of each method, greedy and at T=1.
 
-.venv/bin/python runs/picture.py runs/out/results/small-t0.json runs/out/results/small-t1.json docs/speed.svg
+.venv/bin/python runs/picture.py runs/out/results/g5-t0.json runs/out/results/g4-t1.json docs/speed.svg
 """
 
 import json
