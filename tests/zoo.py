@@ -14,24 +14,14 @@ from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
+from test_against_transformers import BASE
 
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
+TINY = BASE | {
     "num_local_experts": 4,
     "num_experts": 4,
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
     "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 WINDOW, NEW, MOST = 12, 48, 5_000_000
 PROMPTS = [[7, 11, 13, 17, 19], list(range(10, 27))]

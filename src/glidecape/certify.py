@@ -169,12 +169,13 @@ class _Judge:
         if expected < 0 or got < 0:
             return finding  # one output is shorter: rounding cannot do that
         known = [*self.prompt, *tokens[:at]]
-        truth = self._score(self._full(known)[-1], len(known))
+        logits = self._full(known)[-1]
+        truth = self._score(logits, len(known))
         stepped = self._score(self._after_a_cache(known), len(known))
         one = self._score(self._one_node(known), len(known))
         many = self._score(self._many_nodes(known), len(known))
         best = truth.topk(2).values
-        step = torch.finfo(self.target.dtype).eps * _largest(self._full(known)[-1])
+        step = torch.finfo(self.target.dtype).eps * _largest(logits)
         if not self.params.greedy:
             step /= self.params.temperature
         rounding = SLACK * max(_difference(truth, stepped), step)

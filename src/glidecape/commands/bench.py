@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .shared import Device, Dtype, TargetName, Threads, base_of, command_line, load_target, parse_bins, read_prompts
+from .shared import (
+    Device,
+    Dtype,
+    TargetName,
+    Threads,
+    command_line,
+    load_target,
+    named_folders,
+    parse_bins,
+    read_prompts,
+)
 
 
 def bench(
@@ -45,11 +55,7 @@ def bench(
     from ..models.checkpoint import load_draft
 
     model = load_target(target, dtype, device, threads, None, False)
-    named = {}
-    for item in draft:
-        name, _, folder = item.rpartition("=")
-        named[name or base_of(folder)] = folder
-    drafts = {name: load_draft(folder, model) for name, folder in named.items()}
+    drafts = {name: load_draft(folder, model) for name, folder in named_folders(draft).items()}
     settings = Settings(
         temperature,
         max_new_tokens,

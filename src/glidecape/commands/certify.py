@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import base_of, load_target, read_prompts
+from .shared import base_of, load_target, named_folders, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
@@ -50,13 +50,7 @@ def certify(
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     texts = list(PROMPTS) if prompts is None else read_prompts(None, prompts)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code)
-    folders: dict[str, str] = {}
-    for item in draft or []:
-        name, _, folder = item.rpartition("=")
-        name = name or base_of(folder)
-        if name in folders:
-            raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
-        folders[name] = folder
+    folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
     options = {"dtype": model.dtype, "revision": revision, "trust_remote_code": trust_remote_code}

@@ -77,3 +77,19 @@ def base_of(folder: str) -> str:
     from ..models.checkpoint import WEIGHTS
 
     return "glide" if (Path(folder) / WEIGHTS).is_file() else "vanilla"
+
+
+def named_folders(items: list[str]) -> dict[str, str]:
+    """`--draft` options, each NAME=FOLDER or a folder, which is then named "glide" or "vanilla" by what it holds.
+
+    Raises:
+        InputError: two of one name.
+    """
+    named: dict[str, str] = {}
+    for item in items:
+        name, _, folder = item.rpartition("=")
+        name = name or base_of(folder)
+        if name in named:
+            raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
+        named[name] = folder
+    return named

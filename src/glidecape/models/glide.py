@@ -222,8 +222,10 @@ class GlideModel(nn.Module):
         products = draft_products(self.norm.weight.dtype)
         pack(self, products)
         head: Any = self._borrowed[1] if self._borrowed else None
-        if (isinstance(head, PackedLinear) or packable(head)) and head.weight.dtype != products:
-            self._served_head = PackedLinear(head.weight, head.bias, products)
+        if isinstance(head, PackedLinear) or packable(head):
+            weight = head.weight  # unpacks a copy where the head is packed and not tied: once is enough
+            if weight.dtype != products:
+                self._served_head = PackedLinear(weight, head.bias, products)
         return self
 
     def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:

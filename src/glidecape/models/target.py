@@ -205,8 +205,10 @@ class Target:
         return cls(model.to(device), tokenizer, probe, pack)
 
     def _pack(self, products: Any) -> bool:
-        self._digest = self.weights_digest  # packed weights are in no state_dict
-        return pack_layers(self.model, products)
+        digest = self.weights_digest  # packed weights are in no state_dict
+        packed = pack_layers(self.model, products)
+        self._digest = digest if packed else None
+        return packed
 
     def unpack(self) -> None:
         """Undo packing, so that gradients can pass."""
