@@ -1,0 +1,110 @@
+"""`glidecape train` and `glidecape train-target`: a draft for a frozen target, and a small target from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
+
+
+def train(
+    target: TargetName,
+    data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
+    out: Annotated[Path, typer.Option(help="Folder of the draft; an interrupted run there goes on.")],
+    kind: Annotated[
+        str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
+    ] = "glide",
+    preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
+    max_lag: Annotated[int, typer.Option(help="Deepest draft to train for; 0: the preset's.")] = 0,
+    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the hidden matrices.")] = "adamw",
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of --rows windows a step.")] = 1,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of a step's gradient; 0: any.")] = 1.0,
+    loss_on: Annotated[
+        str, typer.Option(help="all tokens, or completion: of prompt+completion and chat data.")
+    ] = "all",
+    preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
+    seed: int = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
+    from ..train.draft import DraftRecipe, preview_data, train_draft
+
+    muon = _is_muon(optimizer)
+    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, muon, seed, lags, loss_on, accumulate, clip)
+    budget = None if preview else _budget(tokens, minutes)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    if budget is None:
+        print(preview_data(model, data, recipe))
+        return
+    train_draft(model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model)
+
+
+def _is_muon(optimizer: str) -> bool:
+    if optimizer not in ("adamw", "muon"):
+        raise InputError(f"unknown optimizer '{optimizer}': choose adamw or muon")
+    return optimizer == "muon"
+
+
+def _budget(tokens: float | None, minutes: float | None) -> Any:
+    from ..train.loop import Budget
+
+    if not tokens and not minutes:
+        raise InputError("give --tokens or --minutes: training has no other end")
+    return Budget(int(tokens) if tokens else None, minutes)
+
+
+def train_target(
+    data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data pysource`.")],
+    out: Annotated[Path, typer.Option(help="Model folder; an interrupted run there goes on.")],
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 2e7.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
+    layers: int = 6,
+    width: int = 384,
+    ffn: int = 1024,
+    heads: int = 6,
+    kv_heads: int = 6,
+    context: Annotated[int, typer.Option(help="Longest sequence that the model declares.")] = 8192,
+    rope_theta: Annotated[float, typer.Option(help="Base of the rotary embedding.")] = 1e5,
+    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    long_length: Annotated[int, typer.Option(help="Window at the end of the run.")] = 2048,
+    long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
+    seed: int = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Train a small Llama-architecture target from scratch, for a machine without any model."""
+    import torch
+
+    from ..train import target as recipes
+
+    if threads:
+        torch.set_num_threads(threads)
+    if width % heads or heads % kv_heads:
+        raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
+    shape = recipes.TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
+    windowing = recipes.Windowing(length, rows, long_length, long_share)
+    budget = _budget(tokens, minutes)
+    recipes.train_target(
+        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every
+    )
