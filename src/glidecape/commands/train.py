@@ -36,6 +36,16 @@ def train(
     preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
+    layers: Annotated[int, typer.Option(min=1, max=2, help="Of a GliDe draft.")] = 1,
+    read: Annotated[
+        str, typer.Option(help="Target layers that it reads: last, numbers joined by commas, or mix: a learned mean.")
+    ] = "last",
+    glimpse: Annotated[bool, typer.Option("--glimpse", help="It takes the target's last hidden state, too.")] = False,
+    width: Annotated[float, typer.Option(help="Its width over the target's.")] = 1.0,
+    window: Annotated[int, typer.Option(help="Tokens that its self-attention looks back; 0: all.")] = 0,
+    embedding: Annotated[str, typer.Option(help="shared with the target or own; default: the preset's.")] = "",
+    norm: Annotated[str, typer.Option(help="on or off, before the cross-attention; default: the preset's.")] = "",
+    draft_vocab: Annotated[int, typer.Option(help="Propose only so many frequent tokens; 0: all.")] = 0,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -47,7 +57,29 @@ def train(
     from ..train.draft import DraftRecipe, preview_data, train_draft
 
     muon = _is_muon(optimizer)
-    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, muon, seed, lags, loss_on, accumulate, clip)
+    recipe = DraftRecipe(
+        kind,
+        preset,
+        loss,
+        max_lag,
+        length,
+        rows,
+        rate,
+        muon,
+        seed,
+        lags,
+        loss_on,
+        accumulate,
+        clip,
+        layers,
+        read,
+        glimpse,
+        width,
+        window,
+        embedding,
+        norm,
+        draft_vocab,
+    )
     budget = None if preview else _budget(tokens, minutes)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
     if budget is None:

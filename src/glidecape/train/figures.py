@@ -14,13 +14,14 @@ from torch import nn
 from ..decode import decode
 from ..drafting.methods import make_drafter
 from ..errors import DataError
-from ..models.glide import GlideDraft, GlideModel
+from ..models.glide import GlideModel
+from ..models.glide_draft import GlideDraft
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats
 from .loop import CURVE, PICTURE, write_atomic
-from .teacher import Teacher, draft_logits
+from .teacher import Teacher, hidden_by_lag
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
@@ -57,30 +58,34 @@ def figures_by_lag(
     """How well the draft agrees with the target at each lag, teacher-forced on held-out text.
 
     Every position of a window from `max_lag` on is drafted once for each lag, so all lags are judged on the same
-    positions. That is exact for a draft of one layer, whose own keys don't depend on lags. A draft that reads no target
-    keys has no lag: its lists hold one number.
+    positions. That is exact for a draft of one layer, whose own keys don't depend on lags; a second layer's are here those of
+    the lag in question throughout. A draft that sees nothing of the target has no lag: its lists hold one number.
 
     Returns:
         lags: 1 .. max_lag; positions: how many each is judged on; overlap_by_lag: mean of sum min(p, q), the chance that
         a token drawn from the draft is accepted at temperature 1; greedy_acceptance_by_lag: how often both have the same
         most likely token. Empty when the text is shorter than a window.
     """
-    reads = isinstance(module, GlideModel) and module.config.cross_attention
+    reads = isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse)
     deepest = module.config.max_lag if isinstance(module, GlideModel) else 8
     lags = list(range(1, deepest + 1)) if reads else [1]
     windows = min(max_windows, len(tokens) // length)
     if windows < 1 or length <= deepest:
         return {}
-    teacher, position = Teacher(target, 1, length), torch.arange(length, device=target.device)
+    glide = module if isinstance(module, GlideModel) else None
+    teacher = Teacher(target, 1, length, hidden=glide is not None and glide.config.glimpse)
     overlap, same = [0.0] * len(lags), [0] * len(lags)
     module.eval()
     for at in np.linspace(0, len(tokens) - length, windows).astype(int):
         batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
         taught = teacher(batch)[0, deepest:]
         p = taught.float().softmax(-1)
-        for i, lag in enumerate(lags):
-            visible = (position + 1 - lag).clamp(min=0)[None]
-            drafted = draft_logits(module, batch, teacher.positions, teacher.cache, visible)[0, deepest:]
+        by_lag = (
+            [module(input_ids=batch).logits]
+            if glide is None
+            else map(glide.logits, hidden_by_lag(glide, batch, teacher.positions, teacher.cache, len(lags)))
+        )
+        for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
             overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
             same[i] += int((drafted.argmax(-1) == taught.argmax(-1)).sum())
     count = windows * (length - deepest)
