@@ -16,12 +16,13 @@ from ..decode import decode, generate
 from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.methods import make_drafter
 from ..errors import DataError
+from ..files import write_atomic
 from ..models.glide import GlideDraft, GlideModel
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats, loops
-from .loop import CURVE, PICTURE, write_atomic
+from .loop import CURVE, PICTURE
 from .teacher import Teacher, draft_logits
 
 
