@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from glidecape import cli
-from glidecape.bench.compare import loops
 from glidecape.drafting.methods import METHODS
+from glidecape.stats import loops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +136,7 @@ BAD = {
     "missing target": (["--target", "nowhere/at/all"], "no model|cannot load"),
     "no config": (["--target", "{empty}"], "config.json"),
     "missing draft": (["--draft", "./nowhere"], "no draft folder"),
-    "empty draft folder": (["--draft", "{empty}"], "neither a GliDe draft"),
+    "empty draft folder": (["--draft", "{empty}"], "neither a draft of ours"),
     "unknown method": (["--method", "glyde"], "unknown method"),
     "expanded plain": (["--method", "plain+cape"], "drafts nothing"),
     "two stop policies": (["--method", "glide+svip+heuristic"], "more than one stop policy"),

@@ -1,4 +1,5 @@
-"""Train a draft for a frozen target: GliDe, GliDe without cross-attention, or an independent one-layer LM.
+"""Train a draft for a frozen target: GliDe, GliDe without cross-attention, EAGLE, Medusa heads, or an independent
+one-layer LM.
 
 The target runs on each batch and its keys and values are used at once: nothing is stored. The draft sees them through
 `visible`, as in decoding (masks.block_visible), so a teacher-forced position of lag d is the state of depth d - 1.
@@ -6,7 +7,6 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,17 +19,24 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.checkpoint import save_glide
+from ..models.checkpoint import Network, save_network
+from ..models.eagle import EagleConfig, EagleModel
 from ..models.glide import GlideModel
 from ..models.glide_config import GlideConfig
+from ..models.medusa import MedusaConfig, MedusaModel
 from ..models.target import Target
 from .data import Windows, load_streams
+from .features import FEATURE, eagle_loss, medusa_loss
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
-from .rows import preview
-from .teacher import Teacher, draft_logits
+from .rows import Preview, preview
+from .teacher import Taught, Teacher, draft_logits
+
+GLIDE_KINDS = ("glide", "glide-no-cross")
+KINDS = (*GLIDE_KINDS, "eagle", "medusa", "lm")
+OF_GLIDE = ("preset", "layers", "read", "glimpse", "width", "window", "embedding", "norm", "draft_vocab")
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class DraftRecipe:
     """How a draft is trained.
 
     Attributes:
-        kind: "glide", "glide-no-cross" (the ablation) or "lm" (an independent LM of one layer).
+        kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM of one layer).
         preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
             lags="block" besides.
-        loss: one of `losses.LOSSES`, or several joined by "+".
-        lags: one of `lags.LAGS`.
-        max_lag: deepest lag trained; 0 takes the preset's.
+        loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`features.eagle_loss`). "" takes
+            "feature" for EAGLE, else "kl".
+        lags: one of `lags.LAGS`; of GliDe.
+        max_lag: deepest lag trained; 0 takes the preset's. Of EAGLE the deepest node, of Medusa the number of heads.
+        noise: on the features that EAGLE is trained on (`features.noisy`); 0: none.
         length, rows: window in tokens and windows a step.
         muon: hidden matrices with Muon instead of AdamW.
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
@@ -60,7 +69,7 @@ class DraftRecipe:
 
     kind: str = "glide"
     preset: str = "default"
-    loss: str = "kl"
+    loss: str = ""
     max_lag: int = 0
     length: int = 256
     rows: int = 16
@@ -79,10 +88,17 @@ class DraftRecipe:
     embedding: str = ""
     norm: str = ""
     draft_vocab: int = 0
+    noise: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("glide", "glide-no-cross", "lm"):
-            raise InputError(f"unknown kind of draft '{self.kind}': choose glide, glide-no-cross or lm")
+        if self.kind not in KINDS:
+            raise InputError(f"unknown kind of draft '{self.kind}': choose one of {', '.join(KINDS)}")
+        if not self.loss:
+            object.__setattr__(self, "loss", FEATURE if self.kind == "eagle" else "kl")
+        if self.kind not in GLIDE_KINDS and (given := [n for n in OF_GLIDE if getattr(self, n) != _default(n)]):
+            raise InputError(f"{given[0].replace('_', '-')} is an option of GliDe, not of a draft of kind {self.kind}")
+        if self.noise < 0:
+            raise InputError(f"noise on features must not be negative, as {self.noise} is")
         if self.lags not in LAGS:
             raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
         if self.loss_on not in ("all", "completion"):
@@ -98,7 +114,19 @@ class DraftRecipe:
                 f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
                 f"vocabulary {self.draft_vocab} must not be negative"
             )
-        check_loss(self.loss)
+        if self.loss != FEATURE:
+            check_loss(self.loss)
+        elif self.kind != "eagle":
+            raise InputError(f"the loss '{FEATURE}' is EAGLE's: a draft of kind {self.kind} has no features to compare")
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Does the draft learn from the target's last hidden states?"""
+        return self.glimpse or self.kind in ("eagle", "medusa")
+
+
+def _default(name: str) -> Any:
+    return DraftRecipe.__dataclass_fields__[name].default
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
@@ -142,6 +170,12 @@ def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = No
             eos_token_id=c.eos_token_id,
         )
         return LlamaForCausalLM(config).float().to(target.device)
+    deepest: dict[str, Any] = {"max_lag": recipe.max_lag} if recipe.max_lag else {}
+    if recipe.kind == "eagle":
+        return EagleModel(EagleConfig.for_target(target, **deepest), target).float()
+    if recipe.kind == "medusa":
+        heads = {"heads": recipe.max_lag} if recipe.max_lag else {}
+        return MedusaModel(MedusaConfig.for_target(target, **heads), target).float()
     config = glide_config(target, recipe)
     kept = None
     if config.draft_vocab:
@@ -185,9 +219,10 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
 def compiled(module: nn.Module) -> Iterator[None]:
     """Run the draft's layers (of an LM, all of it) through torch.compile, until the end of the block.
 
-    What stands around GliDe's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
+    What stands around a network's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their
+    names.
     """
-    parts: list[Any] = list(module.layers) if isinstance(module, GlideModel) else [module]
+    parts: list[Any] = list(module.layers) if isinstance(module, Network) else [module]
     for part in parts:
         part.forward = torch.compile(part.forward)
     try:
@@ -202,32 +237,39 @@ class Lesson:
 
     Args:
         length: of the windows, in tokens.
+        teacher: shared with other lessons; None: one of its own.
     """
 
-    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
-        self.target, self.module, self.recipe = target, module, recipe
+    def __init__(
+        self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
+    ) -> None:
+        self.module, self.recipe = module, recipe
         config = module.config if isinstance(module, GlideModel) else None
-        self.teacher = Teacher(target, recipe.rows, length, hidden=config is not None and config.glimpse)
+        self.teacher = teacher or Teacher(target, recipe.rows, length, hidden=recipe.reads_hidden)
         self.max_lag = config.max_lag if config is not None else 8
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number.
+        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `Taught`."""
+        return self.learn(self.teacher.teach(batch, number, learned))
 
-        `learned (rows, length)` bool: tokens to be learned, each by the position before it. None: all.
-        """
+    def learn(self, taught: Taught) -> Tensor:
+        """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""
+        if isinstance(self.module, EagleModel):
+            return eagle_loss(self.module, taught, self.recipe.loss, self.recipe.noise, self.recipe.seed)
+        if isinstance(self.module, MedusaModel):
+            return medusa_loss(self.module, taught, self.recipe.loss)
+        batch, teacher = taught.tokens, taught.teacher
         rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            taught = self.teacher(batch)
-            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
-        counted = visible > 0  # every kind of draft learns from the same positions
-        if learned is not None:
-            counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
+            drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
+        counted = (visible > 0) & taught.counted()  # every kind of draft learns from the same positions
+        logits = taught.logits
         if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
-            taught, batch = taught[..., self.kept], self._among_kept(batch)
-        return distillation_loss(drafted, taught, batch, counted, self.recipe.loss)
+            logits, batch = logits[..., self.kept], self._among_kept(batch)
+        return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
 
     def _among_kept(self, tokens: Tensor) -> Tensor:
         """Places of tokens in the reduced vocabulary, -100 for those outside."""
@@ -266,52 +308,83 @@ def train_draft(
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
+    identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
     lesson = Lesson(target, module, recipe, length)
     module.train()
 
-    def loss_of(number: int) -> tuple[Tensor, int]:
+    def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(number, recipe.rows, length).to(target.device)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return lesson(batch, number, None if learned is None else learned.to(target.device)), batch.numel()
+        return [lesson(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
 
     with compiled(module) if compile_model else nullcontext():
-        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+        clock = fit(
+            [module], made, budget, losses_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate
+        )
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
+    return finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+
+
+def finish_draft(
+    out: Path,
+    module: nn.Module,
+    target: Target,
+    held_out: np.ndarray,
+    figures: dict[str, Any],
+    losses: list[float],
+    length: int,
+    prompts: int = 16,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate a trained draft on held-out tokens, and write its curve and checkpoint to `out`.
+
+    Args:
+        figures: of the training; those of `figures_by_lag` and `evaluate_draft` are added, unless `prompts` is 0.
+        losses: of each step.
+        length: of a window, in tokens.
+    """
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
         room = min(128, target.context - 64)
-        chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
-        figures |= evaluate_draft(target, module, chosen)
-    write_curve(out, clock.losses, clock.tokens, figures)
-    if isinstance(module, GlideModel):
-        save_glide(out, module, target, command, figures, torch.bfloat16)
-    else:
-        _save_lm(module, target, out, command, figures)
+        figures |= evaluate_draft(target, module, evaluation_prompts(held_out, prompts, room, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    write_curve(out, losses, figures["tokens"], figures)
+    save_draft(out, module, target, command, figures)
     Console(stderr=True).print(f"wrote {out}: {figures}")
     return figures
 
 
+def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
+    """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
+
+    Raises:
+        CheckpointError: see `save_network`.
+    """
+    if isinstance(module, Network):
+        save_network(out, module, target, command, figures, torch.bfloat16)
+    else:
+        _save_lm(module, target, out, command, figures)
+
+
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
-    """An ordinary Hugging Face model folder."""
     module.config._attn_implementation = "sdpa"
-    module.to(torch.bfloat16).save_pretrained(out)
-    target.tokenizer.save_pretrained(out)
     card = {"command": command, "kind": "lm", "figures": figures}
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 
-def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> str:
+def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:
     """The first window that training would see, decoded, with its loss mask (`rows.preview`).
 
     Raises:
