@@ -141,7 +141,8 @@ def static_paths(top: int, total: int, depth: int) -> list[tuple[int, ...]]:
 
 
 def _levels(paths: list[tuple[int, ...]]) -> list[Level]:
-    levels, frontier = [], [()]
+    levels: list[Level] = []
+    frontier: list[tuple[int, ...]] = [()]
     for depth in range(1, max(len(path) for path in paths) + 1):
         here = sorted(path for path in paths if len(path) == depth)
         parents = [frontier.index(path[:-1]) for path in here]

@@ -123,8 +123,9 @@ def num_lags(module: nn.Module) -> int:
     """At how many lags `logits_by_lag` judges a draft."""
     if isinstance(module, MedusaModel):
         return module.config.heads
-    reads = isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse)
-    return module.config.max_lag if reads else 1
+    if isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse):
+        return module.config.max_lag
+    return 1
 
 
 def reads_hidden(module: nn.Module) -> bool:
