@@ -26,10 +26,10 @@ from ..models.target import Target
 from .data import Windows, load_streams
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 from .losses import check_loss, distillation_loss
 from .rows import preview
-from .teacher import Teacher, draft_logits
+from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
 
 @dataclass(frozen=True)
@@ -202,32 +202,36 @@ class Lesson:
 
     Args:
         length: of the windows, in tokens.
+        teacher: shared with other lessons; None: one of its own.
     """
 
-    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
-        self.target, self.module, self.recipe = target, module, recipe
-        config = module.config if isinstance(module, GlideModel) else None
-        self.teacher = Teacher(target, recipe.rows, length, hidden=config is not None and config.glimpse)
-        self.max_lag = config.max_lag if config is not None else 8
+    def __init__(
+        self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
+    ) -> None:
+        self.module, self.recipe = module, recipe
+        self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
+        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number.
+        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `Taught`."""
+        return self.learn(self.teacher.teach(batch, number, learned))
 
-        `learned (rows, length)` bool: tokens to be learned, each by the position before it. None: all.
-        """
+    def learn(self, taught: Taught) -> Tensor:
+        """Mean loss over a batch that the target has run on; the lags are drawn for its number."""
+        batch, teacher = taught.tokens, taught.teacher
         rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            taught = self.teacher(batch)
-            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+            drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
         counted = visible > 0  # every kind of draft learns from the same positions
-        if learned is not None:
-            counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
+        if taught.learned is not None:
+            counted = counted & nn.functional.pad(taught.learned[:, 1:], (0, 1))
+        logits = taught.logits
         if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
-            taught, batch = taught[..., self.kept], self._among_kept(batch)
-        return distillation_loss(drafted, taught, batch, counted, self.recipe.loss)
+            logits, batch = logits[..., self.kept], self._among_kept(batch)
+        return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
 
     def _among_kept(self, tokens: Tensor) -> Tensor:
         """Places of tokens in the reduced vocabulary, -100 for those outside."""
@@ -270,22 +274,24 @@ def train_draft(
     lesson = Lesson(target, module, recipe, length)
     module.train()
 
-    def loss_of(number: int) -> tuple[Tensor, int]:
+    def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(number, recipe.rows, length).to(target.device)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return lesson(batch, number, None if learned is None else learned.to(target.device)), batch.numel()
+        return [lesson(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
 
     with compiled(module) if compile_model else nullcontext():
-        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+        clock = fit(
+            [module], made, budget, losses_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate
+        )
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
     if prompts:
@@ -294,12 +300,21 @@ def train_draft(
         chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
         figures |= evaluate_draft(target, module, chosen)
     write_curve(out, clock.losses, clock.tokens, figures)
+    save_draft(out, module, target, command, figures)
+    Console(stderr=True).print(f"wrote {out}: {figures}")
+    return figures
+
+
+def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
+    """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
+
+    Raises:
+        CheckpointError: see `save_glide`.
+    """
     if isinstance(module, GlideModel):
         save_glide(out, module, target, command, figures, torch.bfloat16)
     else:
         _save_lm(module, target, out, command, figures)
-    Console(stderr=True).print(f"wrote {out}: {figures}")
-    return figures
 
 
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,32 @@ class Budget:
 
 @dataclass
 class Clock:
-    """Where a run stands; saved with the weights, so that a resumed run goes on exactly there."""
+    """Where a run stands; saved with the weights, so that a resumed run goes on exactly there.
+
+    Attributes:
+        losses: of each step, in nats; the mean over the modules where several are trained.
+        each: of every module, its losses; empty for one module.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    each: list[list[float]] = field(default_factory=list)
+
+    def log(self, losses: list[float]) -> None:
+        """Append a step's losses, one a module."""
+        self.losses.append(sum(losses) / len(losses))
+        if len(losses) > 1:
+            self.each = self.each or [[] for _ in losses]
+            for past, value in zip(self.each, losses, strict=True):
+                past.append(value)
+
+
+def recent_mean(losses: list[float], steps: int = 50) -> float:
+    """Mean loss in nats over the last steps."""
+    recent = losses[-steps:]
+    return round(sum(recent) / len(recent), 4)
 
 
 def reuse_freed_memory() -> None:
@@ -195,10 +215,10 @@ def save_state(
 
 
 def fit(
-    module: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
     made: list[torch.optim.Optimizer],
     budget: Budget,
-    loss_of: Callable[[int], tuple[torch.Tensor, int]],
+    losses_of: Callable[[int], tuple[Iterable[torch.Tensor], int]],
     clock: Clock,
     save: Callable[[Clock], None],
     save_every_s: float = 300.0,
@@ -206,10 +226,12 @@ def fit(
     console: Console | None = None,
     accumulate: int = 1,
 ) -> Clock:
-    """Train until the budget is spent. `loss_of(number)` gives the loss of the run's batch of that number, and its tokens.
+    """Train until the budget is spent. `losses_of(number)` gives the losses of the run's batch of that number, one a
+    module, and the batch's tokens.
 
-    A step takes the mean gradient of `accumulate` batches, clipped to norm `clip` (0: not clipped). A batch depends on its
-    number alone, so a run killed and resumed sees the same data as one never killed.
+    Each loss is differentiated before the next is asked for, so one graph lives at a time. A step takes the mean gradient
+    of `accumulate` batches, clipped to norm `clip` in each module (0: not clipped). A batch depends on its number alone, so a
+    run killed and resumed sees the same data as one never killed.
     """
     console = console or Console(stderr=True)
     reuse_freed_memory()
@@ -224,20 +246,21 @@ def fit(
             for optimizer in made:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * budget.factor(progress)
-            loss_here = 0.0
+            here = [0.0] * len(modules)
             for number in range(clock.step * accumulate, (clock.step + 1) * accumulate):
-                loss, tokens = loss_of(number)
-                (loss / accumulate).backward()
-                loss_here += float(loss.detach()) / accumulate
+                losses, tokens = losses_of(number)
+                for i, loss in enumerate(losses):
+                    (loss / accumulate).backward()
+                    here[i] += float(loss.detach()) / accumulate
                 clock.tokens += tokens
-            if clip:
+            for module in modules if clip else ():
                 torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
             for optimizer in made:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.step += 1
             clock.seconds = before + time.monotonic() - started
-            clock.losses.append(loss_here)
+            clock.log(here)
             progress = budget.progress(clock.tokens, clock.seconds)
             recent = clock.losses[-20:]
             mean = sum(recent) / len(recent)

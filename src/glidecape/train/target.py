@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import DataError
 from .data import Windows
-from .loop import Budget, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,23 @@ def train_target(
 
     compiled = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
 
-    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+    def losses_of(step: int) -> tuple[list[torch.Tensor], int]:
         # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
         rows, length = windowing.at(budget.progress(clock.tokens, clock.seconds))
         batch = windows.batch(step, rows, length).to(device)
         with autocast:
-            return compiled(batch), batch.numel()
+            return [compiled(batch)], batch.numel()
 
-    clock = fit(model, made, budget, loss_of, clock, lambda c: save_state(out, model, made, c, identity), save_every_s)
+    def save(now: Clock) -> None:
+        save_state(out, model, made, now, identity)
+
+    clock = fit([model], made, budget, losses_of, clock, save, save_every_s)
     model.eval()
     figures = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "train_loss": recent_mean(clock.losses),
         "valid_loss": round(valid_loss(model, valid, windowing.length), 4),
     }
     card = {
