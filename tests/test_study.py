@@ -18,7 +18,7 @@ from test_command_line import run
 
 BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2)
 BUDGET = Budget(tokens=5 * 2 * 64)
-TRIAL = Trial(prompts=4, prompt_tokens=24, new_tokens=24)
+TRIAL = Trial(prompts=3, prompt_tokens=24, new_tokens=16)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_every_named_factor_is_a_recipe():
 
 def test_the_command_writes_and_prints_the_table(world, tmp_path, capfd, monkeypatch):
     words = ["study", "--target", world["target"], "--data", world["corpus"], "--out", tmp_path, "--length", 32]
-    words += ["--rows", 2, "--prompts", 2, "--prompt-tokens", 24, "--new-tokens", 16, "--threads", 2]
+    words += ["--rows", 2, "--prompts", 2, "--prompt-tokens", 24, "--new-tokens", 16]
     code, out, _ = run(capfd, monkeypatch, *words, "--tokens", 128, "--factor", "cross", "--base", "max_lag:3")
     assert code == 0
     assert "cross-none" in out
