@@ -19,7 +19,7 @@ def train(
         str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
     ] = "glide",
     preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
     lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,

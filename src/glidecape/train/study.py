@@ -44,7 +44,7 @@ TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
-    "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv")},
+    "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
     "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
     "max-lag": {str(lag): {"max_lag": lag} for lag in (5, 8, 16)},
     "preset": {"paper": {"preset": "paper"}},
