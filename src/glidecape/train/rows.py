@@ -35,6 +35,30 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
     raise DataError(f"{place} has no text, prompt, messages or tokens column, but {columns}")
 
 
+def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
+    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk up to the last turn of the
+    assistant. None: a row with neither, or with `tokens` or `text`, which count first.
+
+    Raises:
+        DataError: messages that are no talk, or nothing before the assistant's turn.
+    """
+    if not isinstance(row, dict) or "tokens" in row or isinstance(row.get("text"), str):
+        return None
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    if not isinstance(row.get("messages"), list):
+        return None
+    messages = row["messages"]
+    _check_messages(messages, place)
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    before = messages[: turns[-1]] if turns else messages
+    if not before:
+        raise DataError(f"{place} begins with its only turn of the assistant: there is nothing to continue")
+    if getattr(tokenizer, "chat_template", None):
+        return _rendered(tokenizer, before, True, place)
+    return "".join(message["content"] + "\n" for message in before)
+
+
 def _of_tokens(row: dict[str, Any], place: str) -> list[Piece]:
     tokens = row["tokens"]
     if not isinstance(tokens, list) or not all(type(i) is int for i in tokens):
@@ -49,9 +73,7 @@ def _of_tokens(row: dict[str, Any], place: str) -> list[Piece]:
 
 
 def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]:
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
+    _check_messages(messages, place)
     if not getattr(tokenizer, "chat_template", None):
         ends = ["\n"] * (len(messages) - 1) + [""]
         return [(m["content"] + end, m.get("role") == "assistant") for m, end in zip(messages, ends, strict=True)]
@@ -74,6 +96,12 @@ def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]
         text = _rendered(tokenizer, messages, False, place)
         pieces.append((text.removeprefix(done), False))
     return pieces
+
+
+def _check_messages(messages: list[Any], place: str) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
 
 
 def _rendered(tokenizer: Any, messages: list[Any], generates: bool, place: str) -> str:
