@@ -134,7 +134,7 @@ def test_what_is_continued_of_each_kind_of_row(target, tmp_path, monkeypatch):
     start = "<|endoftext|>"  # this tokenizer's own special token, and training's
     assert given[0] == start + long  # never cut
     assert given[1].startswith(start + "def load_")
-    assert len(given[1]) < len(long)
+    assert len(given[1]) < len(start + long)
     assert given[2] == given[3] == start + "a\nb\nc\n"
     assert given[4] == start + target.tokenizer.decode([5, 6])
     monkeypatch.setattr(target.tokenizer, "chat_template", CHAT)
