@@ -148,7 +148,7 @@ REFUSED = {
     "void": ({"tokens": []}, "row 2 is empty"),
     "beyond": ({"tokens": [99_999]}, "row 2 holds token 99999, outside the target's vocabulary"),
     "long": ({"prompt": "size " * 300}, r"row 2: its prompt of \d+ tokens and 16 new ones don't fit"),
-    "talk": ({"messages": TALK[1:2]}, "row 2 begins with its only turn of the assistant"),
+    "talk": ({"messages": TALK[1:2]}, "row 2 has no turn before the assistant's"),
     "picture": ({"messages": [{"role": "user", "content": [{}]}]}, "row 2: each of its messages needs"),
     "json": ("nothing", "row 2 has no text, prompt, messages or tokens column, but str"),
 }

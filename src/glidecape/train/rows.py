@@ -36,8 +36,8 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
 
 
 def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
-    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk up to the last turn of the
-    assistant. None: a row with neither, or with `tokens` or `text`, which count first.
+    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk without the assistant's turn that
+    ends it. None: a row with neither, or with `tokens` or `text`, which count first.
 
     Raises:
         DataError: messages that are no talk, or nothing before the assistant's turn.
@@ -50,10 +50,9 @@ def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
         return None
     messages = row["messages"]
     _check_messages(messages, place)
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    before = messages[: turns[-1]] if turns else messages
+    before = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
     if not before:
-        raise DataError(f"{place} begins with its only turn of the assistant: there is nothing to continue")
+        raise DataError(f"{place} has no turn before the assistant's: there is nothing to continue")
     if getattr(tokenizer, "chat_template", None):
         return _rendered(tokenizer, before, True, place)
     return "".join(message["content"] + "\n" for message in before)
