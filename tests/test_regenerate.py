@@ -139,7 +139,7 @@ def test_what_is_continued_of_each_kind_of_row(target, tmp_path, monkeypatch):
     assert given[4] == start + target.tokenizer.decode([5, 6])
     monkeypatch.setattr(target.tokenizer, "chat_template", CHAT)
     assert prompts(tmp_path, target, rows[2:4]) == ["<user>a<assistant>b<user>c<go>"] * 2
-    assert prompts(tmp_path, target, rows, Regeneration(limit=2))[1:] == [start + long]
+    assert prompts(tmp_path, target, rows, Regeneration(limit=2, new_tokens=16))[1:] == [start + long]
 
 
 REFUSED = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from ..decode import decode, generate
@@ -85,13 +86,16 @@ def steady_prompts(
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     drawn = evaluation_prompts(tokens, most * count, length, 0)
     steady: list[list[int]] = []
-    for first in range(0, len(drawn), batch):
-        part = drawn[first : first + batch]
-        for i, one in enumerate(generate(target, part, params=params)):
-            if not loops(one.tokens):
-                steady.append(part[i])
-            if len(steady) == count:
-                return steady, first + i + 1
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("prompts that don't loop", total=count)
+        for first in range(0, len(drawn), batch):
+            part = drawn[first : first + batch]
+            for i, one in enumerate(generate(target, part, params=params)):
+                if not loops(one.tokens):
+                    steady.append(part[i])
+                if len(steady) == count:
+                    return steady, first + i + 1
+            bar.update(task, completed=len(steady))
     if not steady:
         raise DataError(f"all {len(drawn)} greedy continuations of {new_tokens} tokens loop: ask for fewer new tokens")
     return steady, len(drawn)

@@ -36,8 +36,8 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
 
 
 def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
-    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk without the assistant's turn that
-    ends it. None: a row with neither, or with `tokens` or `text`, which count first.
+    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk without the assistant's
+    turn that ends it. None: a row with neither, or with `tokens` or `text`, which count first.
 
     Raises:
         DataError: messages that are no talk, or nothing before the assistant's turn.

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from ..drafting.methods import make_drafter
@@ -203,6 +204,7 @@ def run_study(
         "minutes": budget.minutes,
         "trial": asdict(trial),
     }
+    console = Console(stderr=True)
     prompts: tuple[list[list[int]], int] | None = None
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in rows}
     for seed in seeds:
@@ -211,11 +213,11 @@ def run_study(
         identities = {name: shared | {"recipe": asdict(recipe)} for name, recipe in recipes.items()}
         while pending := [name for name in recipes if _finished(folder, name, identities[name]) is None]:
             group = {name: identities[name] for name in _begun(folder, recipes) or pending}
-            if prompts is None:
-                prompts = held_out_prompts(target, streams["valid"], trial)
             taught = _trained(target, streams["train"], folder, recipes, group, budget, save_every_s)
+            prompts = prompts or held_out_prompts(target, streams["valid"], trial)
             for i, name in enumerate(group):
                 if _finished(folder, name, group[name]) is None:
+                    console.print(f"seed {seed}: trying {name}", markup=False)
                     figures = _figures(target, taught[0], i, taught[1], streams["valid"], prompts, trial)
                     write_row(folder / name, taught[0].modules[i], target, command, figures, group[name])
             (folder / STATE_FILE).unlink()  # rows that come later begin a class of their own
