@@ -119,6 +119,12 @@ def train_target(
     long_length: Annotated[int, typer.Option(help="Window at the end of the run.")] = 2048,
     long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    with_draft: Annotated[
+        bool, typer.Option("--with-draft", help="Train a draft beside it on the same batches, written to OUT/draft.")
+    ] = False,
+    draft_recipe: Annotated[
+        str, typer.Option(help="With --with-draft: changes to its recipe, such as max_lag:6,loss:kl+tv.")
+    ] = "",
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
@@ -137,6 +143,19 @@ def train_target(
     shape = recipes.TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
     windowing = recipes.Windowing(length, rows, long_length, long_share)
     budget = _budget(tokens, minutes)
+    draft = _draft_beside(draft_recipe, seed) if with_draft else None
+    if draft_recipe and draft is None:
+        raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
     recipes.train_target(
-        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every
+        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every, draft
     )
+
+
+def _draft_beside(changes: str, seed: int) -> Any:
+    from ..train.draft import DraftRecipe
+    from ..train.study import changes_of
+
+    wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
+    if given := {"length", "rows", "accumulate", "loss_on"} & wanted.keys():
+        raise InputError(f"--draft-recipe cannot set {min(given)}: the draft sees its target's own batches")
+    return DraftRecipe(**wanted)

@@ -294,12 +294,34 @@ def train_draft(
         "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
+    return finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+
+
+def finish_draft(
+    out: Path,
+    module: nn.Module,
+    target: Target,
+    held_out: np.ndarray,
+    figures: dict[str, Any],
+    losses: list[float],
+    length: int,
+    prompts: int = 16,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate a trained draft on held-out tokens, and write its curve and checkpoint to `out`.
+
+    Args:
+        figures: of the training; those of `figures_by_lag` and `evaluate_draft` are added, unless `prompts` is 0.
+        losses: of each step.
+        length: of a window, in tokens.
+    """
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
         room = min(128, target.context - 64)
-        chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
-        figures |= evaluate_draft(target, module, chosen)
-    write_curve(out, clock.losses, clock.tokens, figures)
+        figures |= evaluate_draft(target, module, evaluation_prompts(held_out, prompts, room, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)
     Console(stderr=True).print(f"wrote {out}: {figures}")
     return figures

@@ -55,8 +55,8 @@ class Clock:
     """Where a run stands; saved with the weights, so that a resumed run goes on exactly there.
 
     Attributes:
-        losses: of each step, in nats; the mean over the modules where several are trained.
-        each: of every module, its losses; empty for one module.
+        losses: of each step, in nats; where several modules are trained, the first one's.
+        each: every module's losses, where there are several.
     """
 
     step: int = 0
@@ -67,7 +67,7 @@ class Clock:
 
     def log(self, losses: list[float]) -> None:
         """Append a step's losses, one a module."""
-        self.losses.append(sum(losses) / len(losses))
+        self.losses.append(losses[0])
         if len(losses) > 1:
             self.each = self.each or [[] for _ in losses]
             for past, value in zip(self.each, losses, strict=True):
