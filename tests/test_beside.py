@@ -71,7 +71,7 @@ def test_no_gradient_reaches_the_target_and_the_draft_sees_its_steps(world):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
-    own = {name: p for name, p in beside.target.model.named_parameters()}
+    own = dict(beside.target.model.named_parameters())
     assert all(torch.equal(p, own[name]) and not own[name].requires_grad for name, p in model.named_parameters())
     assert beside.loss(batch, 0) != first
 

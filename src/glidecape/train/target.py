@@ -173,7 +173,6 @@ def train_target(
         shutil.copy(data / "sources.json", out / "sources.json")
     Console(stderr=True).print(f"wrote {out}: {figures}")
     if beside is not None:
-        rest = {"losses": clock.each[1], "prompts": prompts, "seed": seed, "command": command}
-        length = min(windowing.length, shape.context)
-        figures["draft"] = beside.finish(draft_out or out / "draft", out, valid, counts, length=length, **rest)
+        options = {"length": min(windowing.length, shape.context), "prompts": prompts, "seed": seed, "command": command}
+        figures["draft"] = beside.finish(draft_out or out / "draft", out, valid, counts, clock.each[1], **options)
     return figures
