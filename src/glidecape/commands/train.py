@@ -83,9 +83,20 @@ def train(
     budget = None if preview else _budget(tokens, minutes)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
     if budget is None:
-        print(preview_data(model, data, recipe))
+        _show(preview_data(model, data, recipe))
         return
     train_draft(model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model)
+
+
+def _show(preview: Any) -> None:
+    """With colours on a terminal; plain text where it is piped."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(preview)
+    else:
+        print(preview)
 
 
 def _is_muon(optimizer: str) -> bool:

@@ -6,7 +6,6 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +25,9 @@ from ..models.target import Target
 from .data import Windows, load_streams
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
-from .rows import preview
+from .rows import Preview, preview
 from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
 
@@ -270,6 +269,7 @@ def train_draft(
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
+    identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
     lesson = Lesson(target, module, recipe, length)
     module.train()
@@ -340,15 +340,12 @@ def save_draft(out: Path, module: nn.Module, target: Target, command: str, figur
 
 
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
-    """An ordinary Hugging Face model folder."""
     module.config._attn_implementation = "sdpa"
-    module.to(torch.bfloat16).save_pretrained(out)
-    target.tokenizer.save_pretrained(out)
     card = {"command": command, "kind": "lm", "figures": figures}
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 
-def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> str:
+def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:
     """The first window that training would see, decoded, with its loss mask (`rows.preview`).
 
     Raises:

@@ -16,13 +16,14 @@ from ..decode import decode, generate
 from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.methods import make_drafter
 from ..errors import DataError
+from ..files import write_atomic
 from ..models.glide import GlideModel
 from ..models.glide_draft import GlideDraft
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats, loops
-from .loop import CURVE, PICTURE, write_atomic
+from .loop import CURVE, PICTURE
 from .teacher import Teacher, hidden_by_lag
 
 

@@ -7,7 +7,7 @@ of the minutes". So a run can be given either budget, and any checkpoint of the 
 from __future__ import annotations
 
 import ctypes
-import os
+import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import CheckpointError
+from ..files import remove_leftovers, write_atomic, write_folder
 from ..models.checkpoint import CARD, WEIGHTS
 
 STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
@@ -92,44 +93,6 @@ def reuse_freed_memory() -> None:
             libc.mallopt(option, 2**31 - 1)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
-    file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write {path} ({error.strerror or error}); the last good one is kept"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete our temporary files whose writers were killed: `.NAME.PID` where no process of that number lives."""
-    for name in WRITTEN:
-        for path in folder.glob(f".{name}.*"):
-            pid = path.suffix[1:]
-            if pid.isdigit() and not _lives(int(pid)):
-                path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # there, asking would be killing
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
-
-
 def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, hidden matrices go to Muon instead (fewer tokens to the same loss on small targets)."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -164,7 +127,7 @@ def load_state(
     Raises:
         CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
     """
-    remove_leftovers(folder)
+    remove_leftovers(folder, WRITTEN)
     path = folder / STATE_FILE
     if not path.exists():
         return Clock()
@@ -212,6 +175,21 @@ def save_state(
         "identity": identity or {},
     }
     write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
+
+
+def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None:
+    """Write an ordinary Hugging Face model folder, with a card; an earlier model there stays until this one is whole.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable.
+    """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+    write_folder(out, write, last=CARD)
 
 
 def fit(

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..decode import decode
 from ..drafting.drafter import Drafter, NoDraft
 from ..errors import CheckpointError, DataError, InputError
+from ..files import write_atomic
 from ..models.target import Target
 from ..sampling import SamplingParams
 from .data import load_streams, read_rows
-from .loop import write_atomic
 from .rows import pieces_of, prompt_of
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from rich.text import Text
 
 from ..errors import DataError
 
@@ -130,14 +133,43 @@ def check_completion(pieces: list[Piece], row: dict[str, Any], place: str) -> No
     )
 
 
-def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> str:
-    """The text of a window with what is learned between \u27e6 and \u27e7, below a line that counts it."""
+@dataclass(frozen=True)
+class Preview:
+    """A decoded window as training sees it: pieces of text, and whether their tokens are learned.
+
+    Attributes:
+        tokens, learned: counts.
+        pieces: in order, learned and not in turn.
+    """
+
+    tokens: int
+    learned: int
+    pieces: list[tuple[str, bool]]
+
+    def __str__(self) -> str:
+        """Plain text: what is learned stands between \u27e6 and \u27e7."""
+        text = "".join(f"\u27e6{text}\u27e7" if learned else text for text, learned in self.pieces)
+        return f"{self._counts}, between \u27e6 and \u27e7:\n{text}"
+
+    def __rich__(self) -> Text:
+        """For a terminal: what is learned in green, the rest dim."""
+        styled = Text(f"{self._counts}, in green:\n")
+        for text, learned in self.pieces:
+            styled.append(text, "green" if learned else "dim")
+        return styled
+
+    @property
+    def _counts(self) -> str:
+        return f"{self.tokens} tokens, {self.learned} learned ({self.learned / self.tokens:.0%})"
+
+
+def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> Preview:
+    """A window of tokens for reading; `learned`: its loss mask, None: all."""
     marks = [True] * len(tokens) if learned is None else learned
-    lines = f"{len(tokens)} tokens, {sum(marks)} learned ({sum(marks) / len(tokens):.0%}), between \u27e6 and \u27e7:\n"
+    pieces: list[tuple[str, bool]] = []
     first = 0
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or marks[end] != marks[first]:
-            text = tokenizer.decode(tokens[first:end])
-            lines += f"\u27e6{text}\u27e7" if marks[first] else text
+            pieces.append((tokenizer.decode(tokens[first:end]), marks[first]))
             first = end
-    return lines
+    return Preview(len(tokens), sum(marks), pieces)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..drafting.methods import make_drafter
 from ..errors import CheckpointError, InputError
+from ..files import remove_leftovers, write_atomic
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats, merged
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
-from .loop import STATE_FILE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state, write_atomic
+from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
 from .teacher import Teacher, reads_hidden
 
@@ -200,6 +201,7 @@ def run_study(
     shared = {
         "data": streams["train"].digest,
         "target": target.weights_digest[:16],
+        "dtype": str(target.dtype),
         "tokens": budget.tokens,
         "minutes": budget.minutes,
         "trial": asdict(trial),
@@ -368,6 +370,7 @@ def write_row(
     """A row's draft, its curve, and last its figures: a row that has these is done."""
     losses = figures.pop("loss")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, (*WRITTEN, RESULT))
     write_curve(folder, losses, figures["tokens"], figures)
     save_draft(folder, module, target, command, figures)
     done = json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from ..errors import DataError
 from .beside import Beside
 from .data import Windows
 from .draft import DraftRecipe
-from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def train_target(
         trained, made = [model, beside.module], made + beside.made
         state = torch.nn.ModuleDict({"target": model, "draft": beside.module})
     out.mkdir(parents=True, exist_ok=True)
-    identity = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
-    identity["draft"] = asdict(draft) if draft is not None else None
+    identity: dict[str, Any] = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
+    identity |= {"draft": asdict(draft) if draft is not None else None, "compile": compile_model}
     clock = load_state(out, state, made, identity)
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
@@ -166,9 +165,7 @@ def train_target(
         "seed": seed,
         "figures": figures,
     }
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(model.to(torch.bfloat16), tokenizer, out, card)
     if (data / "sources.json").exists():
         shutil.copy(data / "sources.json", out / "sources.json")
     Console(stderr=True).print(f"wrote {out}: {figures}")
