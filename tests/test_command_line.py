@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from glidecape import cli
-from glidecape.bench.compare import loops
 from glidecape.drafting.methods import METHODS
+from glidecape.stats import loops
 
 ROOT = Path(__file__).resolve().parents[1]
 

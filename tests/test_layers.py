@@ -13,7 +13,7 @@ import glidecape
 SOURCE = Path(glidecape.__file__).parent
 LAYERS = [
     {"errors"},
-    {"noise", "masks", "text"},
+    {"noise", "masks", "text", "significance", "files"},
     {"sampling"},
     {"penalties"},
     {"cache", "tree", "stats"},

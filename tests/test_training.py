@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("glidecape.files.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.save_glide(tmp_path, draft.module, target, "second", {}, torch.float32)
     assert checkpoint.read_card(tmp_path)["command"] == "first"

@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +28,9 @@ from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
-from ..stats import Stats
+from ..significance import bootstrap_ratio, paired_permutation
+from ..stats import Stats, loops, merged, repetition
 from .prompts import digest_of
-from .statistics import bootstrap_ratio, paired_permutation
 
 BATCH = 16  # rows of the pass that sorts prompts
 
@@ -47,32 +46,6 @@ class Settings:
     draft_length: int = 5
     bins: tuple[int, ...] = Cape.PAPER
     threshold: float = 0.3
-
-
-def loops(tokens: list[int], span: int = 8, times: int = 3) -> bool:
-    """Does the second half repeat an earlier span of `span` tokens, one and the same, `times` times or more?
-
-    >>> loops([1, 2, 3, 4] * 16), loops(list(range(64))), loops([*range(40), *range(20), *range(50, 70)])
-    (True, False, False)
-    """
-    seen: set[tuple[int, ...]] = set()
-    repeats: Counter[tuple[int, ...]] = Counter()
-    for start in range(len(tokens) - span + 1):
-        piece = tuple(tokens[start : start + span])
-        if piece in seen and start >= len(tokens) // 2:
-            repeats[piece] += 1
-        seen.add(piece)
-    return max(repeats.values(), default=0) >= times
-
-
-def repetition(tokens: list[int], span: int = 4) -> float:
-    """Share of the spans of `span` tokens that occurred before.
-
-    >>> repetition([1, 2, 3, 4, 5]), repetition([7] * 8)
-    (0.0, 0.8)
-    """
-    spans = [tuple(tokens[i : i + span]) for i in range(len(tokens) - span + 1)]
-    return 1 - len(set(spans)) / len(spans) if spans else 0.0
 
 
 def _provenance(command: str) -> dict[str, Any]:
@@ -236,34 +209,16 @@ def _sort_prompts(
     return groups, drawn
 
 
-def _merged(each: list[Stats]) -> Stats:
-    total = Stats()
-    for one in each:
-        for field in (
-            "rounds",
-            "drafted",
-            "accepted",
-            "emitted",
-            "tested",
-            "prefill_s",
-            "draft_s",
-            "verify_s",
-            "total_s",
-        ):
-            setattr(total, field, getattr(total, field) + getattr(one, field))
-    return total
-
-
 def _rows(
     runs: dict[str, list[list[Stats]]], unequal: dict[str, int], times: list[list[float]] | None, reference_unequal: int
 ) -> list[dict[str, Any]]:
     """A row a method; `runs[method][repeat]` holds the prompts in order."""
-    plain = [_merged(each).tokens_per_s for each in runs["plain"]]
+    plain = [merged(each).tokens_per_s for each in runs["plain"]]
     plain_pace = [_pace(each) for each in zip(*runs["plain"], strict=True)]
     peer = [n / s for n, s in times] if times else None
     rows = []
     for method, repeats in runs.items():
-        totals = [_merged(each) for each in repeats]
+        totals = [merged(each) for each in repeats]
         speeds = [total.tokens_per_s for total in totals]
         one, pace = totals[0], [_pace(each) for each in zip(*repeats, strict=True)]
         row = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError
+from ..files import write_atomic
 from .glide import GlideModel
 from .glide_config import GlideConfig
 from .glide_draft import GlideDraft
@@ -69,22 +69,6 @@ def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None
         )
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a kill or a full disk leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"could not write {path} ({reason}); the last good one is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_glide(
     folder: Path, module: GlideModel, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -109,8 +93,9 @@ def save_glide(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder} ({error.strerror or error})") from None
-    _replace(folder / WEIGHTS, save(tensors, metadata={"glidecape": json.dumps(card)}))
-    _replace(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
+    content = save(tensors, metadata={"glidecape": json.dumps(card)})
+    write_atomic(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    write_atomic(folder / CARD, lambda path: path.write_text(json.dumps(card, indent=1) + "\n"))
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +25,10 @@ from ..models.target import Target
 from .data import Windows, load_streams
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
-from .rows import preview
-from .teacher import Teacher, draft_logits
+from .rows import Preview, preview
+from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
 
 @dataclass(frozen=True)
@@ -202,32 +201,36 @@ class Lesson:
 
     Args:
         length: of the windows, in tokens.
+        teacher: shared with other lessons; None: one of its own.
     """
 
-    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
-        self.target, self.module, self.recipe = target, module, recipe
-        config = module.config if isinstance(module, GlideModel) else None
-        self.teacher = Teacher(target, recipe.rows, length, hidden=config is not None and config.glimpse)
-        self.max_lag = config.max_lag if config is not None else 8
+    def __init__(
+        self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
+    ) -> None:
+        self.module, self.recipe = module, recipe
+        self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
+        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number.
+        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `Taught`."""
+        return self.learn(self.teacher.teach(batch, number, learned))
 
-        `learned (rows, length)` bool: tokens to be learned, each by the position before it. None: all.
-        """
+    def learn(self, taught: Taught) -> Tensor:
+        """Mean loss over a batch that the target has run on; the lags are drawn for its number."""
+        batch, teacher = taught.tokens, taught.teacher
         rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            taught = self.teacher(batch)
-            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+            drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
         counted = visible > 0  # every kind of draft learns from the same positions
-        if learned is not None:
-            counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
+        if taught.learned is not None:
+            counted = counted & nn.functional.pad(taught.learned[:, 1:], (0, 1))
+        logits = taught.logits
         if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
-            taught, batch = taught[..., self.kept], self._among_kept(batch)
-        return distillation_loss(drafted, taught, batch, counted, self.recipe.loss)
+            logits, batch = logits[..., self.kept], self._among_kept(batch)
+        return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
 
     def _among_kept(self, tokens: Tensor) -> Tensor:
         """Places of tokens in the reduced vocabulary, -100 for those outside."""
@@ -266,52 +269,83 @@ def train_draft(
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
+    identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
     lesson = Lesson(target, module, recipe, length)
     module.train()
 
-    def loss_of(number: int) -> tuple[Tensor, int]:
+    def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(number, recipe.rows, length).to(target.device)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return lesson(batch, number, None if learned is None else learned.to(target.device)), batch.numel()
+        return [lesson(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
 
     with compiled(module) if compile_model else nullcontext():
-        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+        clock = fit(
+            [module], made, budget, losses_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate
+        )
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
+    return finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+
+
+def finish_draft(
+    out: Path,
+    module: nn.Module,
+    target: Target,
+    held_out: np.ndarray,
+    figures: dict[str, Any],
+    losses: list[float],
+    length: int,
+    prompts: int = 16,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate a trained draft on held-out tokens, and write its curve and checkpoint to `out`.
+
+    Args:
+        figures: of the training; those of `figures_by_lag` and `evaluate_draft` are added, unless `prompts` is 0.
+        losses: of each step.
+        length: of a window, in tokens.
+    """
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
         room = min(128, target.context - 64)
-        chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
-        figures |= evaluate_draft(target, module, chosen)
-    write_curve(out, clock.losses, clock.tokens, figures)
-    if isinstance(module, GlideModel):
-        save_glide(out, module, target, command, figures, torch.bfloat16)
-    else:
-        _save_lm(module, target, out, command, figures)
+        figures |= evaluate_draft(target, module, evaluation_prompts(held_out, prompts, room, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    write_curve(out, losses, figures["tokens"], figures)
+    save_draft(out, module, target, command, figures)
     Console(stderr=True).print(f"wrote {out}: {figures}")
     return figures
 
 
+def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
+    """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
+
+    Raises:
+        CheckpointError: see `save_glide`.
+    """
+    if isinstance(module, GlideModel):
+        save_glide(out, module, target, command, figures, torch.bfloat16)
+    else:
+        _save_lm(module, target, out, command, figures)
+
+
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
-    """An ordinary Hugging Face model folder."""
     module.config._attn_implementation = "sdpa"
-    module.to(torch.bfloat16).save_pretrained(out)
-    target.tokenizer.save_pretrained(out)
     card = {"command": command, "kind": "lm", "figures": figures}
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 
-def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> str:
+def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:
     """The first window that training would see, decoded, with its loss mask (`rows.preview`).
 
     Raises:

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
-from ..decode import decode
+from ..decode import decode, generate
+from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.methods import make_drafter
 from ..errors import DataError
+from ..files import write_atomic
 from ..models.glide import GlideModel
 from ..models.glide_draft import GlideDraft
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
-from ..stats import Stats
-from .loop import CURVE, PICTURE, write_atomic
+from ..stats import Stats, loops
+from .loop import CURVE, PICTURE
 from .teacher import Teacher, hidden_by_lag
 
 
@@ -32,14 +35,20 @@ def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 
 
+def as_draft(module: nn.Module) -> tuple[str, DraftModel]:
+    """The base of its methods ("glide" or "vanilla"), and the network joined to the decode loop, unpacked."""
+    module.eval()
+    if isinstance(module, GlideModel):
+        return "glide", GlideDraft(module)
+    return "vanilla", StandaloneDraft(Target(module))
+
+
 def evaluate_draft(
     target: Target, module: nn.Module, prompts: list[list[int]], new_tokens: int = 64
 ) -> dict[str, float]:
     """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
     figures: dict[str, float] = {}
-    module.eval()
-    draft = GlideDraft(module) if isinstance(module, GlideModel) else StandaloneDraft(Target(module))
-    method = "glide" if isinstance(module, GlideModel) else "vanilla"
+    method, draft = as_draft(module)
     for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
         stats = Stats()
         params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
@@ -49,6 +58,48 @@ def evaluate_draft(
         figures[f"alpha_{name}"] = round(stats.alpha, 4)
         figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
     return figures
+
+
+def stats_by_prompt(
+    target: Target, drafter: Drafter, prompts: list[list[int]], params: SamplingParams, batch: int = 16
+) -> list[Stats]:
+    """The counts of each prompt's rounds. Prompts are decoded side by side, which changes no row's tokens."""
+    each = [Stats() for _ in prompts]
+    for first in range(0, len(prompts), batch):
+        for event in decode(target, drafter, prompts[first : first + batch], params):
+            if event.stats.emitted:
+                each[first + event.row].add(event.stats)
+    return each
+
+
+def steady_prompts(
+    target: Target, tokens: np.ndarray, count: int, length: int, new_tokens: int, batch: int = 16, most: int = 16
+) -> tuple[list[list[int]], int]:
+    """The first `count` prompts of held-out text whose greedy continuations don't loop (`stats.loops`).
+
+    Prompts are drawn until there are as many, `most * count` at most.
+
+    Returns:
+        The prompts, and how many were drawn for them.
+    Raises:
+        DataError: every continuation loops.
+    """
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    drawn = evaluation_prompts(tokens, most * count, length, 0)
+    steady: list[list[int]] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("prompts that don't loop", total=count)
+        for first in range(0, len(drawn), batch):
+            part = drawn[first : first + batch]
+            for i, one in enumerate(generate(target, part, params=params)):
+                if not loops(one.tokens):
+                    steady.append(part[i])
+                if len(steady) == count:
+                    return steady, first + i + 1
+            bar.update(task, completed=len(steady))
+    if not steady:
+        raise DataError(f"all {len(drawn)} greedy continuations of {new_tokens} tokens loop: ask for fewer new tokens")
+    return steady, len(drawn)
 
 
 @torch.no_grad()

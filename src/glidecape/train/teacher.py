@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,36 @@ class Teacher:
         logits = self.target.forward(tokens, self.positions, self.cache).logits
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
         return logits
+
+    def teach(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> Taught:
+        """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
+        next one is taught."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            return Taught(tokens, number, learned, self(tokens), self)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A batch of a training and the target's forward over it.
+
+    Attributes:
+        tokens: `(rows, length)`.
+        number: of the batch in its run; what is drawn for it follows from it.
+        learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
+        logits: the target's, `(rows, length, vocab)`.
+        teacher: holds the keys and values of the target's layers.
+    """
+
+    tokens: Tensor
+    number: int
+    learned: Tensor | None
+    logits: Tensor
+    teacher: Teacher
+
+
+def reads_hidden(module: nn.Module) -> bool:
+    """Does this draft read the target's last hidden states?"""
+    return isinstance(module, GlideModel) and module.config.glimpse
 
 
 def draft_hidden(
