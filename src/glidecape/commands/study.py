@@ -17,7 +17,7 @@ def study(
     data: Annotated[Path, typer.Option(help="As for train.")],
     out: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one there goes on.")],
     factor: Annotated[
-        list[str] | None, typer.Option(help="A row a value: cross, loss, lags, max-lag, preset, optimizer; repeat.")
+        list[str] | None, typer.Option(help="A row a value: cross, glimpse, layers, width, …; repeat.")
     ] = None,
     row: Annotated[
         list[str] | None, typer.Option(help="One more row, NAME=field:value,field:value of a recipe; repeat.")

@@ -46,6 +46,13 @@ TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
+    "glimpse": {"joined": {"glimpse": True}, "alone": {"glimpse": True, "kind": "glide-no-cross"}},
+    "layers": {"2": {"layers": 2}},
+    "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
+    "norm": {"off": {"norm": "off"}},
+    "embedding": {"own": {"embedding": "own"}},
+    "window": {"64": {"window": 64}},
+    "vocabulary": {"1024": {"draft_vocab": 1024}},
     "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
     "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
     "max-lag": {str(lag): {"max_lag": lag} for lag in (5, 8, 16)},
