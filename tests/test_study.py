@@ -21,7 +21,7 @@ BUDGET = Budget(tokens=5 * 2 * 64)
 GIVEN = [
     "other=loss:kl+tv,lags:shift,max_lag:3,muon:no,draft_vocab:200",
     "lm=kind:lm",
-    "wide=glimpse:yes,read:0,1,layers:2",
+    "wide=glimpse:yes,read:0+1,layers:2",
 ]
 TRIAL = Trial(prompts=3, prompt_tokens=24, new_tokens=16)
 
@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_are_refused(name):
     rows, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         study_rows(BASE, [], rows)
-    with pytest.raises(InputError, match="unknown factor 'weather': choose from cross, loss"):
+    with pytest.raises(InputError, match="unknown factor 'weather': choose from cross, glimpse"):
         study_rows(BASE, ["weather"])
 
 
