@@ -193,8 +193,10 @@ def _as_batch(pad: Tensor, tokens: Tensor, rows: int) -> Tensor:
 
 def _processor(processors: Any, pad: Tensor, row: int, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
     def process(tokens: Tensor, logits: Tensor) -> Tensor:
-        # A processor may write in place.
-        return processors(_as_batch(pad, tokens, rows), logits.expand(rows, -1).clone())[row]
+        ids, scores = _as_batch(pad, tokens, rows), logits.expand(rows, -1).clone()  # a processor may write in place
+        for one in processors:  # the list's own call inspects each signature each time
+            scores = one(ids, scores)
+        return scores[row]
 
     return process
 
