@@ -36,7 +36,7 @@ def first_difference(found, expected):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
 def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
-    """The draft LM is the target itself, which is always right, or a noisy copy of it; GliDe's is untrained and mostly wrong."""
+    """The draft LM is the target itself, always right, or a noisy copy; GliDe's is untrained, mostly wrong."""
     model = zoo.build(kind, max_position_embeddings=CONTEXT)
     reference, noisy = copy.deepcopy(model), copy.deepcopy(model)
     for p in noisy.parameters():
