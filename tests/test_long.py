@@ -74,11 +74,11 @@ def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_outputs_of_no_token_one_token_and_up_to_the_very_end_of_the_context(kind):
     """With learned positions the last of them is used, and drafts must not ask for the one after."""
-    model = zoo.build(kind, max_position_embeddings=64)
+    model = zoo.build(kind, max_position_embeddings=48)
     reference = copy.deepcopy(model)
     target, draft = Target(model), StandaloneDraft(Target(copy.deepcopy(reference)))
     prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    room = [64 - len(p) for p in prompts[:2]]
+    room = [48 - len(p) for p in prompts[:2]]
     expected = [reference_tokens(reference, p, max_new_tokens=n)[0] for p, n in zip(prompts, room, strict=False)]
     each = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (*room, 1)]
     for method in METHODS:
