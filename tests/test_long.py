@@ -1,6 +1,6 @@
 """512 greedy tokens, float32, 12 families, every method, alone and in a ragged batch: transformers' own tokens, all of them.
 
-Half an hour on one core. `KINDS=llama,gpt2 pytest -m slow tests/test_long.py` runs some families only.
+A quarter of an hour on one quiet core. `KINDS=llama,gpt2 pytest -m slow tests/test_long.py` runs some families only.
 """
 
 import copy
@@ -37,7 +37,9 @@ def first_difference(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
     """The draft LM is the target itself, always right, or a noisy copy; GliDe's is untrained, mostly wrong."""
-    model = zoo.build(kind, max_position_embeddings=CONTEXT)
+    # Two layers: with and without a window where the family has both.
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "gemma3_text" else {}
+    model = zoo.build(kind, max_position_embeddings=CONTEXT, num_hidden_layers=2, **layers)
     reference, noisy = copy.deepcopy(model), copy.deepcopy(model)
     for p in noisy.parameters():
         if p.ndim > 1:
@@ -68,7 +70,7 @@ def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
                     f"{kind}, {method}, {len(rows)} row(s), prompt {i}: token {at} differs; the reference's smallest top-2 "
                     f"margin is {references[i][1]:.1e}" + (" (too small to tell)" if references[i][1] < 1e-5 else "")
                 )
-    assert accepted > 3 * len(METHODS) * NEW, "hardly anything was accepted: the test would not see a wrong cache"
+    assert accepted > len(METHODS) * NEW, "hardly anything was accepted: the test would not see a wrong cache"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
