@@ -287,6 +287,8 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
     vocab = target.vocab_size
     if bad := [token for token in dict(params.logit_bias) if token >= vocab]:
         raise InputError(f"logit_bias names token id {bad[0]}, outside the vocabulary of {vocab}")
+    if bad := [token for token in params.stop_token_ids if not 0 <= token < vocab]:
+        raise InputError(f"stop_token_ids names token id {bad[0]}, outside the vocabulary of {vocab}")
     strings = params.stop
     if strings and target.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this target has none: stop at token ids instead")

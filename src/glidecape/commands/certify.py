@@ -30,6 +30,7 @@ def certify(
     temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
@@ -60,14 +61,19 @@ def certify(
     if quantize is not None:
         quantize_layers(reference, quantize)
     reference = reference.to(device)
-    findings = run(model, reference, drafters, texts, params)
+    findings = run(model, reference, drafters, texts, params, batch)
     if as_json:
         settings: dict[str, Any] = {
             "target": target,
             "drafts": folders,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
-        settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "prompts": len(texts)}
+        settings |= {
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "prompts": len(texts),
+            "batch": batch,
+        }
         verdict = worst(findings)
         print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
     else:
