@@ -21,7 +21,7 @@ from .drafting.drafter import Drafter, DraftModel
 from .drafting.methods import DRAFTLESS, make_drafter, parse_method
 from .errors import InputError, UnsupportedError
 from .models.checkpoint import load_draft
-from .models.glide import GlideDraft
+from .models.glide_draft import GlideDraft
 from .models.standalone import StandaloneDraft
 from .models.target import ATTENTION, Target
 from .sampling import NOISE, SamplingParams
