@@ -61,7 +61,7 @@ def test_no_gradient_reaches_the_target_and_the_draft_sees_its_steps(world):
     model = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False).model.requires_grad_(True)
     tokenizer = Target.from_pretrained(world["target"]).tokenizer
     implementation = model.config._attn_implementation
-    beside = Beside(model, tokenizer, DRAFT)
+    beside = Beside(model, tokenizer, DRAFT, torch.arange(400).numpy())
     assert model.config._attn_implementation == implementation
     batch = torch.arange(3, 67).view(2, 32)
     first = beside.loss(batch, 0)

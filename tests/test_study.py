@@ -18,6 +18,11 @@ from test_command_line import run
 
 BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2)
 BUDGET = Budget(tokens=5 * 2 * 64)
+GIVEN = [
+    "other=loss:kl+tv,lags:shift,max_lag:3,muon:no,draft_vocab:200",
+    "lm=kind:lm",
+    "wide=glimpse:yes,read:0+1,layers:2",
+]
 TRIAL = Trial(prompts=3, prompt_tokens=24, new_tokens=16)
 
 
@@ -28,9 +33,9 @@ def target(world):
 
 def test_rows_trained_side_by_side_are_those_trained_alone(world, target, tmp_path):
     """Bit for bit, with other lags, losses, rates and kinds beside them; and each is ready for decoding."""
-    rows = study_rows(BASE, ["cross"], ["other=loss:kl+tv,lags:shift,max_lag:3,muon:no", "lm=kind:lm"])
+    rows = study_rows(BASE, ["cross"], GIVEN)
     result = run_study(target, world["corpus"], tmp_path / "study", rows, BUDGET, (3,), TRIAL)
-    assert list(result["rows"]) == ["baseline", "cross-none", "other", "lm"]
+    assert list(result["rows"]) == ["baseline", "cross-none", "other", "lm", "wide"]
     for name, recipe in rows.items():
         alone = DraftRecipe(**(vars(recipe) | {"seed": 3}))
         fresh = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False)
@@ -151,13 +156,15 @@ def test_rows_that_cannot_be_are_refused(name):
     rows, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         study_rows(BASE, [], rows)
-    with pytest.raises(InputError, match="unknown factor 'weather': choose from cross, loss"):
+    with pytest.raises(InputError, match="unknown factor 'weather': choose from cross, glimpse"):
         study_rows(BASE, ["weather"])
 
 
 def test_every_named_factor_is_a_recipe():
     for factor in study.FACTORS:
         assert len(study_rows(DraftRecipe(), [factor])) >= 2
+    read = study_rows(DraftRecipe(read="7"), ["read"], (), 8)
+    assert [recipe.read for recipe in read.values()] == ["7", "0", "mix", "2", "4", "5"]
     assert changes_of("max-lag:5,rate:1e-3") == {"max_lag": 5, "rate": 1e-3}
 
 

@@ -115,7 +115,7 @@ VARIANTS = {
     "two layers, window": {"layers": 2, "window": 5},
     "narrow": {"width": 16, "heads": 2, "ffn": 24, "glimpse": True},
     "wide, own embedding": {"width": 80, "share_embedding": False, "cross_norm": False, "glimpse": True},
-    "two target layers": {"read": "0,1"},
+    "two target layers": {"read": "0+1"},
     "mix": {"read": "mix"},
     "reduced vocabulary": {"draft_vocab": 60},
 }
@@ -172,7 +172,7 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
         teacher = Teacher(target, 1, ids.shape[1], hidden=module.config.glimpse)
         teacher(ids)
         with torch.no_grad():
-            hidden = draft_hidden(module, ids, positions, teacher.cache, visible, passes=8)
+            hidden = draft_hidden(module, ids, positions, teacher.cache, visible, passes=len(text[row]))
             forced = module.logits(hidden)[0]
         for p, (seen, _, logits) in last.items():
             if logits is not None and p < max(runs[row]) - 4:  # the last round's nodes were committed by none
@@ -188,7 +188,7 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
 
 def test_layers_that_cannot_be_read_are_refused():
     target = build("gemma3_text")[0]
-    for read, message in {"0,3": "layers of one kind", "9": "no layer 9", "first": "last, mix, or numbers"}.items():
+    for read, message in {"0+3": "layers of one kind", "9": "no layer 9", "first": "last, mix, or numbers"}.items():
         with pytest.raises(UnsupportedError, match=message):
             GlideConfig.for_target(target, read=read)
     with pytest.raises(UnsupportedError, match="1 or 2 layers"):

@@ -38,8 +38,8 @@ class Verdict:
     reason: str = ""
 
 
-def build(kind):
-    """A random causal LM of that type, float32.
+def build(kind, **changes):
+    """A random causal LM of that type, float32; `changes` to its sizes.
 
     Raises whatever transformers raises when these sizes do not fit the type.
     """
@@ -50,7 +50,7 @@ def build(kind):
     sizes = {name: size for name, size in TINY.items() if name not in computed}
     if getattr(usual, "sliding_window", None):
         sizes["sliding_window"] = WINDOW
-    config = AutoConfig.for_model(kind, **sizes)
+    config = AutoConfig.for_model(kind, **(sizes | changes))
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > MOST:

@@ -41,7 +41,7 @@ def train(
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     layers: Annotated[int, typer.Option(min=1, max=2, help="Of a GliDe draft.")] = 1,
     read: Annotated[
-        str, typer.Option(help="Target layers that it reads: last, numbers joined by commas, or mix: a learned mean.")
+        str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
     ] = "last",
     glimpse: Annotated[bool, typer.Option("--glimpse", help="It takes the target's last hidden state, too.")] = False,
     width: Annotated[float, typer.Option(help="Its width over the target's.")] = 1.0,

@@ -186,7 +186,8 @@ class GlideModel(nn.Module):
         if self._borrowed is None:
             return self.embed(tokens)
         x = self._borrowed.embed(tokens, self.dtype)
-        return self.bring(x) if self.config.width != self.config.embed_width else x
+        # The residual stream stays in the module's dtype, whatever autocast makes of a product.
+        return self.bring(x).to(self.dtype) if self.config.width != self.config.embed_width else x
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the tokens that it can propose: `(batch, queries, draft_vocab)`, or the target's vocabulary."""

@@ -82,7 +82,7 @@ class GlideConfig:
         Args:
             preset: "default" or "paper" (see `models.glide`).
             layers: of the draft, 1 or 2. Draft layer m of n reads the n - m'th target layer from the top.
-            read: "last"; the number of a target layer; several joined by commas, one for each layer of the draft or all
+            read: "last"; the number of a target layer; several joined by +, one for each layer of the draft or all
                 for its only one; or "mix", a learned mean of four layers over the target's whole depth.
             changes: single fields.
 
@@ -134,9 +134,9 @@ def _reads(target: Target, layers: int, read: str) -> tuple[tuple[tuple[int, ...
         spread = tuple(sorted({full[round(part * (len(full) - 1) / 3)] for part in range(4)}))
         return (spread,) * layers, True
     try:
-        numbers = tuple(int(part) for part in read.split(","))
+        numbers = tuple(int(part) for part in read.split("+"))
     except ValueError:
-        raise UnsupportedError(f"layers to read are last, mix, or numbers joined by commas, not '{read}'") from None
+        raise UnsupportedError(f"layers to read are last, mix, or numbers joined by +, not '{read}'") from None
     if wrong := [n for n in numbers if not 0 <= n < len(target.shapes)]:
         raise UnsupportedError(f"this target has no layer {wrong[0]}: its layers are 0 to {len(target.shapes) - 1}")
     if layers == 1:

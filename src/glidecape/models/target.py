@@ -23,6 +23,8 @@ from ..masks import slot_positions, tree_mask
 from .layers import attend
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
+from .quantize import dense
+from .quantize import quantize as quantize_layers
 
 ATTENTION = "glidecape"
 
@@ -171,11 +173,13 @@ class Target:
         trust_remote_code: bool = False,
         probe: bool = True,
         pack: bool | torch.dtype = True,
+        quantize: str | None = None,
     ) -> Target:
-        """Load a model folder, or a model of the Hub by name.
+        """Load a model folder, or a model of the Hub by name; `quantize`: "int8" weights (see `quantize`).
 
         Raises:
             CheckpointError: nothing there, or not a causal LM folder.
+            InputError: an unknown quantizer, or torchao is not installed.
             UnsupportedError: see the class.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -197,6 +201,8 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
         except Exception as error:
             raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
+        if quantize is not None:
+            quantize_layers(model, quantize)
         return cls(model.to(device), tokenizer, probe, pack)
 
     def _pack(self, products: Any) -> bool:
@@ -218,7 +224,7 @@ class Target:
         digest, state = hashlib.sha256(), self.model.state_dict()
         share = max(64, 2**18 // max(1, len(state)))
         for name in sorted(state):
-            piece = state[name].flatten()[:share]
+            piece = dense(state[name]).flatten()[:share]
             if piece.is_floating_point():
                 digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,11 +35,12 @@ class Beside:
     Args:
         model: the causal LM in training.
         recipe: of the draft; windows are the target's own.
+        text: token ids of the training text, for a reduced vocabulary.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, recipe: DraftRecipe) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, recipe: DraftRecipe, text: np.ndarray) -> None:
         self.target, self.recipe = Target(frozen_view(model), tokenizer, probe=False), recipe
-        self.module = make_draft(self.target, recipe).train()
+        self.module, self._text = make_draft(self.target, recipe, text).train(), text
         self.made = optimizers(self.module, recipe.rate, recipe.muon)
         self._lessons: dict[torch.Size, Lesson] = {}
 
@@ -56,7 +58,7 @@ class Beside:
         """Join the draft to the target as it was saved, and evaluate and write it; `rest` as for `finish_draft`."""
         device = str(self.target.device)
         saved = Target.from_pretrained(target_folder, torch.float32, device, probe=False, pack=False)
-        module = make_draft(saved, self.recipe)
+        module = make_draft(saved, self.recipe, self._text)
         module.load_state_dict(self.module.state_dict())
         parameters = sum(p.numel() for p in module.parameters())
         figures = counts | {"train_loss": recent_mean(losses), "parameters": parameters, "beside_its_target": True}

@@ -32,7 +32,7 @@ from .lags import LAGS, lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
 from .rows import Preview, preview
-from .teacher import Taught, Teacher, draft_logits
+from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
 GLIDE_KINDS = ("glide", "glide-no-cross")
 KINDS = (*GLIDE_KINDS, "eagle", "medusa", "lm")
@@ -118,11 +118,6 @@ class DraftRecipe:
             check_loss(self.loss)
         elif self.kind != "eagle":
             raise InputError(f"the loss '{FEATURE}' is EAGLE's: a draft of kind {self.kind} has no features to compare")
-
-    @property
-    def reads_hidden(self) -> bool:
-        """Does the draft learn from the target's last hidden states?"""
-        return self.glimpse or self.kind in ("eagle", "medusa")
 
 
 def _default(name: str) -> Any:
@@ -244,9 +239,8 @@ class Lesson:
         self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
     ) -> None:
         self.module, self.recipe = module, recipe
-        config = module.config if isinstance(module, GlideModel) else None
-        self.teacher = teacher or Teacher(target, recipe.rows, length, hidden=recipe.reads_hidden)
-        self.max_lag = config.max_lag if config is not None else 8
+        self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
+        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:

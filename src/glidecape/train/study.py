@@ -7,12 +7,14 @@ weights that `train_draft` would have given its recipe alone.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
-from .teacher import Teacher
+from .teacher import Teacher, reads_hidden
 
 BASELINE, RESULT = "baseline", "row.json"
 SHARED = (
@@ -45,6 +47,14 @@ TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
+    "glimpse": {"joined": {"glimpse": True}, "alone": {"glimpse": True, "kind": "glide-no-cross"}},
+    "layers": {"2": {"layers": 2}},
+    "read": {"first": {"read": "0"}, "mix": {"read": "mix"}},  # and each quarter, see `factor_rows`
+    "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
+    "norm": {"off": {"norm": "off"}},
+    "embedding": {"own": {"embedding": "own"}},
+    "window": {"64": {"window": 64}},
+    "draft-vocab": {"1024": {"draft_vocab": 1024}},
     "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
     "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
     "max-lag": {str(lag): {"max_lag": lag} for lag in (5, 8, 16)},
@@ -63,18 +73,34 @@ class Trial:
     new_tokens: int = 64
 
 
+def factor_rows(factor: str, target_layers: int) -> dict[str, dict[str, Any]]:
+    """The rows of a factor for a target of so many layers.
+
+    Raises:
+        InputError: an unknown factor.
+    """
+    if factor not in FACTORS:
+        raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
+    rows = dict(FACTORS[factor])
+    if factor == "read":
+        for part, name in enumerate(("quarter", "half", "three-quarters"), 1):
+            rows[name] = {"read": str(round(part * (target_layers - 1) / 4))}
+    return rows
+
+
 def changes_of(text: str) -> dict[str, Any]:
-    """The changes in "field:value,field:value", each value as its field's type.
+    """The changes in "field:value,field:value", each value as its field's type; a part without a colon belongs to the
+    value before it.
 
     Raises:
         InputError: no such field, or a value of another type.
 
-    >>> changes_of("loss:kl+tv,max_lag:5,muon:true")
-    {'loss': 'kl+tv', 'max_lag': 5, 'muon': True}
+    >>> changes_of("loss:kl+tv,read:3,5,muon:true")
+    {'loss': 'kl+tv', 'read': '3,5', 'muon': True}
     """
     kinds = get_type_hints(DraftRecipe)
     changes: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?=[^,]*:)", text):
         name, _, value = part.strip().partition(":")
         name = name.replace("-", "_")
         if name not in kinds:
@@ -90,7 +116,9 @@ def _flag(value: str) -> bool:
     return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
 
 
-def study_rows(base: DraftRecipe, factors: Sequence[str], given: Sequence[str] = ()) -> dict[str, DraftRecipe]:
+def study_rows(
+    base: DraftRecipe, factors: Sequence[str], given: Sequence[str] = (), target_layers: int = 1
+) -> dict[str, DraftRecipe]:
     """The rows of a study by name: the base recipe, one a value of each factor, and those given as "NAME=field:value,…".
 
     A row that would be equal to an earlier one is left out.
@@ -104,9 +132,7 @@ def study_rows(base: DraftRecipe, factors: Sequence[str], given: Sequence[str] =
     """
     changed: list[tuple[str, dict[str, Any]]] = [(BASELINE, {})]
     for factor in factors:
-        if factor not in FACTORS:
-            raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
-        changed += [(f"{factor}-{name}", changes) for name, changes in FACTORS[factor].items()]
+        changed += [(f"{factor}-{name}", change) for name, change in factor_rows(factor, target_layers).items()]
     for text in given:
         name, found, rest = text.partition("=")
         if not found or not name or not all(c.isalnum() or c in "-_+." for c in name) or name.startswith("."):
@@ -132,14 +158,14 @@ class Class:
     Args:
         recipes: by name; equal in all of `SHARED`.
         length: of the windows, in tokens.
+        text: token ids of the training text, for reduced vocabularies.
     """
 
-    def __init__(self, target: Target, recipes: Mapping[str, DraftRecipe], length: int) -> None:
+    def __init__(self, target: Target, recipes: Mapping[str, DraftRecipe], length: int, text: np.ndarray) -> None:
         first = next(iter(recipes.values()))
         self.target, self.names, self.length = target, list(recipes), length
-        reads_hidden = any(recipe.reads_hidden for recipe in recipes.values())
-        self.teacher = Teacher(target, first.rows, length, reads_hidden)
-        self.modules = [make_draft(target, recipe) for recipe in recipes.values()]
+        self.modules = [make_draft(target, recipe, text) for recipe in recipes.values()]
+        self.teacher = Teacher(target, first.rows, length, any(map(reads_hidden, self.modules)))
         self.state = nn.ModuleDict({f"row{i}": module for i, module in enumerate(self.modules)})
         self.made = [
             one
@@ -290,7 +316,7 @@ def _trained(
     chosen = {name: recipes[name] for name in group}
     first = next(iter(chosen.values()))
     length = min(first.length, target.context)
-    taught = Class(target, chosen, length)
+    taught = Class(target, chosen, length, text.tokens)
     folder.mkdir(parents=True, exist_ok=True)
     clock = load_state(folder, taught.state, taught.made, group)
     windows = Windows(text.tokens, first.seed, text.learned)

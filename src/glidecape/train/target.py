@@ -117,7 +117,7 @@ def train_target(
     )
     model = LlamaForCausalLM(config).to(device)
     made = optimizers(model, rate, muon=True)
-    beside = Beside(model, tokenizer, draft) if draft is not None else None
+    beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
     trained: list[torch.nn.Module] = [model]
     state: torch.nn.Module = model
     if beside is not None:

@@ -83,7 +83,8 @@ def draft_hidden(
 
     With a glimpse, a node below the root takes the draft's hidden state at its parent, which only a pass over the window
     can make. The first pass gives roots their true glimpse and other nodes that of their root; each further one is exact
-    one depth deeper. So `max_lag` passes are what decoding does; training takes two, the first without gradients.
+    one depth deeper. So `max_lag` passes are what decoding does (with two layers, whose second reads keys that depend on
+    glimpses, only nearly); training takes two, the first without gradients.
 
     Args:
         visible: `(batch, length)`; a position that sees all keys before its own is a root.
