@@ -22,9 +22,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..decode import decode, generate
-from ..drafting.drafter import Drafter, DraftModel
+from ..drafting.drafter import Drafter
 from ..drafting.expansion import Cape
-from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
+from ..drafting.methods import DRAFTLESS, AnyDraft, make_drafter, parse_method
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -101,7 +101,7 @@ def _run(target: Target, drafter: Drafter, prompt: list[int], params: SamplingPa
     return tokens, stats
 
 
-def _drafters(drafts: Mapping[str, DraftModel], methods: list[str], settings: Settings) -> dict[str, Drafter]:
+def _drafters(drafts: Mapping[str, AnyDraft], methods: list[str], settings: Settings) -> dict[str, Drafter]:
     made: dict[str, Drafter] = {}
     for name in methods:
         key, _, method = name.rpartition(":")
@@ -115,7 +115,7 @@ def _drafters(drafts: Mapping[str, DraftModel], methods: list[str], settings: Se
 
 def compare(
     target: Target,
-    drafts: Mapping[str, DraftModel],
+    drafts: Mapping[str, AnyDraft],
     methods: list[str],
     prompts: list[str],
     settings: Settings,

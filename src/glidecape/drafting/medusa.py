@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,14 +15,17 @@ from .expansion import Expansion
 from .stop import StopPolicy
 
 
+@runtime_checkable
 class DepthModel(Protocol):
     """A network that foretells every depth at once, from the target's last hidden states alone.
 
     Attributes:
         max_lag: deepest node it was trained for.
+        reads_hidden: must the target's cache keep last hidden states?
     """
 
     max_lag: int
+    reads_hidden: bool
 
     def all_depths(self, target_cache: KVCache) -> Tensor:
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
@@ -39,19 +42,15 @@ class MedusaDrafter(ModelDrafter):
     """Medusa heads x expansion x stop policy: nodes of one depth share one draft law, whatever their parents are."""
 
     def __init__(self, model: DepthModel, expansion: Expansion, stop: StopPolicy) -> None:
-        self.heads, self.expansion, self.stop = model, expansion, stop
-        self.cap = min(stop.cap, model.max_lag)
-
-    @property
-    def reads_hidden(self) -> bool:
-        return True
+        self.model: Any = model  # takes the place of the node-by-node model, which is what this drafter does without
+        self.expansion, self.stop, self.cap = expansion, stop, min(stop.cap, model.max_lag)
 
     def admit(self, state: DecodeState) -> None:
         rows = len(state.rows)
         state.draft = MedusaState(KVCache([], rows, 0), [], self._first_lengths(rows))
 
     def _first_step(self, state: DecodeState, own: KVCache) -> Tensor:
-        state.draft.logits = self.heads.all_depths(state.cache)
+        state.draft.logits = self.model.all_depths(state.cache)
         return state.draft.logits[:, :1]
 
     def _step(self, state: DecodeState, own: KVCache, tree: TokenTree, frontier: Tensor, roots: Tensor) -> Tensor:

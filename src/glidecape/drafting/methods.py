@@ -8,7 +8,6 @@ a fixed length). Without an expansion a base has its usual one: EAGLE-2's dynami
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from ..errors import InputError
 from .drafter import Drafter, DraftModel, ModelDrafter, NoDraft
@@ -36,6 +35,7 @@ METHODS = (
 )
 
 
+AnyDraft = DraftModel | DepthModel
 WANTS = {
     "vanilla": "a draft LM",
     "glide": "a GliDe draft",
@@ -68,7 +68,7 @@ def parse_method(method: str) -> tuple[str, set[str]]:
 
 def make_drafter(
     method: str,
-    draft: DraftModel | DepthModel | None,
+    draft: AnyDraft | None,
     length: int = 5,
     bins: tuple[int, ...] = Cape.PAPER,
     threshold: float = 0.3,
@@ -83,7 +83,6 @@ def make_drafter(
     """The drafter of a method.
 
     Args:
-        draft: as its base wants it: `models.medusa.MedusaDraft` for "medusa", a `DraftModel` for the others.
         length: tokens drafted a round, depth of a tree; with "heuristic", in the first round; not used by SVIP.
         bins: CaPE's siblings by confidence.
         threshold, cap: SVIP's; the cap is the heuristic length's, too.
@@ -115,6 +114,11 @@ def make_drafter(
         "tree": lambda: EagleTree(top, total),
         "static": lambda: StaticTree(top, total, min(stop.cap, draft.max_lag)),
     }
-    if base == "medusa":
-        return MedusaDrafter(cast(DepthModel, draft), makers[form](), stop)
-    return ModelDrafter(cast(DraftModel, draft), makers[form](), stop)
+    return joined(draft, makers[form](), stop)
+
+
+def joined(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:
+    """The drafter of a draft of either kind: one that runs node by node, or one that foretells all depths at once."""
+    if isinstance(draft, DepthModel):
+        return MedusaDrafter(draft, expansion, stop)
+    return ModelDrafter(draft, expansion, stop)

@@ -13,8 +13,8 @@ from rich.progress import Progress
 from torch import nn
 
 from ..decode import decode, generate
-from ..drafting.drafter import Drafter, DraftModel
-from ..drafting.methods import make_drafter
+from ..drafting.drafter import Drafter
+from ..drafting.methods import AnyDraft, make_drafter
 from ..errors import DataError
 from ..files import write_atomic
 from ..models.checkpoint import KINDS, Network
@@ -35,7 +35,7 @@ def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 
 
-def as_draft(module: nn.Module) -> tuple[str, DraftModel]:
+def as_draft(module: nn.Module) -> tuple[str, AnyDraft]:
     """The base of its methods, such as "glide" or "vanilla", and the network joined to the decode loop, unpacked."""
     module.eval()
     if isinstance(module, Network):

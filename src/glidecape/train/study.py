@@ -41,7 +41,7 @@ SHARED = (
     "accumulate",
     "clip",
 )  # what decides batches and steps, so is every row's
-MEASURED = {"chain": ("", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
+MEASURED = {"chain": ("+chain", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
 TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 
 # A factor's rows: what each changes in the study's base recipe.
