@@ -118,9 +118,12 @@ def test_rows_and_seeds_are_added_without_training_the_others_again(world, targe
     second = whole(study_rows(BASE, [], ["tv=loss:tv"]), (0, 1))
     assert trained == [("seed-0", ["tv"]), ("seed-1", ["baseline", "tv"])]
     assert second["rows"]["baseline"]["seeds"]["0"] == first["rows"]["baseline"]["seeds"]["0"]
-    with pytest.raises(CheckpointError, match="baseline holds a row of that name with another recipe"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"baseline holds a row of that name made with recipe\.max_lag 2, not 0; .*recipe\.muon True, not False",
+    ):
         whole({"baseline": DraftRecipe(length=32, rows=2)}, (0,))
-    with pytest.raises(CheckpointError, match="with another tokens"):
+    with pytest.raises(CheckpointError, match="made with tokens 640, not 64: name the row"):
         whole(study_rows(BASE, []), (0,), budget=Budget(tokens=64))
 
 

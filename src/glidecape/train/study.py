@@ -27,7 +27,7 @@ from ..stats import Stats, merged
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
-from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
 from .teacher import Teacher, reads_hidden
 
@@ -269,10 +269,9 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
         there, figures = saved["identity"], saved["figures"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
-    other = [key for key in identity if there.get(key) != identity[key]]
-    if other:
+    if other := differences(there, identity):
         raise CheckpointError(
-            f"{folder / name} holds a row of that name with another {' and '.join(other)}: name the row or --out otherwise"
+            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --out otherwise"
         )
     return figures
 
