@@ -256,8 +256,8 @@ def test_counts_with_an_accepted_sibling() -> None:
     events, stats = decode_scripted(wrong_at(2, sibling=True), 6, bins=(1,))
     assert [event.tokens for event in events] == [[1, 2, 3], [4, 5, 6]]
     assert events[0].origins == ["chain", "sibling", "bonus"]
-    assert events[0].stats == RoundStats(drafted=6, accepted=2, emitted=3, tested=2, depth=6)
-    assert events[1].stats == RoundStats(drafted=4, accepted=2, emitted=3, tested=2, depth=4)
+    assert events[0].stats == RoundStats(drafted=6, accepted=2, emitted=3, tested=2, depth=3)
+    assert events[1].stats == RoundStats(drafted=4, accepted=2, emitted=3, tested=2, depth=2)
     assert stats.alpha == 1.0
 
 

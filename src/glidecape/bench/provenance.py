@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -62,6 +63,20 @@ def circumstances(target: Target) -> dict[str, Any]:
 def session(command: str) -> dict[str, str]:
     """One start of a run: the command and when."""
     return {"command": command, "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def digest_of_model(name: str) -> str:
+    """sha256 of the weights and settings in a model folder; the name itself where it is a Hub model's."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".bin")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 class Peak:

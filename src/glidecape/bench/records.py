@@ -27,7 +27,7 @@ class Item:
     """One prompt, or one turn of a conversation, as token ids.
 
     Attributes:
-        number: its place in the run; it seeds the prompt's noise.
+        number: its place in the run.
         id: suite and name of the prompt, and "#2" for its second turn.
         category: what it is reported under.
         kind: "steady", or "looping": plain decoding's greedy continuation loops.
@@ -221,5 +221,3 @@ def _refuse_other(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any])
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "…"
-
-

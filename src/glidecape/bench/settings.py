@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 from ..drafting.expansion import Cape
@@ -14,7 +15,7 @@ class Settings:
     """Options of a run; two runs with other settings never share a folder.
 
     Attributes:
-        temperature, sampling, seed: how tokens are chosen; the i-th prompt uses seed + i.
+        temperature, sampling, seed: how tokens are chosen; each prompt has noise of its own, from the seed and its id.
         max_new_tokens: tokens emitted for each prompt at most.
         stop_at_eos: end-of-text ends a row; None: in conversations (where a chat template is applied) only. Without it
             every output has `max_new_tokens` tokens.
@@ -61,12 +62,12 @@ class Settings:
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
-    def params(self, prompt: int, chat: bool = False) -> SamplingParams:
-        """How the prompt of this number is decoded; `chat`: a chat template was applied to it."""
+    def params(self, prompt: str, chat: bool = False) -> SamplingParams:
+        """How the prompt of this id is decoded; `chat`: a chat template was applied to it."""
         stop = chat if self.stop_at_eos is None else self.stop_at_eos
         return SamplingParams(
             self.temperature,
-            seed=self.seed + prompt,
+            seed=self.seed + zlib.crc32(prompt.encode()),
             max_new_tokens=self.max_new_tokens,
             ignore_eos=not stop,
             sampling=self.sampling,

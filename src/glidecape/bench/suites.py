@@ -72,7 +72,9 @@ KNOWN = {
     "glide_finance_alpaca": Known(("glide_finance_alpaca.jsonl",)),
     "glide_spider": Known(("glide_spider.jsonl",)),
     "glide_code_search_net": Known(("glide_code_search_net.jsonl",)),
-    "glide_mt_bench": Known(("glide_mt_bench.jsonl", "mt_bench.jsonl"), turns=1),  # the paper's code asks first turns only
+    "glide_mt_bench": Known(
+        ("glide_mt_bench.jsonl", "mt_bench.jsonl"), turns=1
+    ),  # the paper's code asks first turns only
 }
 GROUPS = {"glide": tuple(name for name in KNOWN if name.startswith("glide_"))}  # the GliDe paper's five sets
 

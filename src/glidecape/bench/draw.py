@@ -1,0 +1,164 @@
+"""From suites to the prompts that are measured: encoded, padded, sorted by whether plain decoding loops, and put into jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..decode import generate
+from ..errors import InputError
+from ..models.target import Target
+from ..text import text_of
+from .records import Item
+from .repetition import loops
+from .settings import Settings
+from .suites import Prompt, Suite
+
+TOKENS = 8192  # of the rows that are decoded side by side to sort prompts
+KINDS = ("steady", "looping")
+
+
+@dataclass
+class Drawn:
+    """Prompts with their jobs, and for each category how many were decoded to find them ("steady", "looping") and how many
+    did not fit the context ("too_long")."""
+
+    items: list[Item] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    prompt: Prompt
+    id: str
+    ids: list[int]
+    chat: bool
+
+
+def encode(target: Target, prompt: Prompt, settings: Settings, answers: tuple[str, ...] = ()) -> tuple[list[int], bool]:
+    """Token ids of the turn that follows `answers`, and whether a chat template was applied.
+
+    Without a template, turns and answers follow each other in paragraphs.
+    """
+    turns = prompt.turns[: len(answers) + 1]
+    if prompt.conversation and settings.chat and getattr(target.tokenizer, "chat_template", None):
+        messages: list[dict[str, str]] = []
+        for turn, answer in zip(turns, (*answers, None), strict=True):
+            messages.append({"role": "user", "content": turn})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(ids), True
+    said = [part for pair in zip(turns, answers, strict=False) for part in pair] + list(turns[len(answers) :])
+    return target.encode("\n\n".join(said) if prompt.conversation else said[-1]), False
+
+
+def pad(ids: list[int], earlier: list[list[int]], length: int, start: int | None) -> list[int]:
+    """`ids` with the end of `earlier` prompts (nearest last) put before them, `length` tokens in all; cut to their end if
+    they are longer. `start`: the tokenizer's first token, which stays first.
+
+    >>> pad([7, 8], [[1, 2], [3, 4]], 5, None), pad([0, 7, 8], [[0, 1, 2]], 5, 0), pad([1, 2, 3], [[4]], 2, None)
+    ([4, 1, 2, 7, 8], [0, 1, 2, 7, 8], [2, 3])
+    """
+    lead = [start] if start is not None and ids[:1] == [start] else []
+    own = ids[len(lead) :][-(length - len(lead)) :]
+    need, filler = length - len(lead) - len(own), []
+    pieces = [piece[len(lead) :] if piece[: len(lead)] == lead else piece for piece in earlier]
+    at = 0
+    while need > len(filler) and any(pieces):
+        filler = pieces[at % len(pieces)] + filler
+        at += 1
+    return lead + (filler[-need:] if need else []) + own
+
+
+def draw(target: Target, suites: list[Suite], settings: Settings, advance: Callable[[int], Any] | None = None) -> Drawn:
+    """Of each category the first prompts whose plain continuation doesn't loop, up to `limit`, and up to `looping` others;
+    with temperature none counts as looping. Both turns of a conversation count, each for itself; the second follows plain
+    decoding's own answer, the same for every method.
+
+    Args:
+        advance: called with the number of prompts looked at.
+
+    Raises:
+        InputError: a category without a prompt that fits the context.
+    """
+    drawn = Drawn()
+    for suite in suites:
+        texts = [encode(target, p, settings)[0] for p in suite.prompts] if settings.context else []
+        places = {id(prompt): i for i, prompt in enumerate(suite.prompts)}
+        for category in dict.fromkeys(p.category for p in suite.prompts):
+            own = [p for p in suite.prompts if p.category == category]
+            counts: Counter[str] = Counter()
+            taken: dict[str, list[Item]] = {kind: [] for kind in KINDS}
+            at = 0
+            while at < len(own) and len(taken["steady"]) < settings.limit:
+                rows = _rows_at_once(target, settings, own[at])
+                batch, at = own[at : at + rows], at + rows
+                if advance:
+                    advance(len(batch))
+                answers: dict[int, tuple[str, ...]] = {id(p): () for p in batch}
+                for turn in range(max(len(p.turns) for p in batch)):
+                    ready = []
+                    for prompt in (p for p in batch if len(p.turns) > turn == len(answers[id(p)])):
+                        ids, chat = encode(target, prompt, settings, answers[id(prompt)])
+                        if settings.prompt_tokens:
+                            ids = ids[: settings.prompt_tokens]
+                        if settings.context:
+                            i = places[id(prompt)]
+                            earlier = texts[:i][::-1] + texts[i:][::-1]
+                            ids = pad(ids, earlier, settings.context, target.tokenizer.bos_token_id)
+                        if len(ids) + settings.max_new_tokens > target.context:
+                            counts["too_long"] += 1
+                            continue
+                        name = f"{suite.name}/{prompt.id}" + (f"#{turn + 1}" if len(prompt.turns) > 1 else "")
+                        ready.append(_Ready(prompt, name, ids, chat))
+                    _sort(target, ready, settings, category, taken, counts, answers)
+            if not any(taken.values()):
+                raise InputError(
+                    f"every prompt of {category} is longer than the target's context of {target.context} leaves room for: "
+                    "set --prompt-tokens, or emit fewer tokens"
+                )
+            drawn.counts[category] = dict(counts)
+            drawn.items += taken["steady"] + taken["looping"]
+    return replace(drawn, items=_in_jobs(drawn.items, settings.batch))
+
+
+def _rows_at_once(target: Target, settings: Settings, prompt: Prompt) -> int:
+    longest = max(settings.context, settings.prompt_tokens or len(prompt.turns[0]) // 3) + settings.max_new_tokens
+    return max(1, min(16, TOKENS // max(1, longest)))
+
+
+def _sort(
+    target: Target,
+    ready: list[_Ready],
+    settings: Settings,
+    category: str,
+    taken: dict[str, list[Item]],
+    counts: Counter[str],
+    answers: dict[int, tuple[str, ...]],
+) -> None:
+    """Decode the batch by plain decoding and take those that are still wanted."""
+    if not ready:
+        return
+    params = [settings.params(one.id, one.chat) for one in ready]
+    for one, made in zip(ready, generate(target, [r.ids for r in ready], params=params), strict=True):
+        kind = "looping" if settings.temperature == 0 and loops(made.tokens) else "steady"
+        answers[id(one.prompt)] += (text_of(target.tokenizer, made.tokens),)
+        if len(taken["steady"]) < settings.limit:
+            counts[kind] += 1
+        if len(taken[kind]) < (settings.limit if kind == "steady" else settings.looping):
+            taken[kind].append(Item(-1, one.id, category, kind, one.chat, -1, tuple(one.ids)))
+
+
+def _in_jobs(items: list[Item], batch: int) -> list[Item]:
+    """Numbered, and put into jobs of up to `batch` prompts of one category and kind."""
+    made: list[Item] = []
+    job = -1
+    for number, item in enumerate(items):
+        side_by_side = [other for other in made if other.job == job]
+        same = side_by_side and (side_by_side[0].category, side_by_side[0].kind) == (item.category, item.kind)
+        job += not same or len(side_by_side) == batch
+        made.append(replace(item, number=number, job=job))
+    return made
