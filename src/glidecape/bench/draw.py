@@ -64,7 +64,7 @@ def pad(ids: list[int], earlier: list[list[int]], length: int, start: int | None
     """
     lead = [start] if start is not None and ids[:1] == [start] else []
     own = ids[len(lead) :][-(length - len(lead)) :]
-    need, filler = length - len(lead) - len(own), []
+    need, filler = length - len(lead) - len(own), list[int]()
     pieces = [piece[len(lead) :] if piece[: len(lead)] == lead else piece for piece in earlier]
     at = 0
     while need > len(filler) and any(pieces):

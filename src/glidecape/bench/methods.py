@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.expansion import Cape
@@ -89,7 +90,7 @@ def read_method(text: str, settings: Settings) -> Method:
     return Method(text.strip(), None if base in DRAFTLESS else key or base, method, own)
 
 
-def _value(text: str, word: str, value: str) -> int | float | str | tuple[int, ...]:
+def _value(text: str, word: str, value: str) -> Any:
     named = {"paper": Cape.PAPER, "small": Cape.SMALL}
     try:
         if word == "bins":

@@ -93,7 +93,7 @@ def read_suites(names: list[str], folder: Path | None = None, fetch: bool = Fals
         folder = Path(os.environ[FOLDER])
     if folder is not None and not folder.is_dir() and not fetch:
         raise InputError(f"no folder of suites at {folder}: name one with --suites or {FOLDER}")
-    suites = []
+    suites: list[Suite] = []
     for name in (one for spec in names for one in _grouped(spec.strip())):
         suite = _read(name, folder, fetch)
         if not suite.prompts:
