@@ -242,7 +242,9 @@ def test_counts_when_the_draft_is_sometimes_right() -> None:
     assert [event.stats for event in events] == [
         RoundStats(drafted=3, accepted=2, emitted=3, tested=3, depth=3),
         RoundStats(drafted=3, accepted=0, emitted=1, tested=1, depth=3),
-        RoundStats(drafted=3, accepted=3, emitted=4, tested=3, depth=3),  # no rejection: all three drafted were accepted
+        RoundStats(
+            drafted=3, accepted=3, emitted=4, tested=3, depth=3
+        ),  # no rejection: all three drafted were accepted
         RoundStats(drafted=1, accepted=1, emitted=2, tested=1, depth=1),  # two tokens left: a draft of one
     ]
     assert (stats.rounds, stats.drafted, stats.accepted, stats.emitted, stats.tested) == (4, 10, 6, 10, 8)

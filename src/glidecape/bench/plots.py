@@ -97,7 +97,8 @@ def _depth(axes: Any, summary: Summary) -> bool:
         axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=row["method"])
     axes.set_xlabel("depth")
     axes.set_ylabel("accepted / tested")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return bool(rows)
 
 
@@ -109,6 +110,7 @@ def _lengths(axes: Any, summary: Summary) -> bool:
         shares = [counts.get(n, 0) / row["rounds"] for n in range(most + 1)]
         axes.plot(range(most + 1), shares, marker="o", markersize=3, label=row["method"])
     axes.set_xlabel("accepted nodes of a round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("share of rounds")
     return bool(rows)
 
@@ -141,13 +143,14 @@ def _confidence(axes: Any, summary: Summary) -> bool:
 
 
 def _oracle(axes: Any, summary: Summary) -> bool:
-    for name, one in summary["watched"].items():
+    for i, (name, one) in enumerate(summary["watched"].items()):
         for kind, style in (("constant", "-"), ("svip", "--")):
             own = [p for p in one["policies"] if p["policy"] == kind]
             xs, ys = [p["drafted"] for p in own], [p["acceptance_length"] for p in own]
-            axes.plot(xs, ys, style, marker="o", markersize=3, label=f"{name}, {kind}")
+            axes.plot(xs, ys, style, color=f"C{i}", marker="o", markersize=3, label=f"{name}, {kind}")
         best = next(p for p in one["policies"] if p["policy"] == "oracle")
-        axes.plot([best["drafted"]], [best["acceptance_length"]], "*", markersize=11, label=f"{name}, oracle")
+        place = ([best["drafted"]], [best["acceptance_length"]])
+        axes.plot(*place, "*", color=f"C{i}", markersize=11, label=f"{name}, oracle")
     axes.set_xlabel("depths drafted a round")
     axes.set_ylabel("acceptance length")
     return bool(summary["watched"])

@@ -194,8 +194,8 @@ def _details(summary: Summary) -> list[Sheet]:
                 f"{p['drafted']:.2f}",
                 f"{p['accepted']:.2f}",
                 f"{p['acceptance_length']:.2f}",
+                f"{p['expected']:.2f}" if "expected" in p else "",
             ]
-            + [f"{p['expected']:.2f}" if "expected" in p else ""]
             for p in one["policies"]
         ]
         made.append(Sheet(f"Stop policies replayed, {draft} ({one['prompts']} prompts, chains)", heads, rows))
