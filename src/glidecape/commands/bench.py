@@ -70,7 +70,10 @@ def bench(
         int, typer.Option(help="Prompts of a category with looping greedy continuations, reported apart.")
     ] = 16,
     repeats: Annotated[int, typer.Option(help="Timed repeats; medians are reported.")] = 3,
-    peers: Annotated[str, typer.Option(help="Other libraries, joined by commas; '' for none.")] = "transformers",
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1."),
+    ] = None,
     draft_length: int = 5,
     cape_bins: Annotated[str, typer.Option(help="paper, small, or numbers like 7,5,3,1.")] = "paper",
     svip_threshold: float = 0.3,
@@ -140,6 +143,8 @@ def bench(
     folders = named_folders(draft or [])
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
+    if peers is None:
+        peers = "transformers" if batch == 1 else ""
     asked = [name for name in peers.split(",") if name.strip()]
     others = make_peers(asked, PeerSource(target, model, folders, draft_length))
     plan = Plan(model, drafts, digests, chosen, read, settings, others, calibration)
