@@ -145,8 +145,8 @@ def test_a_conversation_gets_the_template_and_its_second_turn_the_first_answer(w
     drawn = draw(target, [Suite("chats", (prompt, raw), "x", "y")], settings)
     assert sorted(item.id for item in drawn.items) == ["chats/1#1", "chats/1#2", "chats/2"]
     texts = {item.id: target.tokenizer.decode(item.ids) for item in drawn.items}
-    assert texts["chats/1#1"] == "load table"
-    assert texts["chats/1#2"].startswith("load table\n\n")
+    assert texts["chats/1#1"] == "<|endoftext|>load table"
+    assert texts["chats/1#2"].startswith("<|endoftext|>load table\n\n")
     assert texts["chats/1#2"].endswith("\n\nsave index")
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -169,12 +169,23 @@ def test_padding_reaches_the_length_and_long_prompts_are_counted(world) -> None:
     drawn = draw(target, [suite], Settings(context=60, max_new_tokens=8, looping=8))
     assert {len(item.ids) for item in drawn.items} == {60}
     tails = [target.encode(text) for text in TEXTS]
-    assert all(any(list(item.ids[-len(t) :]) == t for t in tails) for item in drawn.items)
+    assert {item.ids[0] for item in drawn.items} == {tails[0][0]}  # the token that begins a text stays first
+    assert all(tails[0][0] not in item.ids[1:] for item in drawn.items)
+    assert sorted(int(item.id[-1]) for item in drawn.items) == [0, 1, 2, 3]
+    assert all(item.ids[-len(own) + 1 :] == tuple(own[1:]) for item in drawn.items for own in [tails[int(item.id[-1])]])
     long = Suite("code", (*prompts, Prompt("9", "code", ("def load_table(" * 100,), False)), "x", "y")
     assert draw(target, [long], Settings(max_new_tokens=8)).counts["code"]["too_long"] == 1
 
 
 # --- whole runs
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Runs set the number of threads; other tests have their own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +195,15 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(world, prompts: Path, out: Path | None, **options: Any) -> list[str]:
-    chosen = {"methods": METHODS, "max-new-tokens": 12, "repeats": 2, "watch": 1, "threads": 2, "looping": 4} | options
+def words(world, file: Path, out: Path | None, **options: Any) -> list[str]:
+    chosen = {
+        "prompts": file,
+        "methods": METHODS,
+        "max-new-tokens": 12,
+        "repeats": 2,
+        "watch": 1,
+        "threads": 1,
+    } | options
     made = [
         "bench",
         "--target",
@@ -195,7 +213,7 @@ def words(world, prompts: Path, out: Path | None, **options: Any) -> list[str]:
         "--draft",
         f"vanilla={world['lm']}",
     ]
-    made += ["--prompts", prompts, *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+    made += [word for name, value in chosen.items() for word in (f"--{name}", value)]
     return [*map(str, made), *(["--out", str(out)] if out else [])]
 
 

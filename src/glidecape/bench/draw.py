@@ -57,7 +57,7 @@ def encode(target: Target, prompt: Prompt, settings: Settings, answers: tuple[st
 
 def pad(ids: list[int], earlier: list[list[int]], length: int, start: int | None) -> list[int]:
     """`ids` with the end of `earlier` prompts (nearest last) put before them, `length` tokens in all; cut to their end if
-    they are longer. `start`: the tokenizer's first token, which stays first.
+    they are longer. `start`: a token that the tokenizer puts first; it stays there.
 
     >>> pad([7, 8], [[1, 2], [3, 4]], 5, None), pad([0, 7, 8], [[0, 1, 2]], 5, 0), pad([1, 2, 3], [[4]], 2, None)
     ([4, 1, 2, 7, 8], [0, 1, 2, 7, 8], [2, 3])
@@ -85,6 +85,7 @@ def draw(target: Target, suites: list[Suite], settings: Settings, advance: Calla
         InputError: a category without a prompt that fits the context.
     """
     drawn = Drawn()
+    start = (target.tokenizer("")["input_ids"] or [None])[0]
     for suite in suites:
         texts = [encode(target, p, settings)[0] for p in suite.prompts] if settings.context else []
         places = {id(prompt): i for i, prompt in enumerate(suite.prompts)}
@@ -108,7 +109,7 @@ def draw(target: Target, suites: list[Suite], settings: Settings, advance: Calla
                         if settings.context:
                             i = places[id(prompt)]
                             earlier = texts[:i][::-1] + texts[i:][::-1]
-                            ids = pad(ids, earlier, settings.context, target.tokenizer.bos_token_id)
+                            ids = pad(ids, earlier, settings.context, start)
                         if len(ids) + settings.max_new_tokens > target.context:
                             counts["too_long"] += 1
                             continue
