@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from glidecape.bench.statistics import paired_permutation
+from glidecape.significance import paired_permutation
 
 COLUMNS = {
     "method": "method",

@@ -8,7 +8,9 @@ import torch
 
 from glidecape.decode import generate
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
-from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
+from glidecape.models.glide import GlideModel
+from glidecape.models.glide_config import GlideConfig
+from glidecape.models.glide_draft import GlideDraft
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams

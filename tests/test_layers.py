@@ -13,7 +13,7 @@ import glidecape
 SOURCE = Path(glidecape.__file__).parent
 LAYERS = [
     {"errors"},
-    {"noise", "masks", "text"},
+    {"noise", "masks", "text", "significance", "files"},
     {"sampling"},
     {"penalties"},
     {"cache", "tree", "stats"},
@@ -22,9 +22,9 @@ LAYERS = [
     {"state"},
     {"drafting"},
     {"decode"},
-    {"certify"},
+    {"certify", "fit"},
     {"train", "bench"},
-    {"demo", "show", "fit"},
+    {"demo", "show"},
     {"commands"},
     {"cli"},
 ]

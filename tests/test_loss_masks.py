@@ -1,16 +1,19 @@
 """What is learned of prompt+completion, chat and token rows, and rows that are refused, by their number."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from glidecape.errors import DataError
 from glidecape.models.target import Target
 from glidecape.train.data import Windows, load_streams, read_texts
 from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
 from glidecape.train.loop import Budget
+from glidecape.train.rows import preview
 from test_command_line import run
 
 CHAT = (
@@ -114,6 +117,21 @@ def test_prompts_of_token_ids_are_no_texts(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"tokens": [1]}\n')
     with pytest.raises(DataError, match="row 2 holds token ids"):
         list(read_texts(tmp_path / "p.jsonl"))
+
+
+def test_a_preview_is_coloured_on_a_terminal_and_plain_where_piped():
+    class Letters:
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+
+    seen = preview(Letters(), [97, 91, 98, 93, 99], [False, True, True, False, False])
+    assert str(seen).splitlines()[1] == "a\u27e6[b\u27e7]c"
+    lines = io.StringIO()
+    Console(file=lines, force_terminal=True, color_system="standard").print(seen)
+    first, second = lines.getvalue().splitlines()
+    assert first.startswith("5 tokens, 2 learned (40%), in green:")
+    assert second == "\x1b[2ma\x1b[0m\x1b[32m[b\x1b[0m\x1b[2m]c\x1b[0m"  # nothing of it is markup
+    assert (preview(Letters(), [97], None).learned, preview(Letters(), [97], None).pieces) == (1, [("a", True)])
 
 
 def test_windows_in_which_nothing_is_learned_are_passed_over():

@@ -18,9 +18,9 @@ from glidecape.bench.metrics import (
     tokens_per_s,
 )
 from glidecape.bench.records import Counts, Difference, Item, Record
-from glidecape.bench.repetition import loops, repetition
 from glidecape.bench.settings import Settings
-from glidecape.bench.statistics import bootstrap_ratio, paired_permutation
+from glidecape.significance import bootstrap_ratio, paired_permutation
+from glidecape.stats import loops, repetition
 
 
 def item(number: int, category: str = "a", kind: str = "steady") -> Item:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from glidecape.errors import CheckpointError
+from glidecape.files import remove_leftovers, write_folder
+from glidecape.models.checkpoint import CARD, WEIGHTS
 from glidecape.models.target import Target
 from glidecape.train.draft import DraftRecipe, train_draft
-from glidecape.train.loop import STATE_FILE, Budget, remove_leftovers
+from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
 
 STEPS, ROWS, LENGTH = 60, 4, 32
 RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
@@ -27,7 +30,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from glidecape.models.target import Target
-from glidecape.train import loop
 from glidecape.train.draft import train_draft
 from test_resume import BUDGET, RECIPE
 target, data, out = map(Path, sys.argv[1:4])
@@ -38,7 +40,7 @@ def replace(*paths):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*paths)
-loop.os.replace = replace
+os.replace = replace
 model = Target.from_pretrained(target, dtype=torch.float32)
 train_draft(model, data, out, RECIPE, BUDGET, "test", prompts=0, save_every_s=0)
 """
@@ -91,6 +93,104 @@ def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
     assert not [p.name for p in killed.iterdir() if p.name.startswith(".")]
 
 
+# Arguments: target, data, out, kind, and where the process kills itself: in a function, or before a file is renamed.
+LATE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from glidecape.models.target import Target
+from glidecape.train import figures
+from glidecape.train.draft import train_draft
+from test_resume import SHORT, short_recipe
+target, data, out, kind, moment = sys.argv[1:]
+rename = os.replace
+def dies(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+def replace(source, place):
+    if Path(place).name == moment:
+        dies()
+    rename(source, place)
+os.replace = replace
+if moment == "evaluation":
+    figures.decode = dies
+model = Target.from_pretrained(Path(target), dtype=torch.float32, pack=False)
+train_draft(model, Path(data), Path(out), short_recipe(kind), SHORT, "test", prompts=1)
+"""
+SHORT = Budget(tokens=4 * 2 * 32)
+
+
+def short_recipe(kind):
+    return DraftRecipe(kind=kind, length=32, rows=2, rate=1e-2)
+
+
+def test_sigkill_in_evaluation_or_export_costs_nothing_but_time(world, tmp_path):
+    """The card or a file of a model folder is written, not yet renamed; or nothing is, yet."""
+    moments = [("glide", "evaluation"), ("glide", CARD), ("lm", "config.json")]
+    children = {}
+    for kind, moment in moments:
+        out = tmp_path / f"{kind}-{moment}"
+        words = [sys.executable, "-c", LATE, world["target"], world["corpus"], out, kind, moment]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        children[out] = subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.PIPE, text=True)
+    target = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = {}
+    for kind in ("glide", "lm"):
+        train_draft(target, world["corpus"], tmp_path / kind, short_recipe(kind), SHORT, "test", prompts=1)
+        whole[kind] = read_all(tmp_path / kind)
+    for (kind, moment), (out, child) in zip(moments, children.items(), strict=True):
+        assert child.wait() == -signal.SIGKILL, child.stderr.read()
+        child.stderr.close()
+        assert (CARD in os.listdir(out), STATE_FILE in os.listdir(out)) == (False, True)
+        assert moment == "evaluation" or any(name.startswith(".") for name in os.listdir(out))
+        train_draft(target, world["corpus"], out, short_recipe(kind), SHORT, "test", prompts=1)
+        assert read_all(out) == whole[kind], moment
+    torch.set_num_threads(before)
+
+
+def read_all(folder):
+    """Every file's content but the training state's and the times in the card; fails on a file that is no result."""
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != STATE_FILE}
+    for name in (CARD, WEIGHTS):
+        if name in found:
+            found[name] = re.sub(rb'\\?"seconds\\?": [0-9.]+', b"", found[name])
+    if WEIGHTS in found:
+        found[WEIGHTS] = {name: tensor.tolist() for name, tensor in load_file(folder / WEIGHTS).items()}
+    return found
+
+
+def test_dtype_and_compiling_belong_to_a_run(world, tmp_path):
+    target = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False)
+    train_draft(target, world["corpus"], tmp_path, short_recipe("glide"), SHORT, prompts=0)
+    with pytest.raises(CheckpointError, match="compile False, not True"):
+        train_draft(target, world["corpus"], tmp_path, short_recipe("glide"), SHORT, prompts=0, compile_model=True)
+    target.model.to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"dtype torch\.float32, not torch\.bfloat16"):
+        train_draft(target, world["corpus"], tmp_path, short_recipe("glide"), SHORT, prompts=0)
+
+
+def test_a_full_disk_leaves_the_older_model_folder_whole(tmp_path, monkeypatch):
+    def write(text):
+        return lambda folder: [(folder / name).write_text(text) for name in ("a", "b", "last")]
+
+    write_folder(tmp_path, write("old"), "last")
+    real, calls = os.fsync, []
+
+    def full(number):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_folder(tmp_path, write("new"), "last")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new", "last": "old"}
+
+
 def test_leftovers_of_the_living_are_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -98,7 +198,7 @@ def test_leftovers_of_the_living_are_kept(tmp_path):
     names |= {".gitignore", f".notes.{dead.pid}", STATE_FILE, f"{STATE_FILE}.{dead.pid}"}
     for name in names:
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, WRITTEN)
     assert {p.name for p in tmp_path.iterdir()} == names - {f".{STATE_FILE}.{dead.pid}"}
 
 

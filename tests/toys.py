@@ -88,7 +88,7 @@ class ToyTarget:
         self.rule, self.vocab_size, self.eos_token_ids = rule, vocab, eos
         self.forwards = 0
 
-    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None) -> KVCache:
+    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
         return KVCache([(1, 1)], batch, capacity, torch.float64, limit_bytes=limit_bytes)
 
     def prefill(self, prompts: list[list[int]], cache: KVCache) -> None:
@@ -114,13 +114,15 @@ class ToyDraft:
     Rows that stopped early run dummies, the root once more, which may see anything: nothing may come of their logits.
     """
 
+    reads_hidden, trusts_own = False, True
+
     def __init__(self, rule: Rule, vocab: int = 3, max_lag: int = 1000) -> None:
         self.rule, self.vocab, self.max_lag = rule, vocab, max_lag
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache([(1, 1)], batch, capacity, torch.float64)
 
-    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         mask = tree_mask(own.lengths, None, tokens.shape[1], max(own.lengths) + tokens.shape[1])
         _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=False)
 
@@ -132,6 +134,7 @@ class ToyDraft:
         own_mask: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
+        parents: Tensor | None = None,
     ) -> Tensor:
         assert scratch_positions.shape[1] == own.scratch + tokens.shape[1]
         return _read(self.rule, self.vocab, tokens, positions, own, own_mask, lenient=True)

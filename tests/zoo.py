@@ -10,7 +10,9 @@ from glidecape.decode import generate
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import make_drafter
 from glidecape.errors import GlideCapeError
-from glidecape.models.glide import GlideConfig, GlideDraft, GlideModel
+from glidecape.models.glide import GlideModel
+from glidecape.models.glide_config import GlideConfig
+from glidecape.models.glide_draft import GlideDraft
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .drafting.methods import METHODS, make_drafter
     from .errors import GlideCapeError
     from .models.checkpoint import load_draft
-    from .models.glide import GlideDraft
+    from .models.glide_draft import GlideDraft
     from .models.standalone import StandaloneDraft
     from .models.target import Target
     from .sampling import SamplingParams
@@ -30,7 +30,7 @@ _HOME = {
     "make_drafter": "drafting.methods",
     "GlideCapeError": "errors",
     "load_draft": "models.checkpoint",
-    "GlideDraft": "models.glide",
+    "GlideDraft": "models.glide_draft",
     "StandaloneDraft": "models.standalone",
     "Target": "models.target",
     "SamplingParams": "sampling",

@@ -16,9 +16,11 @@ from transformers.cache_utils import Cache
 from .errors import InputError
 
 
-def cache_bytes(layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes that a cache will take: 2 x layers x batch x heads x capacity x head_dim x bytes an element."""
-    return 2 * layers * batch * heads * capacity * head_dim * dtype.itemsize
+def cache_bytes(
+    layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, hidden: int = 0
+) -> int:
+    """Bytes that a cache will take: batch x capacity x (2 x layers x heads x head_dim + hidden) x bytes an element."""
+    return batch * capacity * (2 * layers * heads * head_dim + hidden) * dtype.itemsize
 
 
 class _Slots:
@@ -38,6 +40,10 @@ class KVCache(Cache):
         shapes: `(kv_heads, head_dim)` of each layer.
         batch: rows.
         capacity: slots a row, committed and scratch.
+        hidden: width of the last hidden states, kept beside keys and values for drafts that read them; 0: not kept.
+
+    Attributes:
+        hidden: `(batch, capacity, width)` or None; slots as those of the keys.
 
     Raises:
         InputError: the cache would need more memory than `limit_bytes` (the amount is named), or a write does not fit.
@@ -59,9 +65,11 @@ class KVCache(Cache):
         device: torch.device | str = "cpu",
         devices: list[torch.device] | None = None,
         limit_bytes: int | None = None,
+        hidden: int = 0,
     ) -> None:
         super().__init__(layers=[_Slots() for _ in shapes])
         needed = sum(cache_bytes(1, batch, h, capacity, d, dtype) for h, d in shapes)
+        needed += cache_bytes(0, batch, 0, capacity, 0, dtype, hidden)
         if limit_bytes is not None and needed > limit_bytes:
             raise InputError(
                 f"the key-value cache needs {needed / 2**20:,.0f} MiB for {batch} row(s) of {capacity} tokens, more than "
@@ -75,12 +83,14 @@ class KVCache(Cache):
         self.values = [
             torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where, strict=True)
         ]
+        self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
         self.lengths = [0] * batch
         self.scratch = 0  # scratch slots in use before the next write
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        kept = [*self.keys, *self.values, *([] if self.hidden is None else [self.hidden])]
+        return sum(t.nbytes for t in kept)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next scratch slots of every row; returns views of all slots up to there.
@@ -109,6 +119,20 @@ class KVCache(Cache):
                 own_values[row, :, start : start + count] = values[row]
         return own_keys[:, :, :end], own_values[:, :, :end]
 
+    def write_hidden(self, hidden: Tensor) -> None:
+        """Write the last hidden states `(batch, queries, width)` of the queries just written by the last `write`."""
+        assert self.hidden is not None
+        count = hidden.shape[1]
+        for row, length in enumerate(self.lengths):
+            start = length + self.scratch
+            self.hidden[row, start : start + count] = hidden[row]
+
+    def hidden_at(self, slots: Tensor) -> Tensor:
+        """Hidden states `(batch, count, width)` of slots `(batch, count)`; zero for negative ones, which have none."""
+        assert self.hidden is not None
+        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
+        return self.hidden.gather(1, at).masked_fill_((slots < 0)[..., None], 0.0)
+
     def committed(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views of the committed keys and values, `(batch, kv_heads, max(lengths), head_dim)`: never a clone.
 
@@ -126,6 +150,9 @@ class KVCache(Cache):
                     source = torch.tensor(path, device=keys.device) + start
                     keys[row, :, start : start + len(path)] = keys[row, :, source]
                     values[row, :, start : start + len(path)] = values[row, :, source]
+                if self.hidden is not None:
+                    source = torch.tensor(path, device=self.hidden.device) + start
+                    self.hidden[row, start : start + len(path)] = self.hidden[row, source]
             self.lengths[row] = start + len(path)
         self.scratch = 0
 
@@ -145,6 +172,7 @@ class KVCache(Cache):
         """Keep these rows, in this order."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
+        self.hidden = None if self.hidden is None else self.hidden[rows]
         self.lengths = [self.lengths[r] for r in rows]
 
     # --- what transformers calls on its `Cache`

@@ -102,7 +102,7 @@ def start(
     rows = [new_row(i, list(prompt), own, target) for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))]
     # Room for the longest row, a proposal after it, and the padding of ragged catch-ups.
     capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * drafter.budget + 2
-    state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes), noise=noise)
+    state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes, drafter.reads_hidden), noise=noise)
     with torch.no_grad():
         target.prefill([row.tokens for row in rows], state.cache)
         drafter.admit(state)

@@ -69,3 +69,24 @@ def block_visible(phase: Tensor, length: int, block: int) -> Tensor:
 def lag_one_visible(positions: Tensor) -> Tensor:
     """What prompt tokens and caught-up tokens see: every key before their own."""
     return positions
+
+
+def slot_positions(lengths: list[int], scratch: Tensor, keys: int) -> Tensor:
+    """Positions of the first `keys` slots of a cache, `(batch, keys)`.
+
+    A committed slot's position is its number; a scratch slot's is its node's, `scratch (batch, slots)`. Slots past the
+    scratch have any.
+    """
+    start = torch.tensor(lengths, device=scratch.device)[:, None]
+    slot = torch.arange(keys, device=scratch.device).expand(len(lengths), -1)
+    return torch.where(slot < start, slot, scratch.gather(1, (slot - start).clamp(0, scratch.shape[1] - 1)))
+
+
+def window_mask(positions: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Who sees what by position alone: itself and the `window - 1` positions before; `(batch, 1, queries, keys)`.
+
+    Args:
+        positions: `(batch, queries)`; keys: `(batch, keys)`, positions too.
+    """
+    back = positions[:, :, None] - keys[:, None, :]
+    return ((back >= 0) & (back < window))[:, None]

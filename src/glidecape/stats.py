@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -90,3 +91,42 @@ class Stats:
             "verify_s": round(self.verify_s, 5),
             "total_s": round(self.total_s, 5),
         }
+
+
+def merged(each: Iterable[Stats]) -> Stats:
+    """The sums of several counts.
+
+    >>> merged([Stats(rounds=1, emitted=3), Stats(rounds=2, emitted=5)]).emitted
+    8
+    """
+    total = Stats()
+    for one in each:
+        for count in fields(Stats):
+            setattr(total, count.name, getattr(total, count.name) + getattr(one, count.name))
+    return total
+
+
+def loops(tokens: list[int], span: int = 8, times: int = 3) -> bool:
+    """Does the second half repeat an earlier span of `span` tokens, one and the same, `times` times or more?
+
+    >>> loops([1, 2, 3, 4] * 16), loops(list(range(64))), loops([*range(40), *range(20), *range(50, 70)])
+    (True, False, False)
+    """
+    seen: set[tuple[int, ...]] = set()
+    repeats: Counter[tuple[int, ...]] = Counter()
+    for start in range(len(tokens) - span + 1):
+        piece = tuple(tokens[start : start + span])
+        if piece in seen and start >= len(tokens) // 2:
+            repeats[piece] += 1
+        seen.add(piece)
+    return max(repeats.values(), default=0) >= times
+
+
+def repetition(tokens: list[int], span: int = 4) -> float:
+    """Share of the spans of `span` tokens that occurred before.
+
+    >>> repetition([1, 2, 3, 4, 5]), repetition([7] * 8)
+    (0.0, 0.8)
+    """
+    spans = [tuple(tokens[i : i + span]) for i in range(len(tokens) - span + 1)]
+    return 1 - len(set(spans)) / len(spans) if spans else 0.0

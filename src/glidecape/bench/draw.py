@@ -10,9 +10,9 @@ from typing import Any
 from ..decode import generate
 from ..errors import InputError
 from ..models.target import Target
+from ..stats import loops
 from ..text import text_of
 from .records import Item
-from .repetition import loops
 from .settings import Settings
 from .suites import Prompt, Suite
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..significance import bootstrap_ratio, paired_permutation
+from ..stats import repetition
 from .curves import watched_figures
 from .draw import KINDS
 from .methods import read_method
 from .records import Item, Record, RunFolder
-from .repetition import repetition
 from .settings import Settings
-from .statistics import bootstrap_ratio, paired_permutation
 
 ALL = "all"
 

@@ -77,6 +77,10 @@ class _Unspoken:
         self.tree: TokenTree | None = None
 
     @property
+    def reads_hidden(self) -> bool:
+        return self.inner.reads_hidden
+
+    @property
     def budget(self) -> int:
         return self.inner.budget
 

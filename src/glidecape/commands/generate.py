@@ -131,7 +131,7 @@ def _bias(items: list[str]) -> dict[int, float]:
 
 
 def _check_kind(base: str, loaded: Any, name: str | None) -> None:
-    from ..models.glide import GlideDraft
+    from ..models.glide_draft import GlideDraft
 
     if loaded is None:
         return

@@ -193,7 +193,7 @@ def plan(
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 2e7,
     kind: Annotated[str, typer.Option(help="glide, glide-no-cross or lm.")] = "glide",
     preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 5.0,

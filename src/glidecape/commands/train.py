@@ -19,7 +19,7 @@ def train(
         str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
     ] = "glide",
     preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, rkl, tv or ce; several joined by +.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
     lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
@@ -36,6 +36,16 @@ def train(
     preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
+    layers: Annotated[int, typer.Option(min=1, max=2, help="Of a GliDe draft.")] = 1,
+    read: Annotated[
+        str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
+    ] = "last",
+    glimpse: Annotated[bool, typer.Option("--glimpse", help="It takes the target's last hidden state, too.")] = False,
+    width: Annotated[float, typer.Option(help="Its width over the target's.")] = 1.0,
+    window: Annotated[int, typer.Option(help="Tokens that its self-attention looks back; 0: all.")] = 0,
+    embedding: Annotated[str, typer.Option(help="shared with the target or own; default: the preset's.")] = "",
+    norm: Annotated[str, typer.Option(help="on or off, before the cross-attention; default: the preset's.")] = "",
+    draft_vocab: Annotated[int, typer.Option(help="Propose only so many frequent tokens; 0: all.")] = 0,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -47,13 +57,46 @@ def train(
     from ..train.draft import DraftRecipe, preview_data, train_draft
 
     muon = _is_muon(optimizer)
-    recipe = DraftRecipe(kind, preset, loss, max_lag, length, rows, rate, muon, seed, lags, loss_on, accumulate, clip)
+    recipe = DraftRecipe(
+        kind,
+        preset,
+        loss,
+        max_lag,
+        length,
+        rows,
+        rate,
+        muon,
+        seed,
+        lags,
+        loss_on,
+        accumulate,
+        clip,
+        layers,
+        read,
+        glimpse,
+        width,
+        window,
+        embedding,
+        norm,
+        draft_vocab,
+    )
     budget = None if preview else _budget(tokens, minutes)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
     if budget is None:
-        print(preview_data(model, data, recipe))
+        _show(preview_data(model, data, recipe))
         return
     train_draft(model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model)
+
+
+def _show(preview: Any) -> None:
+    """With colours on a terminal; plain text where it is piped."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(preview)
+    else:
+        print(preview)
 
 
 def _is_muon(optimizer: str) -> bool:
@@ -87,6 +130,12 @@ def train_target(
     long_length: Annotated[int, typer.Option(help="Window at the end of the run.")] = 2048,
     long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the run with long windows.")] = 0.1,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    with_draft: Annotated[
+        bool, typer.Option("--with-draft", help="Train a draft beside it on the same batches, written to OUT/draft.")
+    ] = False,
+    draft_recipe: Annotated[
+        str, typer.Option(help="With --with-draft: changes to its recipe, such as max_lag:6,loss:kl+tv.")
+    ] = "",
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     seed: int = 0,
@@ -105,6 +154,19 @@ def train_target(
     shape = recipes.TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
     windowing = recipes.Windowing(length, rows, long_length, long_share)
     budget = _budget(tokens, minutes)
+    draft = _draft_beside(draft_recipe, seed) if with_draft else None
+    if draft_recipe and draft is None:
+        raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
     recipes.train_target(
-        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every
+        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every, draft
     )
+
+
+def _draft_beside(changes: str, seed: int) -> Any:
+    from ..train.draft import DraftRecipe
+    from ..train.study import changes_of
+
+    wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
+    if given := {"length", "rows", "accumulate", "loss_on"} & wanted.keys():
+        raise InputError(f"--draft-recipe cannot set {min(given)}: the draft sees its target's own batches")
+    return DraftRecipe(**wanted)

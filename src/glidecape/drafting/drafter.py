@@ -20,13 +20,23 @@ from .stop import StopPolicy
 
 class DraftModel(Protocol):
     """A network that proposes tokens. It writes its keys and values to the scratch of `own`; who is committed is the
-    drafter's business."""
+    drafter's business.
+
+    Attributes:
+        max_lag: deepest node it was trained for.
+        reads_hidden: does it read the target's last hidden states? Then the target's cache keeps them.
+        trusts_own: are its keys and values of an accepted node still right once the target has verified the node? If not,
+            accepted tokens are run again in the next round, with the target's true hidden states.
+    """
 
     max_lag: int
+    reads_hidden: bool
+    trusts_own: bool
 
     def new_cache(self, batch: int, capacity: int) -> KVCache: ...
 
-    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None: ...
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        """Write the keys and values of committed tokens `(batch, count)`, without drafting from them."""
 
     def step(
         self,
@@ -36,11 +46,24 @@ class DraftModel(Protocol):
         own_mask: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
-    ) -> Tensor: ...
+        parents: Tensor | None,
+    ) -> Tensor:
+        """Run queries `(batch, queries)`; logits `(batch, queries, vocab)`.
+
+        Args:
+            own_mask: `(batch, 1, queries, slots)` over the slots of `own`; None: every slot.
+            scratch_positions: `(batch, scratch)` of all scratch slots of `own`, the queries' last.
+            parents: `(batch, queries)` scratch slots of the queries' parents, where `own` keeps hidden states. None: not
+                kept, or the first step of a round, whose queries are committed tokens and the root.
+        """
 
 
 class Drafter(Protocol):
     """Makes proposals. All its state lives in `state.draft`, row by row."""
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Must the target's cache keep last hidden states?"""
 
     @property
     def budget(self) -> int:
@@ -56,7 +79,7 @@ class Drafter(Protocol):
 class NoDraft:
     """Plain decoding: the empty proposal."""
 
-    budget = 1
+    budget, reads_hidden = 1, False
 
     def admit(self, state: DecodeState) -> None:
         state.draft = None
@@ -94,6 +117,10 @@ class ModelDrafter:
         self.cap = min(stop.cap, model.max_lag)
 
     @property
+    def reads_hidden(self) -> bool:
+        return self.model.reads_hidden
+
+    @property
     def budget(self) -> int:
         return 1 + sum(self.expansion.nodes(d) for d in range(self.cap))
 
@@ -112,7 +139,7 @@ class ModelDrafter:
             pieces = [row.tokens[start:end] for row, (start, end) in zip(state.rows, spans, strict=True)]
             tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
             start = torch.tensor(own.lengths, device=device)[:, None]
-            self.model.catch_up(tokens, start + torch.arange(width, device=device), own)
+            self.model.catch_up(tokens, start + torch.arange(width, device=device), own, state.cache)
             own.commit([len(piece) for piece in pieces])
 
     def propose(self, state: DecodeState) -> TokenTree:
@@ -150,7 +177,7 @@ class ModelDrafter:
         positions = torch.tensor(own.lengths, device=device)[:, None] + torch.arange(width, device=device)
         sees_all = width == 1 and len(set(own.lengths)) == 1
         mask = None if sees_all else tree_mask(own.lengths, None, width, max(own.lengths) + width)
-        logits = self.model.step(tokens, positions, own, mask, state.cache, positions)
+        logits = self.model.step(tokens, positions, own, mask, state.cache, positions, None)
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
         # The root stays scratch slot 0: it is the first token of this round's tree.
         own.commit([len(piece) - 1 for piece in pieces])
@@ -171,15 +198,18 @@ class ModelDrafter:
             above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
             above = above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
             mask = tree_mask(own.lengths, above, at.shape[1], keys)
+        parents = None
+        if own.hidden is not None:  # a parent was run before its children, the root in slot 0
+            parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         scratch = roots[:, None] + depths
         positions = roots[:, None] + tree.depth.gather(1, at)
-        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, state.cache, scratch)
+        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, state.cache, scratch, parents)
         own.scratch += at.shape[1]
         return logits
 
     def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
         """Trust the longest beginning of each path that was run; its slots move next to the draft's committed ones."""
-        ran = torch.cat(state.draft.ran, 1).tolist()
+        ran = torch.cat(state.draft.ran if self.model.trusts_own else state.draft.ran[:1], 1).tolist()
         trusted = []
         for path, in_slot in zip(paths, ran, strict=True):
             slot = {node: at for at, node in enumerate(in_slot)}

@@ -65,6 +65,8 @@ class LookupDrafter:
     Lossless: every node is chosen deterministically, so verify takes it for a point mass.
     """
 
+    reads_hidden = False
+
     def __init__(self, length: int = 5, ngram: int = 3) -> None:
         if length < 1 or ngram < 1:
             raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +16,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError
-from .glide import GlideConfig, GlideDraft, GlideModel
+from ..files import write_atomic
+from .glide import GlideModel
+from .glide_config import GlideConfig
+from .glide_draft import GlideDraft
 from .packed import draft_products
 from .standalone import StandaloneDraft
 from .target import Target
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CARD = "draft.safetensors", "card.json"
 _SHAPE_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -66,22 +69,6 @@ def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None
         )
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a kill or a full disk leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"could not write {path} ({reason}); the last good one is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_glide(
     folder: Path, module: GlideModel, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -98,13 +85,17 @@ def save_glide(
         "command": command,
         "figures": figures,
     }
-    tensors = {name: t.detach().to(dtype).contiguous().cpu() for name, t in module.state_dict().items()}
+    tensors = {
+        name: t.detach().to(dtype if t.is_floating_point() else t.dtype).contiguous().cpu()
+        for name, t in module.state_dict().items()
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder} ({error.strerror or error})") from None
-    _replace(folder / WEIGHTS, save(tensors, metadata={"glidecape": json.dumps(card)}))
-    _replace(folder / CARD, (json.dumps(card, indent=1) + "\n").encode())
+    content = save(tensors, metadata={"glidecape": json.dumps(card)})
+    write_atomic(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    write_atomic(folder / CARD, lambda path: path.write_text(json.dumps(card, indent=1) + "\n"))
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -121,9 +112,22 @@ def read_card(folder: Path) -> dict[str, Any]:
             card = json.loads((file.metadata() or {})["glidecape"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is torn or not a GlideCape draft ({type(error).__name__}: {error})") from None
-    if card.get("format") != FORMAT:
+    if card.get("format") not in (1, FORMAT):
         raise CheckpointError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: update GlideCape")
     return card
+
+
+def _from_format_1(config: dict[str, Any], tensors: dict[str, Tensor], target: Target) -> None:
+    """Format 1 knew one layer that read one target layer, and kept queries, keys and values in one matrix."""
+    config["reads"] = [[config.pop("target_layer")]]
+    config["embed_width"], config["hidden_size"] = config["width"], target.hidden_size
+    inner = config["heads"] * config["head_dim"]
+    for name in list(tensors):
+        own, weight = name.replace("layer.", "layers.0.").replace("cross_", "cross."), tensors.pop(name)
+        if own.endswith("qkv.weight"):
+            tensors[own.replace("qkv", "q")], tensors[own.replace("qkv", "kv")] = weight[:inner], weight[inner:]
+        else:
+            tensors[own] = weight
 
 
 def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -> GlideDraft:
@@ -136,10 +140,13 @@ def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -
     card = read_card(folder)
     check_fingerprint(card["fingerprint"], target, str(folder))
     try:
-        module = GlideModel(GlideConfig(**card["config"]), target)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            module.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError, TypeError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if card["format"] == 1:
+            _from_format_1(card["config"], tensors, target)
+        module = GlideModel(GlideConfig.from_card(card["config"]), target)
+        module.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
     module.to(dtype or target.dtype).serve()
     return GlideDraft(module, card["figures"])

@@ -1,26 +1,29 @@
-"""GliDe: a one-layer draft that cross-attends to the target's own keys and values.
+"""GliDe: a draft of one or two layers that cross-attends to the target's own keys and values.
 
-A layer is self-attention, then cross-attention to the cache of one target layer, then a feed-forward network, each
-added to the residual stream. The module is plain tensors in, tensors out: trainer and decode loop call the same
-`forward`, and only fill in `visible` differently.
+A layer is self-attention, then cross-attention to the cache of target layers, then a feed-forward network, each added to
+the residual stream. The module is plain tensors in, tensors out: trainer and decode loop call the same `hidden`, and only
+fill in `visible` and `glimpse` differently.
 
 Source: GliDe paper, section 4.1. Differs in the default preset, as LongSpec repaired it: a norm before the
 cross-attention, embedding and head shared with the target and frozen, the first block's cross-attention is zero. The
 preset "paper" takes those three back (but keeps the target's own rotary base, where the official code fixes 10,000).
+
+Beyond the paper, with `glimpse`: the target's last hidden state at the newest verified position joins the root's
+embedding; a deeper node takes the draft's own last hidden state at its parent instead. It joins the queries, not the
+keys and values, so that those of a first layer stay functions of token and position alone.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..errors import CheckpointError, UnsupportedError
-from ..masks import visible_mask
+from ..masks import visible_mask, window_mask
+from .glide_config import GlideConfig
 from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
 from .packed import PackedLinear, draft_products, pack, packable
 from .rotary import TargetRotary
@@ -31,285 +34,247 @@ if TYPE_CHECKING:
 KV = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class GlideConfig:
-    """Everything that decides the shape of a GliDe draft; stored in its checkpoint.
+class Readable:
+    """What the cross-attention may read: keys and values of target layers, and how many of them each query sees.
 
-    Attributes:
-        width, ffn, heads, head_dim: of the draft's residual stream, feed-forward network and self-attention.
-        target_heads, target_kv_heads, target_head_dim, target_layer: of the target layer whose cache is read.
-        vocab_size: the target's.
-        max_lag: deepest lag seen in training; drafts never go deeper unless the user says so.
-        cross_attention: False makes the ablation "the same draft without the target's cache".
-        cross_norm: a norm before the cross-attention.
-        share_embedding: use the target's embedding and head, frozen. False: own, untied, trained.
-        eps: of the norms.
+    Args:
+        layers: keys and values `(batch, kv_heads, keys, head_dim)` by the number of the target layer.
+        visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; or one number for all.
     """
 
-    width: int
-    ffn: int
-    heads: int
-    head_dim: int
-    target_heads: int
-    target_kv_heads: int
-    target_head_dim: int
-    target_layer: int
-    vocab_size: int
-    max_lag: int = 8
-    cross_attention: bool = True
-    cross_norm: bool = True
-    share_embedding: bool = True
-    eps: float = 1e-6
-
-    @classmethod
-    def for_target(cls, target: Target, preset: str = "default", **changes: Any) -> GlideConfig:
-        """The configuration that fits a target: its width and heads, reading its last full-attention layer.
-
-        `preset` is "default" or "paper" (see the module). Keywords override single fields.
-
-        Raises:
-            UnsupportedError: unknown preset, or no layer of the target keeps the whole context.
-        """
-        config = target.text_config
-        if preset not in ("default", "paper"):
-            raise UnsupportedError(f"no preset '{preset}': there are 'default' and 'paper'")
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(target.shapes)
-        # Our cache keeps every layer's whole context, windowed ones too, but a windowed layer's keys were only ever
-        # trained to be read within its window: take the last one that reads everything, if there is one.
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))
-        layer = full[-1]
-        kv_heads, head_dim = target.shapes[layer]
-        heads = max(1, config.num_attention_heads)
-        fields: dict[str, Any] = {
-            "width": config.hidden_size,
-            "ffn": config.intermediate_size if isinstance(getattr(config, "intermediate_size", None), int) else 0,
-            "heads": heads,
-            "head_dim": head_dim,
-            "target_heads": heads,
-            "target_kv_heads": kv_heads,
-            "target_head_dim": head_dim,
-            "target_layer": layer,
-            "vocab_size": target.vocab_size,
-            "eps": getattr(config, "rms_norm_eps", 1e-6),
-        }
-        fields["ffn"] = fields["ffn"] or 4 * config.hidden_size
-        if preset == "paper":
-            fields |= {"cross_norm": False, "share_embedding": False, "max_lag": 5}
-        return cls(**(fields | changes))
+    def __init__(self, layers: dict[int, KV], visible: Tensor | int) -> None:
+        most, least = (visible, visible) if isinstance(visible, int) else (int(visible.max()), int(visible.min()))
+        self.layers = {layer: (k[:, :, :most], v[:, :, :most]) for layer, (k, v) in layers.items()}
+        self.empty = most == 0 or not layers  # the very beginning of a text
+        self.mask: Tensor | None = None
+        self.sees: Tensor | None = None  # (batch, queries, 1): a query that sees nothing gets zero; None: all see
+        if not isinstance(visible, int) and least < most:
+            self.mask = visible_mask(visible, most)
+            self.sees = (visible > 0)[..., None] if least == 0 else None
 
 
-@dataclass(frozen=True)
-class Readable:
-    """What the cross-attention may read: keys and values, the mask (None: all of them), and where a query sees
-    anything at all (`(batch, queries, 1)`; None: everywhere). A query that sees nothing gets zero."""
+class CrossAttention(nn.Module):
+    """Attention to the target's cached keys and values as they are: only queries and outputs have weights.
 
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
-    sees: Tensor | None
+    Several layers are read each by its own queries; or, with `mix`, as one: a learned mean of their keys and values.
+    """
 
+    def __init__(self, c: GlideConfig, reads: tuple[int, ...]) -> None:
+        super().__init__()
+        self.reads, self.heads, self.scale = reads, c.target_heads, c.target_head_dim**-0.5
+        inner = c.target_heads * c.target_head_dim * (1 if c.mix else len(reads))
+        self.norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
+        self.q = linear(c.width, inner)
+        self.out = linear(inner, c.width)
+        self.mix = nn.Parameter(torch.zeros(2, len(reads))) if c.mix else None
 
-def _readable(target_kv: KV, visible: Tensor | int) -> Readable | None:
-    most, least = (visible, visible) if isinstance(visible, int) else (int(visible.max()), int(visible.min()))
-    if most == 0:
-        return None  # the very beginning of a text
-    keys, values = (t[:, :, :most] for t in target_kv)
-    if isinstance(visible, int) or least == most:
-        return Readable(keys, values, None, None)
-    return Readable(keys, values, visible_mask(visible, most), (visible > 0)[..., None] if least == 0 else None)
+    def _sources(self, read: Readable) -> list[KV]:
+        sources = [read.layers[layer] for layer in self.reads]
+        if self.mix is None:
+            return sources
+        share = self.mix.softmax(1).to(sources[0][0].dtype)
+        keys = torch.stack([w * k for w, (k, _) in zip(share[0], sources, strict=True)]).sum(0)
+        values = torch.stack([w * v for w, (_, v) in zip(share[1], sources, strict=True)]).sum(0)
+        return [(keys, values)]
+
+    def forward(self, x: Tensor, rotary: KV | None, read: Readable) -> Tensor:
+        sources = self._sources(read)
+        queries = split_heads(self.q(self.norm(x)), len(sources) * self.heads)
+        if rotary is not None:
+            queries = rotate(queries, *rotary)
+        # A query takes the cache's dtype, never the other way round: that would copy the cache each step.
+        each = queries.to(sources[0][0].dtype).chunk(len(sources), dim=1)
+        found = [attend(q, k, v, read.mask, self.scale) for q, (k, v) in zip(each, sources, strict=True)]
+        out = self.out((found[0] if len(found) == 1 else torch.cat(found, -1)).to(x.dtype))
+        return out if read.sees is None else out * read.sees
 
 
 class GlideLayer(nn.Module):
-    def __init__(self, c: GlideConfig) -> None:
+    def __init__(self, c: GlideConfig, number: int) -> None:
         super().__init__()
-        self.inner = inner = c.heads * c.head_dim
-        self.heads, self.target_heads = c.heads, c.target_heads
-        self.scale, self.cross_scale = c.head_dim**-0.5, c.target_head_dim**-0.5
+        inner = c.heads * c.head_dim
+        self.number, self.heads, self.scale = number, c.heads, c.head_dim**-0.5
         self.self_norm = RMSNorm(c.width, c.eps)
-        self.qkv = linear(c.width, 3 * inner)
+        self.q = linear(c.width, inner)
+        self.kv = linear(c.width, 2 * inner)
         self.self_out = linear(inner, c.width)
-        if c.cross_attention:
-            self.cross_norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
-            self.cross_q = linear(c.width, c.target_heads * c.target_head_dim)
-            self.cross_out = linear(c.target_heads * c.target_head_dim, c.width)
+        self.cross = CrossAttention(c, c.reads[number]) if c.cross_attention else None
         self.ffn_norm = RMSNorm(c.width, c.eps)
         self.ffn = GatedFeedForward(c.width, c.ffn)
 
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> KV:
-        """The draft's own keys and values: for a first layer, functions of token and position only."""
-        k, v = self.qkv(self.self_norm(x))[..., self.inner :].chunk(2, dim=-1)
+    def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> KV:
+        """The draft's own keys and values, `(batch, heads, tokens, head_dim)`."""
+        k, v = self.kv(normed).chunk(2, dim=-1)
         return rotate(split_heads(k, self.heads), cos, sin), split_heads(v, self.heads)
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotary: KV,
         cross_rotary: KV | None,
-        read: Readable | None,
+        read: Readable,
         own: KVCache | None,
         own_mask: Tensor | None,
+        glimpse: Tensor | None = None,
     ) -> Tensor:
-        qk, v = self.qkv(self.self_norm(x)).split([2 * self.inner, self.inner], dim=-1)
-        q, k = rotate(split_heads(qk, 2 * self.heads), cos, sin).chunk(2, dim=1)
-        v = split_heads(v, self.heads)
-        if own is None:
-            x = x + self.self_out(attend(q, k, v, None, self.scale, causal=True))
-        else:
-            k, v = own.write(0, k, v)
-            x = x + self.self_out(attend(q, k, v, own_mask, self.scale))
-        if read is not None:
-            q = split_heads(self.cross_q(self.cross_norm(x)), self.target_heads)
-            if cross_rotary is not None:
-                q = rotate(q, *cross_rotary)
-            # A query takes the cache's dtype, never the other way round: that would copy the cache each step.
-            q = q.to(read.keys.dtype)
-            found = self.cross_out(attend(q, read.keys, read.values, read.mask, self.cross_scale).to(x.dtype))
-            x = x + (found if read.sees is None else found * read.sees)
+        """The residual stream `(batch, queries, width)` after the layer; `glimpse` joins all of it but keys and values."""
+        normed = self.self_norm(x)
+        k, v = self.keys_values(normed, *rotary)
+        if glimpse is not None:
+            x = x + glimpse
+            normed = self.self_norm(x)
+        q = rotate(split_heads(self.q(normed), self.heads), *rotary)
+        if own is not None:
+            k, v = own.write(self.number, k, v)
+        x = x + self.self_out(attend(q, k, v, own_mask, self.scale, causal=own is None and own_mask is None))
+        if self.cross is not None and not read.empty:
+            x = x + self.cross(x, cross_rotary, read)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class GlideModel(nn.Module):
     """The draft network, bound to its target's embedding, head and rotary embedding.
 
-    The target's parts are borrowed, not owned: they are no parameters of this module and not in its checkpoint.
+    The target's parts are borrowed, not owned: they are no parameters of this module and not in its checkpoint. Where
+    the draft's width is another than theirs, a projection stands between.
+
+    Args:
+        kept: `(draft_vocab,)` the tokens that it can propose, where the configuration reduces the vocabulary.
 
     Raises:
         UnsupportedError: the configuration asks for something that this target cannot give.
     """
 
-    def __init__(self, config: GlideConfig, target: Target) -> None:
+    kept: Tensor
+
+    def __init__(self, config: GlideConfig, target: Target, kept: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        embedding = target.model.get_input_embeddings()
-        if config.share_embedding:
-            if config.width != embedding.weight.shape[1]:
-                raise UnsupportedError(
-                    f"a draft of width {config.width} cannot share an embedding of width {embedding.weight.shape[1]}"
-                )
-            self._borrowed: tuple[Any, ...] = (embedding, target.model.get_output_embeddings())
-        else:
-            self._borrowed = ()
-            self.embed = nn.Embedding(config.vocab_size, config.width)
-            self.head = linear(config.width, config.vocab_size)
         self._served_head: nn.Module | None = None
-        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.target_layer),)
-        self.layer = GlideLayer(config)
+        self._borrowed: tuple[Any, ...] = ()
+        if config.draft_vocab:
+            self.register_buffer("kept", torch.arange(config.draft_vocab) if kept is None else kept.long())
+        if config.share_embedding:
+            self._borrowed = (target.model.get_input_embeddings(), target.model.get_output_embeddings())
+            if config.width != config.embed_width:
+                self.bring = linear(config.embed_width, config.width)
+            if config.width != config.hidden_size:
+                self.give = linear(config.width, config.hidden_size)
+        else:
+            self.embed = nn.Embedding(config.vocab_size, config.width)
+            self.head = linear(config.width, config.draft_vocab or config.vocab_size)
+        if config.glimpse:
+            self.look, self.recall = linear(config.hidden_size, config.width), linear(config.width, config.width)
+        # Layers of one kind rotate alike.
+        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.reads[-1][-1]),)
+        self.layers = nn.ModuleList([GlideLayer(config, m) for m in range(config.layers)])
         self.norm = RMSNorm(config.width, config.eps)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        if config.share_embedding and (final := _final_norm(target)) is not None:
+        if config.share_embedding and (final := _final_norm(target)) is not None and final.shape[0] == config.width:
             # The head expects the scale of the target's last hidden state.
             with torch.no_grad():
                 self.norm.weight.copy_(final.float())
         self.to(target.device)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self._borrowed[0](tokens) if self._borrowed else self.embed(tokens)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
         if not self._borrowed:
-            return self.head(x)
+            return self.embed(tokens)
+        x = self._borrowed[0](tokens).to(self.dtype)
+        # The residual stream stays in the module's dtype, whatever autocast makes of a product.
+        return self.bring(x).to(self.dtype) if self.config.width != self.config.embed_width else x
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the tokens that it can propose: `(batch, queries, draft_vocab)`, or the target's vocabulary."""
+        if not self._borrowed:
+            return self.head(hidden)
+        if self.config.width != self.config.hidden_size:
+            hidden = self.give(hidden)
         if self._served_head is not None:
-            return self._served_head(x)
-        return self._borrowed[1](x.to(self._borrowed[0].weight.dtype))
+            return self._served_head(hidden)
+        head = self._borrowed[1]
+        if not self.config.draft_vocab:
+            return head(hidden.to(self._borrowed[0].weight.dtype))
+        bias = None if head.bias is None else head.bias[self.kept]
+        return nn.functional.linear(hidden.to(head.weight.dtype), head.weight[self.kept], bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(batch, queries, vocab)`: of a reduced vocabulary mapped back, -inf for what it cannot propose."""
+        found = self.head_logits(hidden)
+        if not self.config.draft_vocab:
+            return found
+        full = found.new_full((*found.shape[:-1], self.config.vocab_size), float("-inf"))
+        full[..., self.kept] = found
+        return full
 
     def serve(self) -> GlideModel:
         """Make it ready for decoding: no gradients, and weights packed, with a copy of the borrowed head if it is to be
-        multiplied in another dtype than the target's."""
+        multiplied in another dtype than the target's, or in part."""
         self.eval().requires_grad_(False)
-        products = draft_products(self.norm.weight.dtype)
+        products = draft_products(self.dtype)
         pack(self, products)
         head: Any = self._borrowed[1] if self._borrowed else None
         if isinstance(head, PackedLinear) or packable(head):
-            weight = head.weight  # unpacks a copy where the head is packed and not tied: once is enough
-            if weight.dtype != products:
-                self._served_head = PackedLinear(weight, head.bias, products)
+            weight, bias = (
+                head.weight,
+                head.bias,
+            )  # unpacks a copy where the head is packed and not tied: once is enough
+            if self.config.draft_vocab:
+                weight, bias = weight[self.kept], None if bias is None else bias[self.kept]
+            if weight.dtype != products or self.config.draft_vocab:
+                self._served_head = PackedLinear(weight, bias, products)
         return self
 
-    def keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
-        """Own keys and values of committed tokens, `(batch, heads, tokens, head_dim)`: two projections of embeddings."""
-        x = self._embed(tokens).to(self.norm.weight.dtype)
-        (cos, sin), _ = self._rotary[0](positions)
-        return self.layer.keys_values(x, cos, sin)
+    def write_first_keys_values(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
+        """All that a draft of one layer needs of committed tokens: two projections of their embeddings."""
+        layer: Any = self.layers[0]
+        rotary, _ = self._rotary[0](positions)
+        own.write(0, *layer.keys_values(layer.self_norm(self._embed(tokens)), *rotary))
 
-    def forward(
+    def hidden(
         self,
         tokens: Tensor,
         positions: Tensor,
-        target_kv: KV,
+        target_kv: dict[int, KV],
         visible: Tensor | int,
         own: KVCache | None = None,
         own_mask: Tensor | None = None,
+        glimpse: Tensor | None = None,
     ) -> Tensor:
-        """Draft logits `(batch, queries, vocab)`.
+        """Last hidden states `(batch, queries, width)`, after the final norm.
 
         Args:
             tokens, positions: `(batch, queries)`.
-            target_kv: keys and values of the target layer that is read, `(batch, kv_heads, keys, head_dim)`.
+            target_kv: keys and values `(batch, kv_heads, keys, head_dim)` of the target layers that are read, by number.
             visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; or one number for all.
             own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
                 queries are whole sequences from position 0.
             own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
+            glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
         """
-        x = self._embed(tokens).to(self.norm.weight.dtype)
+        x = self._embed(tokens)
         rotary, cross_rotary = self._rotary[0](positions)
-        read = _readable(target_kv, visible) if self.config.cross_attention else None
-        x = self.layer(x, *rotary, cross_rotary, read, own, own_mask)
-        return self._logits(self.norm(x))
+        if own is None and self.config.window and tokens.shape[1] > self.config.window:
+            own_mask = window_mask(positions, positions, self.config.window)
+        read = Readable(target_kv if self.config.cross_attention else {}, visible)
+        for layer in self.layers:
+            x = layer(x, rotary, cross_rotary, read, own, own_mask, glimpse)
+            glimpse = None
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, target_kv: dict[int, KV], visible: Tensor | int, **more: Any
+    ) -> Tensor:
+        """Draft logits `(batch, queries, vocab)`; arguments as of `hidden`."""
+        return self.logits(self.hidden(tokens, positions, target_kv, visible, **more))
 
 
 def _final_norm(target: Target) -> Tensor | None:
     base = getattr(target.model, "model", None)
     weight = getattr(getattr(base, "norm", None), "weight", None)
     return None if weight is None else copy.copy(weight.detach())
-
-
-class GlideDraft:
-    """GliDe joined to the decode loop (a `DraftModel`, see `drafting.drafter`)."""
-
-    def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
-        self.module, self.figures = module.eval(), figures or {}
-        self.max_lag = module.config.max_lag
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        weight = self.module.norm.weight
-        shape = (self.module.config.heads, self.module.config.head_dim)
-        return KVCache([shape], batch, capacity, weight.dtype, weight.device)
-
-    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
-        """Write the keys and values of committed tokens `(batch, count)` to scratch, without drafting from them."""
-        own.write(0, *self.module.keys_values(tokens, positions))
-
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        own_mask: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-    ) -> Tensor:
-        """Logits `(batch, queries, vocab)`. Every query of a round reads the keys that were committed at its start."""
-        layer = self.module.config.target_layer
-        lengths = target_cache.lengths
-        visible: Tensor | int = lengths[0]
-        if len(set(lengths)) > 1:
-            visible = torch.tensor(lengths, device=tokens.device)[:, None].expand_as(tokens)
-        return self.module(tokens, positions, target_cache.committed(layer), visible, own, own_mask)
-
-    @classmethod
-    def from_pretrained(cls, name: str, target: Target) -> GlideDraft:
-        """Load a GliDe draft from a folder or a Hub repository.
-
-        Raises:
-            CheckpointError: missing or torn, or a plain causal LM.
-            MismatchError: trained for another target.
-        """
-        from .checkpoint import load_draft
-
-        draft = load_draft(name, target)
-        if not isinstance(draft, cls):
-            raise CheckpointError(f"{name} holds a causal LM, not a GliDe draft: load it with `load_draft`")
-        return draft

@@ -13,12 +13,13 @@ class StandaloneDraft:
 
     def __init__(self, model: Target) -> None:
         self.model = model
+        self.reads_hidden, self.trusts_own = False, True
         self.max_lag = 2**31 - 1  # no lag: it reads only what it wrote itself
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return self.model.new_cache(batch, capacity)
 
-    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         self.model.forward(tokens, positions, own, logits_to_keep=1)
 
     def step(
@@ -29,5 +30,6 @@ class StandaloneDraft:
         own_mask: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
+        parents: Tensor | None = None,
     ) -> Tensor:
         return self.model.forward(tokens, positions, own, mask=own_mask, scratch_positions=scratch_positions).logits

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError
-from ..masks import tree_mask
+from ..masks import slot_positions, tree_mask
 from .layers import attend
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
@@ -103,14 +103,9 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def positional_rule(
     rule: Callable[..., Any], lengths: list[int], positions: Tensor, scratch: Tensor, keys: int
 ) -> Tensor:
-    """A model's own mask rule at the positions of slots, `(batch, 1, queries, keys)`.
-
-    A committed slot's position is its number; a scratch slot's is its node's, `scratch (batch, slots)`.
-    """
+    """A model's own mask rule at the positions of slots (see `masks.slot_positions`), `(batch, 1, queries, keys)`."""
     batch, queries = positions.shape
-    start = torch.tensor(lengths, device=positions.device)[:, None]
-    slot = torch.arange(keys, device=positions.device).expand(batch, -1)
-    at = torch.where(slot < start, slot, scratch.gather(1, (slot - start).clamp(0, scratch.shape[1] - 1)))
+    at = slot_positions(lengths, scratch, keys)
     row = torch.arange(batch, device=positions.device)[:, None, None]
     return rule(row, 0, positions[:, :, None], at[:, None, :]).expand(batch, queries, keys)[:, None]
 
@@ -253,8 +248,15 @@ class Target:
             return ()
         return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
-    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None) -> KVCache:
-        return KVCache(self.shapes, batch, capacity, self.dtype, self.device, limit_bytes=limit_bytes)
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states: what the output head takes, after the final norm."""
+        return self.model.get_output_embeddings().in_features
+
+    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
+        """An empty cache; with `hidden` every forward writes its last hidden states there, too."""
+        width = self.hidden_size if hidden else 0
+        return KVCache(self.shapes, batch, capacity, self.dtype, self.device, limit_bytes=limit_bytes, hidden=width)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own special tokens.
@@ -292,6 +294,7 @@ class Target:
             mask = tree_mask(cache.lengths, ancestors, tokens.shape[1], keys)
         scratch = positions if scratch_positions is None else scratch_positions
         token = _LAYOUT.set(_Layout(cache.lengths, positions, scratch, mask))
+        watch = None if cache.hidden is None else self._body().register_forward_hook(_keep_hidden(cache))
         try:
             out = self.model(
                 input_ids=tokens,
@@ -303,11 +306,28 @@ class Target:
             )
         finally:
             _LAYOUT.reset(token)
+            if watch is not None:
+                watch.remove()
         return TargetOutput(out.logits)
+
+    def _body(self) -> nn.Module:
+        """The model without its output head."""
+        body = self.model.base_model
+        return self.model.get_decoder() if body is self.model else body
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk: int = 512) -> None:
         """Commit each row's prompt but for its last token, which becomes the root. Rows may differ in length."""
         read_prompts(self, prompts, cache, chunk)
+
+
+def _keep_hidden(cache: KVCache) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if cache.hidden is None or last.shape[-1] != cache.hidden.shape[-1]:
+            raise UnsupportedError(f"this target's last hidden states have width {last.shape[-1]}, not its head's")
+        cache.write_hidden(last.detach())
+
+    return hook
 
 
 def read_prompts(target: Target, prompts: list[list[int]], cache: KVCache, chunk: int) -> None:

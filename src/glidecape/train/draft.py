@@ -6,28 +6,29 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.checkpoint import save_glide
-from ..models.glide import GlideConfig, GlideModel
+from ..models.glide import GlideModel
+from ..models.glide_config import GlideConfig
 from ..models.target import Target
 from .data import Windows, load_streams
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, save_state
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
-from .rows import preview
-from .teacher import Teacher, draft_logits
+from .rows import Preview, preview
+from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class DraftRecipe:
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
         accumulate: batches of `rows` windows whose gradients make one step.
         clip: largest norm of a step's gradient; 0: none.
+        layers: of GliDe, 1 or 2.
+        read: which target layers GliDe reads (`GlideConfig.for_target`).
+        glimpse: GliDe with the target's last hidden state.
+        width: of GliDe, as a multiple of the target's; its heads grow and shrink with it.
+        window: tokens that GliDe's self-attention looks back; 0: all.
+        embedding: "shared" with the target and frozen, "own", or "" as the preset says.
+        norm: before the cross-attention: "on", "off", or "" as the preset says.
+        draft_vocab: propose only so many tokens, the most frequent of the training text; 0: all.
     """
 
     kind: str = "glide"
@@ -61,6 +70,14 @@ class DraftRecipe:
     loss_on: str = "all"
     accumulate: int = 1
     clip: float = 1.0
+    layers: int = 1
+    read: str = "last"
+    glimpse: bool = False
+    width: float = 1.0
+    window: int = 0
+    embedding: str = ""
+    norm: str = ""
+    draft_vocab: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("glide", "glide-no-cross", "lm"):
@@ -71,11 +88,39 @@ class DraftRecipe:
             raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
         if self.accumulate < 1 or self.clip < 0:
             raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
+        if self.embedding not in ("", "shared", "own") or self.norm not in ("", "on", "off"):
+            raise InputError(
+                f"--embedding takes shared or own, not '{self.embedding}'; --norm on or off, not '{self.norm}'"
+            )
+        if not 0 < self.width <= 16 or self.window < 0 or self.draft_vocab < 0:
+            raise InputError(
+                f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
+                f"vocabulary {self.draft_vocab} must not be negative"
+            )
         check_loss(self.loss)
 
 
-def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
-    """The untrained draft network of a recipe, float32, on the target's device."""
+def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
+    """The `count` most frequent token ids of a text and those named in `always`, ascending; `(count,)`.
+
+    >>> frequent_tokens(np.array([3, 3, 1, 1, 1, 2]), 2, 5, always=(4,)).tolist()
+    [1, 4]
+    """
+    often = np.bincount(tokens, minlength=vocab)
+    for token in always:
+        often[token] = np.iinfo(often.dtype).max
+    return torch.from_numpy(np.sort(np.argsort(-often, kind="stable")[:count]))
+
+
+def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = None) -> nn.Module:
+    """The untrained draft network of a recipe, float32, on the target's device.
+
+    Args:
+        text: token ids of the training text, for a reduced vocabulary.
+
+    Raises:
+        InputError, UnsupportedError: the recipe does not fit the target.
+    """
     target.unpack()  # gradients pass through its head
     torch.manual_seed(recipe.seed)
     if recipe.kind == "lm":
@@ -96,24 +141,59 @@ def make_draft(target: Target, recipe: DraftRecipe) -> nn.Module:
             eos_token_id=c.eos_token_id,
         )
         return LlamaForCausalLM(config).float().to(target.device)
-    changes: dict[str, Any] = {"cross_attention": recipe.kind == "glide"}
+    config = glide_config(target, recipe)
+    kept = None
+    if config.draft_vocab:
+        if text is None:
+            raise InputError("a reduced vocabulary needs text to count tokens in: name it with --data")
+        kept = frequent_tokens(text, config.draft_vocab, target.vocab_size, target.eos_token_ids)
+    return GlideModel(config, target, kept).float()
+
+
+def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
+    """The shape of a recipe's GliDe draft.
+
+    Raises:
+        InputError, UnsupportedError: it does not fit the target.
+    """
+    plain = GlideConfig.for_target(target, recipe.preset, recipe.layers, recipe.read)
+    if recipe.draft_vocab > plain.vocab_size:
+        raise InputError(
+            f"the target has {plain.vocab_size} tokens: a draft vocabulary cannot have {recipe.draft_vocab}"
+        )
+    heads = max(1, round(plain.heads * recipe.width))
+    changes: dict[str, Any] = {
+        "cross_attention": recipe.kind == "glide",
+        "glimpse": recipe.glimpse,
+        "window": recipe.window,
+        "draft_vocab": recipe.draft_vocab,
+        "heads": heads,
+        "width": round(plain.width * recipe.width) if recipe.width != 1 else plain.width,
+        "ffn": round(plain.ffn * recipe.width),
+    }
     if recipe.max_lag:
         changes["max_lag"] = recipe.max_lag
-    return GlideModel(GlideConfig.for_target(target, recipe.preset, **changes), target).float()
+    if recipe.embedding:
+        changes["share_embedding"] = recipe.embedding == "shared"
+    if recipe.norm:
+        changes["cross_norm"] = recipe.norm == "on"
+    return replace(plain, **changes)
 
 
 @contextmanager
 def compiled(module: nn.Module) -> Iterator[None]:
-    """Run the draft's layer (of an LM, all of it) through torch.compile, until the end of the block.
+    """Run the draft's layers (of an LM, all of it) through torch.compile, until the end of the block.
 
-    What stands around GliDe's layer asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
+    What stands around GliDe's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
     """
-    part: Any = module.layer if isinstance(module, GlideModel) else module
-    part.forward = torch.compile(part.forward)
+    parts: list[Any] = list(module.layers) if isinstance(module, GlideModel) else [module]
+    for part in parts:
+        part.forward = torch.compile(part.forward)
     try:
         yield
     finally:
-        del part.forward  # the class's own again: decoding has a new shape each round
+        for part in parts:
+            del part.forward  # the class's own again: decoding has a new shape each round
 
 
 class Lesson:
@@ -121,28 +201,42 @@ class Lesson:
 
     Args:
         length: of the windows, in tokens.
+        teacher: shared with other lessons; None: one of its own.
     """
 
-    def __init__(self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -> None:
-        self.target, self.module, self.recipe = target, module, recipe
-        self.teacher = Teacher(target, recipe.rows, length)
+    def __init__(
+        self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
+    ) -> None:
+        self.module, self.recipe = module, recipe
+        self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
         self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
+        self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number.
+        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `Taught`."""
+        return self.learn(self.teacher.teach(batch, number, learned))
 
-        `learned (rows, length)` bool: tokens to be learned, each by the position before it. None: all.
-        """
+    def learn(self, taught: Taught) -> Tensor:
+        """Mean loss over a batch that the target has run on; the lags are drawn for its number."""
+        batch, teacher = taught.tokens, taught.teacher
         rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, number, rows, length, self.max_lag)
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            taught = self.teacher(batch)
-            drafted = draft_logits(self.module, batch, self.teacher.positions, self.teacher.cache, visible)
+            drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
         counted = visible > 0  # every kind of draft learns from the same positions
-        if learned is not None:
-            counted = counted & nn.functional.pad(learned[:, 1:], (0, 1))
-        return distillation_loss(drafted, taught, batch, counted, self.recipe.loss)
+        if taught.learned is not None:
+            counted = counted & nn.functional.pad(taught.learned[:, 1:], (0, 1))
+        logits = taught.logits
+        if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
+            logits, batch = logits[..., self.kept], self._among_kept(batch)
+        return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
+
+    def _among_kept(self, tokens: Tensor) -> Tensor:
+        """Places of tokens in the reduced vocabulary, -100 for those outside."""
+        assert self.kept is not None
+        place = torch.searchsorted(self.kept, tokens).clamp(max=len(self.kept) - 1)
+        return torch.where(self.kept[place] == tokens, place, -100)
 
 
 def train_draft(
@@ -171,56 +265,87 @@ def train_draft(
     text, held_out = streams["train"], streams["valid"].tokens
     length = min(recipe.length, target.context)
     windows = Windows(text.tokens, recipe.seed, text.learned)
-    module = make_draft(target, recipe)
+    module = make_draft(target, recipe, text.tokens)
     made = optimizers(module, recipe.rate, recipe.muon)
     out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
+    identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
     lesson = Lesson(target, module, recipe, length)
     module.train()
 
-    def loss_of(number: int) -> tuple[Tensor, int]:
+    def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(number, recipe.rows, length).to(target.device)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return lesson(batch, number, None if learned is None else learned.to(target.device)), batch.numel()
+        return [lesson(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
 
     with compiled(module) if compile_model else nullcontext():
-        clock = fit(module, made, budget, loss_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate)
+        clock = fit(
+            [module], made, budget, losses_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate
+        )
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+        "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
+    return finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+
+
+def finish_draft(
+    out: Path,
+    module: nn.Module,
+    target: Target,
+    held_out: np.ndarray,
+    figures: dict[str, Any],
+    losses: list[float],
+    length: int,
+    prompts: int = 16,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate a trained draft on held-out tokens, and write its curve and checkpoint to `out`.
+
+    Args:
+        figures: of the training; those of `figures_by_lag` and `evaluate_draft` are added, unless `prompts` is 0.
+        losses: of each step.
+        length: of a window, in tokens.
+    """
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
         room = min(128, target.context - 64)
-        chosen = evaluation_prompts(held_out, prompts, room, recipe.seed)
-        figures |= evaluate_draft(target, module, chosen)
-    write_curve(out, clock.losses, clock.tokens, figures)
-    if isinstance(module, GlideModel):
-        save_glide(out, module, target, command, figures, torch.bfloat16)
-    else:
-        _save_lm(module, target, out, command, figures)
+        figures |= evaluate_draft(target, module, evaluation_prompts(held_out, prompts, room, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    write_curve(out, losses, figures["tokens"], figures)
+    save_draft(out, module, target, command, figures)
     Console(stderr=True).print(f"wrote {out}: {figures}")
     return figures
 
 
+def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
+    """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
+
+    Raises:
+        CheckpointError: see `save_glide`.
+    """
+    if isinstance(module, GlideModel):
+        save_glide(out, module, target, command, figures, torch.bfloat16)
+    else:
+        _save_lm(module, target, out, command, figures)
+
+
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
-    """An ordinary Hugging Face model folder."""
     module.config._attn_implementation = "sdpa"
-    module.to(torch.bfloat16).save_pretrained(out)
-    target.tokenizer.save_pretrained(out)
     card = {"command": command, "kind": "lm", "figures": figures}
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 
-def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> str:
+def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:
     """The first window that training would see, decoded, with its loss mask (`rows.preview`).
 
     Raises:

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
-from ..decode import decode
+from ..decode import decode, generate
+from ..drafting.drafter import Drafter, DraftModel
 from ..drafting.methods import make_drafter
 from ..errors import DataError
-from ..models.glide import GlideDraft, GlideModel
+from ..files import write_atomic
+from ..models.glide import GlideModel
+from ..models.glide_draft import GlideDraft
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
-from ..stats import Stats
-from .loop import CURVE, PICTURE, write_atomic
-from .teacher import Teacher, draft_logits
+from ..stats import Stats, loops
+from .loop import CURVE, PICTURE
+from .teacher import Teacher, hidden_by_lag
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
@@ -31,14 +35,20 @@ def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 
 
+def as_draft(module: nn.Module) -> tuple[str, DraftModel]:
+    """The base of its methods ("glide" or "vanilla"), and the network joined to the decode loop, unpacked."""
+    module.eval()
+    if isinstance(module, GlideModel):
+        return "glide", GlideDraft(module)
+    return "vanilla", StandaloneDraft(Target(module))
+
+
 def evaluate_draft(
     target: Target, module: nn.Module, prompts: list[list[int]], new_tokens: int = 64
 ) -> dict[str, float]:
     """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
     figures: dict[str, float] = {}
-    module.eval()
-    draft = GlideDraft(module) if isinstance(module, GlideModel) else StandaloneDraft(Target(module))
-    method = "glide" if isinstance(module, GlideModel) else "vanilla"
+    method, draft = as_draft(module)
     for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
         stats = Stats()
         params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
@@ -50,6 +60,48 @@ def evaluate_draft(
     return figures
 
 
+def stats_by_prompt(
+    target: Target, drafter: Drafter, prompts: list[list[int]], params: SamplingParams, batch: int = 16
+) -> list[Stats]:
+    """The counts of each prompt's rounds. Prompts are decoded side by side, which changes no row's tokens."""
+    each = [Stats() for _ in prompts]
+    for first in range(0, len(prompts), batch):
+        for event in decode(target, drafter, prompts[first : first + batch], params):
+            if event.stats.emitted:
+                each[first + event.row].add(event.stats)
+    return each
+
+
+def steady_prompts(
+    target: Target, tokens: np.ndarray, count: int, length: int, new_tokens: int, batch: int = 16, most: int = 16
+) -> tuple[list[list[int]], int]:
+    """The first `count` prompts of held-out text whose greedy continuations don't loop (`stats.loops`).
+
+    Prompts are drawn until there are as many, `most * count` at most.
+
+    Returns:
+        The prompts, and how many were drawn for them.
+    Raises:
+        DataError: every continuation loops.
+    """
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    drawn = evaluation_prompts(tokens, most * count, length, 0)
+    steady: list[list[int]] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("prompts that don't loop", total=count)
+        for first in range(0, len(drawn), batch):
+            part = drawn[first : first + batch]
+            for i, one in enumerate(generate(target, part, params=params)):
+                if not loops(one.tokens):
+                    steady.append(part[i])
+                if len(steady) == count:
+                    return steady, first + i + 1
+            bar.update(task, completed=len(steady))
+    if not steady:
+        raise DataError(f"all {len(drawn)} greedy continuations of {new_tokens} tokens loop: ask for fewer new tokens")
+    return steady, len(drawn)
+
+
 @torch.no_grad()
 def figures_by_lag(
     target: Target, module: nn.Module, tokens: np.ndarray, length: int, max_windows: int = 16
@@ -57,30 +109,34 @@ def figures_by_lag(
     """How well the draft agrees with the target at each lag, teacher-forced on held-out text.
 
     Every position of a window from `max_lag` on is drafted once for each lag, so all lags are judged on the same
-    positions. That is exact for a draft of one layer, whose own keys don't depend on lags. A draft that reads no target
-    keys has no lag: its lists hold one number.
+    positions. That is exact for a draft of one layer, whose own keys don't depend on lags; a second layer's are here those of
+    the lag in question throughout. A draft that sees nothing of the target has no lag: its lists hold one number.
 
     Returns:
         lags: 1 .. max_lag; positions: how many each is judged on; overlap_by_lag: mean of sum min(p, q), the chance that
         a token drawn from the draft is accepted at temperature 1; greedy_acceptance_by_lag: how often both have the same
         most likely token. Empty when the text is shorter than a window.
     """
-    reads = isinstance(module, GlideModel) and module.config.cross_attention
+    reads = isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse)
     deepest = module.config.max_lag if isinstance(module, GlideModel) else 8
     lags = list(range(1, deepest + 1)) if reads else [1]
     windows = min(max_windows, len(tokens) // length)
     if windows < 1 or length <= deepest:
         return {}
-    teacher, position = Teacher(target, 1, length), torch.arange(length, device=target.device)
+    glide = module if isinstance(module, GlideModel) else None
+    teacher = Teacher(target, 1, length, hidden=glide is not None and glide.config.glimpse)
     overlap, same = [0.0] * len(lags), [0] * len(lags)
     module.eval()
     for at in np.linspace(0, len(tokens) - length, windows).astype(int):
         batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
         taught = teacher(batch)[0, deepest:]
         p = taught.float().softmax(-1)
-        for i, lag in enumerate(lags):
-            visible = (position + 1 - lag).clamp(min=0)[None]
-            drafted = draft_logits(module, batch, teacher.positions, teacher.cache, visible)[0, deepest:]
+        by_lag = (
+            [module(input_ids=batch).logits]
+            if glide is None
+            else map(glide.logits, hidden_by_lag(glide, batch, teacher.positions, teacher.cache, len(lags)))
+        )
+        for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
             overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
             same[i] += int((drafted.argmax(-1) == taught.argmax(-1)).sum())
     count = windows * (length - deepest)

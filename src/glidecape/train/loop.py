@@ -7,10 +7,10 @@ of the minutes". So a run can be given either budget, and any checkpoint of the 
 from __future__ import annotations
 
 import ctypes
-import os
+import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import CheckpointError
+from ..files import remove_leftovers, write_atomic, write_folder
 from ..models.checkpoint import CARD, WEIGHTS
 
 STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
@@ -52,12 +53,32 @@ class Budget:
 
 @dataclass
 class Clock:
-    """Where a run stands; saved with the weights, so that a resumed run goes on exactly there."""
+    """Where a run stands; saved with the weights, so that a resumed run goes on exactly there.
+
+    Attributes:
+        losses: of each step, in nats; where several modules are trained, the first one's.
+        each: every module's losses, where there are several.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    each: list[list[float]] = field(default_factory=list)
+
+    def log(self, losses: list[float]) -> None:
+        """Append a step's losses, one a module."""
+        self.losses.append(losses[0])
+        if len(losses) > 1:
+            self.each = self.each or [[] for _ in losses]
+            for past, value in zip(self.each, losses, strict=True):
+                past.append(value)
+
+
+def recent_mean(losses: list[float], steps: int = 50) -> float:
+    """Mean loss in nats over the last steps."""
+    recent = losses[-steps:]
+    return round(sum(recent) / len(recent), 4)
 
 
 def reuse_freed_memory() -> None:
@@ -70,44 +91,6 @@ def reuse_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 2**31 - 1)
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
-    file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write {path} ({error.strerror or error}); the last good one is kept"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete our temporary files whose writers were killed: `.NAME.PID` where no process of that number lives."""
-    for name in WRITTEN:
-        for path in folder.glob(f".{name}.*"):
-            pid = path.suffix[1:]
-            if pid.isdigit() and not _lives(int(pid)):
-                path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # there, asking would be killing
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
@@ -144,7 +127,7 @@ def load_state(
     Raises:
         CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
     """
-    remove_leftovers(folder)
+    remove_leftovers(folder, WRITTEN)
     path = folder / STATE_FILE
     if not path.exists():
         return Clock()
@@ -194,11 +177,26 @@ def save_state(
     write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
 
 
+def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None:
+    """Write an ordinary Hugging Face model folder, with a card; an earlier model there stays until this one is whole.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable.
+    """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+    write_folder(out, write, last=CARD)
+
+
 def fit(
-    module: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
     made: list[torch.optim.Optimizer],
     budget: Budget,
-    loss_of: Callable[[int], tuple[torch.Tensor, int]],
+    losses_of: Callable[[int], tuple[Iterable[torch.Tensor], int]],
     clock: Clock,
     save: Callable[[Clock], None],
     save_every_s: float = 300.0,
@@ -206,10 +204,12 @@ def fit(
     console: Console | None = None,
     accumulate: int = 1,
 ) -> Clock:
-    """Train until the budget is spent. `loss_of(number)` gives the loss of the run's batch of that number, and its tokens.
+    """Train until the budget is spent. `losses_of(number)` gives the losses of the run's batch of that number, one a
+    module, and the batch's tokens.
 
-    A step takes the mean gradient of `accumulate` batches, clipped to norm `clip` (0: not clipped). A batch depends on its
-    number alone, so a run killed and resumed sees the same data as one never killed.
+    Each loss is differentiated before the next is asked for, so one graph lives at a time. A step takes the mean gradient
+    of `accumulate` batches, clipped to norm `clip` in each module (0: not clipped). A batch depends on its number alone, so a
+    run killed and resumed sees the same data as one never killed.
     """
     console = console or Console(stderr=True)
     reuse_freed_memory()
@@ -224,20 +224,21 @@ def fit(
             for optimizer in made:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * budget.factor(progress)
-            loss_here = 0.0
+            here = [0.0] * len(modules)
             for number in range(clock.step * accumulate, (clock.step + 1) * accumulate):
-                loss, tokens = loss_of(number)
-                (loss / accumulate).backward()
-                loss_here += float(loss.detach()) / accumulate
+                losses, tokens = losses_of(number)
+                for i, loss in enumerate(losses):
+                    (loss / accumulate).backward()
+                    here[i] += float(loss.detach()) / accumulate
                 clock.tokens += tokens
-            if clip:
+            for module in modules if clip else ():
                 torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
             for optimizer in made:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.step += 1
             clock.seconds = before + time.monotonic() - started
-            clock.losses.append(loss_here)
+            clock.log(here)
             progress = budget.progress(clock.tokens, clock.seconds)
             recent = clock.losses[-20:]
             mean = sum(recent) / len(recent)

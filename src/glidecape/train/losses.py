@@ -6,6 +6,9 @@ With p the target's law and q the draft's at a position, in nats:
     rkl   KL(q || p): q may leave out what it cannot hold, and is punished for what p would not say.
     tv    total variation, 1 - sum of min(p, q): the chance of a rejection itself; its gradient fades where p and q hardly
           overlap, so it follows or joins another loss.
+    nla   -log alpha, with alpha = sum of min(p, q): what tv lowers, with a gradient that does not fade.
+    lk_hybrid   s KL(p || q) + (1 - s) tv with s = exp(-3 alpha) at each position: kl where they hardly overlap, tv where
+          they do. No gradient passes through s. Source of nla and lk_hybrid: LK losses (arXiv 2602.23881).
     ce    cross-entropy of the text's next token: no target needed. Source: GliDe paper, section 5.1.
 
 Joined by "+", losses are averaged: "kl+tv".
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 
-LOSSES = ("kl", "rkl", "tv", "ce")
+LOSSES = ("kl", "rkl", "tv", "nla", "lk_hybrid", "ce")
 DIRECT = 2**25  # logits that are widened at once: 128 MiB in float32; recomputing costs a softmax more
 CHUNK = 2**23  # logits of a chunk
 
@@ -70,6 +73,15 @@ def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, 
             value = F.kl_div(p, q, reduction="sum", log_target=True)
         elif part == "tv":
             value = (p.exp() - q.exp()).abs().sum() / 2
+        elif part == "nla":
+            value = (
+                -torch.minimum(p, q).logsumexp(-1).sum()
+            )  # not 1 - tv: that is rounded to 0 where they hardly overlap
+        elif part == "lk_hybrid":
+            distance = (p.exp() - q.exp()).abs().sum(-1) / 2
+            share = (-3 * (1 - distance)).exp().detach()
+            divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+            value = (share * divergence + (1 - share) * distance).sum()
         else:
             value = F.nll_loss(q, following, reduction="sum", ignore_index=-100)
         total = total + weight * value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from rich.text import Text
 
 from ..errors import DataError
 
@@ -35,6 +38,29 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
     raise DataError(f"{place} has no text, prompt, messages or tokens column, but {columns}")
 
 
+def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
+    """What a target is to continue in a row with a `prompt` or `messages`: the prompt, or the talk without the assistant's
+    turn that ends it. None: a row with neither, or with `tokens` or `text`, which count first.
+
+    Raises:
+        DataError: messages that are no talk, or nothing before the assistant's turn.
+    """
+    if not isinstance(row, dict) or "tokens" in row or isinstance(row.get("text"), str):
+        return None
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    if not isinstance(row.get("messages"), list):
+        return None
+    messages = row["messages"]
+    _check_messages(messages, place)
+    before = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if not before:
+        raise DataError(f"{place} has no turn before the assistant's: there is nothing to continue")
+    if getattr(tokenizer, "chat_template", None):
+        return _rendered(tokenizer, before, True, place)
+    return "".join(message["content"] + "\n" for message in before)
+
+
 def _of_tokens(row: dict[str, Any], place: str) -> list[Piece]:
     tokens = row["tokens"]
     if not isinstance(tokens, list) or not all(type(i) is int for i in tokens):
@@ -49,9 +75,7 @@ def _of_tokens(row: dict[str, Any], place: str) -> list[Piece]:
 
 
 def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]:
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
+    _check_messages(messages, place)
     if not getattr(tokenizer, "chat_template", None):
         ends = ["\n"] * (len(messages) - 1) + [""]
         return [(m["content"] + end, m.get("role") == "assistant") for m, end in zip(messages, ends, strict=True)]
@@ -74,6 +98,12 @@ def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]
         text = _rendered(tokenizer, messages, False, place)
         pieces.append((text.removeprefix(done), False))
     return pieces
+
+
+def _check_messages(messages: list[Any], place: str) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
 
 
 def _rendered(tokenizer: Any, messages: list[Any], generates: bool, place: str) -> str:
@@ -103,14 +133,43 @@ def check_completion(pieces: list[Piece], row: dict[str, Any], place: str) -> No
     )
 
 
-def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> str:
-    """The text of a window with what is learned between \u27e6 and \u27e7, below a line that counts it."""
+@dataclass(frozen=True)
+class Preview:
+    """A decoded window as training sees it: pieces of text, and whether their tokens are learned.
+
+    Attributes:
+        tokens, learned: counts.
+        pieces: in order, learned and not in turn.
+    """
+
+    tokens: int
+    learned: int
+    pieces: list[tuple[str, bool]]
+
+    def __str__(self) -> str:
+        """Plain text: what is learned stands between \u27e6 and \u27e7."""
+        text = "".join(f"\u27e6{text}\u27e7" if learned else text for text, learned in self.pieces)
+        return f"{self._counts}, between \u27e6 and \u27e7:\n{text}"
+
+    def __rich__(self) -> Text:
+        """For a terminal: what is learned in green, the rest dim."""
+        styled = Text(f"{self._counts}, in green:\n")
+        for text, learned in self.pieces:
+            styled.append(text, "green" if learned else "dim")
+        return styled
+
+    @property
+    def _counts(self) -> str:
+        return f"{self.tokens} tokens, {self.learned} learned ({self.learned / self.tokens:.0%})"
+
+
+def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> Preview:
+    """A window of tokens for reading; `learned`: its loss mask, None: all."""
     marks = [True] * len(tokens) if learned is None else learned
-    lines = f"{len(tokens)} tokens, {sum(marks)} learned ({sum(marks) / len(tokens):.0%}), between \u27e6 and \u27e7:\n"
+    pieces: list[tuple[str, bool]] = []
     first = 0
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or marks[end] != marks[first]:
-            text = tokenizer.decode(tokens[first:end])
-            lines += f"\u27e6{text}\u27e7" if marks[first] else text
+            pieces.append((tokenizer.decode(tokens[first:end]), marks[first]))
             first = end
-    return lines
+    return Preview(len(tokens), sum(marks), pieces)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from ..errors import DataError
+from .beside import Beside
 from .data import Windows
-from .loop import Budget, fit, load_state, optimizers, save_state
+from .draft import DraftRecipe
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,20 @@ def train_target(
     seed: int = 0,
     command: str = "",
     save_every_s: float = 300.0,
-) -> dict[str, float]:
+    draft: DraftRecipe | None = None,
+    draft_out: Path | None = None,
+    prompts: int = 16,
+) -> dict[str, Any]:
     """Train on a corpus folder (`glidecape data pysource`) and write a Hugging Face model folder to `out`.
 
     An interrupted run goes on from `out/training.pt`. Weights are written in bfloat16.
 
+    Args:
+        draft: of a draft that is trained beside it on the same batches, and written to `draft_out` (default: `out/draft`),
+            with an evaluation on `prompts` held-out prompts. The target's weights are the same with and without.
+
     Returns:
-        Figures: steps, tokens, seconds, train_loss, valid_loss (nats a token).
+        Figures: steps, tokens, seconds, train_loss, valid_loss (nats a token); draft: those of `train_draft`.
     Raises:
         DataError: no corpus folder at `data`.
         CheckpointError: `out` holds a run that cannot be resumed.
@@ -107,9 +117,16 @@ def train_target(
     )
     model = LlamaForCausalLM(config).to(device)
     made = optimizers(model, rate, muon=True)
+    beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
+    trained: list[torch.nn.Module] = [model]
+    state: torch.nn.Module = model
+    if beside is not None:
+        trained, made = [model, beside.module], made + beside.made
+        state = torch.nn.ModuleDict({"target": model, "draft": beside.module})
     out.mkdir(parents=True, exist_ok=True)
-    identity = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
-    clock = load_state(out, model, made, identity)
+    identity: dict[str, Any] = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
+    identity |= {"draft": asdict(draft) if draft is not None else None, "compile": compile_model}
+    clock = load_state(out, state, made, identity)
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
     def next_token_loss(batch: torch.Tensor) -> torch.Tensor:
@@ -118,20 +135,27 @@ def train_target(
 
     compiled = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
 
-    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+    def losses_of(step: int) -> tuple[Iterator[torch.Tensor], int]:
         # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
         rows, length = windowing.at(budget.progress(clock.tokens, clock.seconds))
         batch = windows.batch(step, rows, length).to(device)
-        with autocast:
-            return compiled(batch), batch.numel()
+        return losses(batch, step), batch.numel()
 
-    clock = fit(model, made, budget, loss_of, clock, lambda c: save_state(out, model, made, c, identity), save_every_s)
+    def losses(batch: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
+        with autocast:
+            loss = compiled(batch)
+        yield loss
+        if beside is not None:
+            yield beside.loss(batch, step)
+
+    def save(now: Clock) -> None:
+        save_state(out, state, made, now, identity)
+
+    clock = fit(trained, made, budget, losses_of, clock, save, save_every_s)
     model.eval()
-    figures = {
-        "steps": clock.step,
-        "tokens": clock.tokens,
-        "seconds": round(clock.seconds, 1),
-        "train_loss": round(sum(clock.losses[-50:]) / len(clock.losses[-50:]), 4),
+    counts = {"steps": clock.step, "tokens": clock.tokens, "seconds": round(clock.seconds, 1)}
+    figures: dict[str, Any] = counts | {
+        "train_loss": recent_mean(clock.losses),
         "valid_loss": round(valid_loss(model, valid, windowing.length), 4),
     }
     card = {
@@ -141,10 +165,11 @@ def train_target(
         "seed": seed,
         "figures": figures,
     }
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    save_lm(model.to(torch.bfloat16), tokenizer, out, card)
     if (data / "sources.json").exists():
         shutil.copy(data / "sources.json", out / "sources.json")
     Console(stderr=True).print(f"wrote {out}: {figures}")
+    if beside is not None:
+        options = {"length": min(windowing.length, shape.context), "prompts": prompts, "seed": seed, "command": command}
+        figures["draft"] = beside.finish(draft_out or out / "draft", out, valid, counts, clock.each[1], **options)
     return figures

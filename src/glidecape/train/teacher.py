@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +14,15 @@ from ..models.target import Target
 
 
 class Teacher:
-    """The frozen target on whole windows: logits and, through one reused cache, the keys and values of its layers."""
+    """The frozen target on whole windows: logits and, through one reused cache, the keys and values of its layers.
 
-    def __init__(self, target: Target, rows: int, length: int) -> None:
+    Args:
+        hidden: keep its last hidden states in the cache, too.
+    """
+
+    def __init__(self, target: Target, rows: int, length: int, hidden: bool = False) -> None:
         self.target = target.model.requires_grad_(False) and target
-        self.cache: KVCache = target.new_cache(rows, length)
+        self.cache: KVCache = target.new_cache(rows, length, hidden=hidden)
         self.positions = torch.arange(length, device=target.device).expand(rows, -1)
 
     @torch.no_grad()
@@ -25,9 +32,86 @@ class Teacher:
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
         return logits
 
+    def teach(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> Taught:
+        """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
+        next one is taught."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            return Taught(tokens, number, learned, self(tokens), self)
 
-def draft_logits(module: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor) -> Tensor:
-    """Teacher-forced draft logits `(batch, length, vocab)` of either kind of draft."""
+
+@dataclass(frozen=True)
+class Taught:
+    """A batch of a training and the target's forward over it.
+
+    Attributes:
+        tokens: `(rows, length)`.
+        number: of the batch in its run; what is drawn for it follows from it.
+        learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
+        logits: the target's, `(rows, length, vocab)`.
+        teacher: holds the keys and values of the target's layers.
+    """
+
+    tokens: Tensor
+    number: int
+    learned: Tensor | None
+    logits: Tensor
+    teacher: Teacher
+
+
+def reads_hidden(module: nn.Module) -> bool:
+    """Does this draft read the target's last hidden states?"""
+    return isinstance(module, GlideModel) and module.config.glimpse
+
+
+def draft_hidden(
+    module: GlideModel, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor, passes: int = 2
+) -> Tensor:
+    """Teacher-forced last hidden states `(batch, length, width)` of a GliDe draft.
+
+    With a glimpse, a node below the root takes the draft's hidden state at its parent, which only a pass over the window
+    can make. The first pass gives roots their true glimpse and other nodes that of their root; each further one is exact
+    one depth deeper. So `max_lag` passes are what decoding does (with two layers, whose second reads keys that depend on
+    glimpses, only nearly); training takes two, the first without gradients.
+
+    Args:
+        visible: `(batch, length)`; a position that sees all keys before its own is a root.
+    """
+    kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
+    if not module.config.glimpse:
+        return module.hidden(tokens, positions, kv, visible)
+    of_root = module.look(cache.hidden_at(visible - 1).to(module.dtype))
+    is_root, glimpse = (visible == positions)[..., None], of_root
+    for _ in range(passes - 1):
+        with torch.no_grad():
+            above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
+        glimpse = torch.where(is_root, of_root, module.recall(nn.functional.pad(above[:, :-1], (0, 0, 1, 0))))
+    return module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
+
+
+def hidden_by_lag(
+    module: GlideModel, tokens: Tensor, positions: Tensor, cache: KVCache, deepest: int
+) -> Iterator[Tensor]:
+    """Teacher-forced last hidden states with every position at lag 1, then at 2, and so on; each `(batch, length, width)`.
+
+    As in decoding, the glimpse of lag d is the draft's own hidden state, one position and one lag before.
+    """
+    kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
+    above: Tensor | None = None
+    for lag in range(1, deepest + 1):
+        glimpse = None
+        if module.config.glimpse and above is None:
+            glimpse = module.look(cache.hidden_at(positions - 1).to(module.dtype))
+        elif above is not None and module.config.glimpse:
+            glimpse = module.recall(nn.functional.pad(above[:, :-1], (0, 0, 1, 0)))
+        above = module.hidden(tokens, positions, kv, (positions + 1 - lag).clamp(min=0), glimpse=glimpse)
+        yield above
+
+
+def draft_logits(
+    module: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor, passes: int = 2
+) -> Tensor:
+    """Teacher-forced draft logits `(batch, length, vocab)` of either kind of draft; a GliDe draft with a reduced
+    vocabulary gives those of the tokens that it can propose."""
     if isinstance(module, GlideModel):
-        return module(tokens, positions, cache.committed(module.config.target_layer), visible)
+        return module.head_logits(draft_hidden(module, tokens, positions, cache, visible, passes))
     return module(input_ids=tokens).logits

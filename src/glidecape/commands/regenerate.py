@@ -1,0 +1,50 @@
+"""`glidecape regenerate`: training data in the target's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .shared import Device, Dtype, Revision, Threads, Trust, command_line, load_target
+
+
+def regenerate(
+    target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
+    data: Annotated[Path, typer.Option(help="As for train: documents are cut, prompts and messages are continued.")],
+    out: Annotated[Path, typer.Option(help="A .jsonl file for train --data; an interrupted one goes on.")],
+    draft: Annotated[str | None, typer.Option(help="A draft, to be faster: the file is the same.")] = None,
+    method: Annotated[str, typer.Option(help="As in generate; default: a chain if there is a draft, else plain.")] = "",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document that are continued.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to emit a row at most.")] = 192,
+    temperature: Annotated[float, typer.Option(help="0: greedy, which small targets answer with loops.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to make; 0: one of every row.")] = 0,
+    seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
+    draft_length: Annotated[int, typer.Option(min=1, help="Tokens drafted a round.")] = 5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
+    from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
+    from ..models.checkpoint import load_draft
+    from ..train.regenerate import Regeneration
+    from ..train.regenerate import regenerate as run
+    from .generate import _check_kind
+    from .shared import base_of
+
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out takes a .jsonl file, not {out}")
+    method = method or ("plain" if draft is None else base_of(draft))
+    base, _ = parse_method(method)
+    plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
+    loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
+    _check_kind(base, loaded, draft)
+    run(model, data, out, plan, make_drafter(method, loaded, draft_length), batch, command_line())

@@ -1,0 +1,59 @@
+"""`glidecape study`: draft recipes trained side by side on the same batches, and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
+from .train import _budget, _is_muon
+
+
+def study(
+    target: TargetName,
+    data: Annotated[Path, typer.Option(help="As for train.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one there goes on.")],
+    factor: Annotated[
+        list[str] | None, typer.Option(help="A row a value: cross, glimpse, layers, width, …; repeat.")
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="One more row, NAME=field:value,field:value of a recipe; repeat.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Changes to what all rows begin with, field:value,field:value.")] = "",
+    seeds: Annotated[str, typer.Option(help="Every row is trained with each, joined by commas.")] = "0",
+    tokens: Annotated[float | None, typer.Option(help="Tokens that each row is trained on, such as 4e6.")] = None,
+    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    optimizer: Annotated[str, typer.Option(help="muon for the hidden matrices, or adamw.")] = "muon",
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts that count: ones that don't loop.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded after each.")] = 64,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
+    from ..train.draft import DraftRecipe
+    from ..train.study import Trial, changes_of, run_study, study_rows
+    from ..train.study_table import show_study
+
+    if tokens is None:
+        raise InputError("give --tokens: the rows of a study are compared at equal tokens")
+    try:
+        numbers = tuple(int(part) for part in seeds.split(","))
+    except ValueError:
+        raise InputError(f"--seeds takes numbers joined by commas, not '{seeds}'") from None
+    common = {"length": length, "rows": rows, "rate": rate, "muon": _is_muon(optimizer)}
+    recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
+    recipes = study_rows(recipe, factor or [], row or [])
+    trial = Trial(prompts, prompt_tokens, new_tokens)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
+    show_study(result["table"])

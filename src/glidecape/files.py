@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import CheckpointError
+
+EXPORT = "export"  # temporary folders are called .export.PID
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename: a kill, a full disk or a power cut leaves the old
+    file whole.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        _settle(temporary, path)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object], last: str) -> None:
+    """Let `write` fill a temporary folder inside `folder`, then move its files into place, `last` the last of them.
+
+    Readers see whole files only; those that look for `last` first see all of one version or the old one's beginnings.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable.
+    """
+    temporary = folder / f".{EXPORT}.{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
+            _settle(path, folder / path.name)
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
+    """Delete temporary files and folders of these names whose writers were killed: `.NAME.PID` where no process of that
+    number lives."""
+    for name in (*names, EXPORT):
+        for path in folder.glob(f".{name}.*"):
+            pid = path.suffix[1:]
+            if not pid.isdigit() or _lives(int(pid)):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        return
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
+    os.replace(temporary, path)
+
+
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"could not write {path} ({error.strerror or error}); the last good one is kept")
+
+
+def _lives(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would be killing
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True

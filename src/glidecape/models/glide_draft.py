@@ -1,0 +1,106 @@
+"""GliDe joined to the decode loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..errors import CheckpointError
+from ..masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from .glide import GlideModel
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+class GlideDraft:
+    """A GliDe network as a `DraftModel` (see `drafting.drafter`).
+
+    An accepted node keeps the keys and values of the lag it was drafted at, as in training; the prompt and tokens that are
+    caught up with have lag 1.
+    """
+
+    trusts_own = True
+
+    def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.config = module.config
+        self.max_lag, self.reads_hidden = module.config.max_lag, module.config.glimpse
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, weight = self.config, self.module.norm.weight
+        shapes = [(c.heads, c.head_dim)] * c.layers
+        return KVCache(shapes, batch, capacity, weight.dtype, weight.device, hidden=c.width if c.glimpse else 0)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        if self.config.layers == 1:
+            self.module.write_first_keys_values(tokens, positions, own)
+        else:
+            mask = tree_mask(own.lengths, None, tokens.shape[1], max(own.lengths) + tokens.shape[1])
+            self.step(tokens, positions, own, mask, target_cache, positions, logits=False)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+        parents: Tensor | None = None,
+        logits: bool = True,
+    ) -> Tensor:
+        """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
+        hidden = self.module.hidden(
+            tokens,
+            positions,
+            {layer: target_cache.committed(layer) for layer in self.config.layers_read},
+            self._visible(positions, target_cache),
+            own,
+            self._own_mask(own_mask, positions, own, scratch_positions),
+            self._glimpse(positions, own, target_cache, parents) if self.config.glimpse else None,
+        )
+        if own.hidden is not None:
+            own.write_hidden(hidden)
+        return self.module.logits(hidden) if logits else hidden
+
+    def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | int:
+        lengths = target_cache.lengths
+        if self.config.layers > 1 and positions.shape[1] > 1:
+            # Tokens that are caught up with have lag 1, for the second layer's keys and values depend on it.
+            most = torch.tensor(lengths, device=positions.device)[:, None]
+            return torch.minimum(lag_one_visible(positions), most)
+        if len(set(lengths)) == 1:
+            return lengths[0]
+        return torch.tensor(lengths, device=positions.device)[:, None].expand_as(positions)
+
+    def _own_mask(self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor) -> Tensor | None:
+        keys = max(own.lengths) + scratch.shape[1]
+        if not self.config.window or keys <= self.config.window:
+            return mask
+        seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), self.config.window)
+        return seen if mask is None else seen & mask
+
+    def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
+        if parents is None:
+            return self.module.look(target_cache.hidden_at(positions - 1).to(self.module.dtype))
+        start = torch.tensor(own.lengths, device=parents.device)[:, None]
+        return self.module.recall(own.hidden_at(start + parents))
+
+    @classmethod
+    def from_pretrained(cls, name: str, target: Target) -> GlideDraft:
+        """Load a GliDe draft from a folder or a Hub repository.
+
+        Raises:
+            CheckpointError: missing or torn, or a plain causal LM.
+            MismatchError: trained for another target.
+        """
+        from .checkpoint import load_draft
+
+        draft = load_draft(name, target)
+        if not isinstance(draft, cls):
+            raise CheckpointError(f"{name} holds a causal LM, not a GliDe draft: load it with `load_draft`")
+        return draft

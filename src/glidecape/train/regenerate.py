@@ -1,0 +1,221 @@
+"""Training data in the target's own words: its continuations of a corpus's prompts, by our own engine.
+
+A draft learns best from the text that it will meet while decoding, which is the target's. Each continuation is one line of
+a `.jsonl` file, `tokens` with a `loss_mask`, as `glidecape train --data` takes it. With shared noise a row's tokens depend on
+its prompt and seed alone, so a draft, the batch and interruptions change the time, never the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..decode import decode
+from ..drafting.drafter import Drafter, NoDraft
+from ..errors import CheckpointError, DataError, InputError
+from ..files import write_atomic
+from ..models.target import Target
+from ..sampling import SamplingParams
+from .data import load_streams, read_rows
+from .rows import pieces_of, prompt_of
+
+
+@dataclass(frozen=True)
+class Regeneration:
+    """What is made.
+
+    Attributes:
+        prompt_tokens: a document is cut to so many; a row's own prompt or messages are never cut.
+        new_tokens: emitted at most.
+        temperature, top_p: of sampling; temperature 0 is greedy.
+        seed: row i of the file draws with seed + i.
+        limit: rows made in all; 0: one of every row of the data.
+    """
+
+    prompt_tokens: int = 64
+    new_tokens: int = 192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.new_tokens < 1 or self.limit < 0:
+            raise InputError(
+                "regenerating takes prompts of at least 1 token, at least 1 new token, and no negative limit"
+            )
+
+    def params(self, row: int) -> SamplingParams:
+        """The sampling of a row, counted from 0."""
+        return SamplingParams(self.temperature, top_p=self.top_p, seed=self.seed + row, max_new_tokens=self.new_tokens)
+
+
+def prompts_of(target: Target, data: Path, plan: Regeneration) -> list[list[int]]:
+    """The token ids to continue, one list a document or row of `data`.
+
+    A document begins with the end-of-text token, as in training.
+
+    Raises:
+        DataError: unreadable data, or a row that cannot be continued: no known column, nothing in it, ids outside the
+            vocabulary, or longer with its continuation than the target's context; with its number.
+    """
+    found: list[list[int]] = []
+    for place, ids in islice(_prompts(target, data, plan.prompt_tokens), plan.limit or None):
+        if not ids:
+            raise DataError(f"{place} is empty: there is nothing to continue")
+        if bad := [i for i in ids if not 0 <= i < target.vocab_size]:
+            raise DataError(f"{place} holds token {bad[0]}, outside the target's vocabulary of {target.vocab_size}")
+        if len(ids) + plan.new_tokens > target.context:
+            raise DataError(
+                f"{place}: its prompt of {len(ids)} tokens and {plan.new_tokens} new ones don't fit in the target's context "
+                f"of {target.context}: leave it out, or ask for fewer"
+            )
+        found.append(ids)
+    if not found:
+        raise DataError(f"{data} holds no row to continue")
+    return found
+
+
+def _prompts(target: Target, data: Path, length: int) -> Iterator[tuple[str, list[int]]]:
+    start = target.tokenizer.eos_token_id
+    if (data / "train.bin").is_file():
+        tokens = load_streams(data, target.tokenizer, target.vocab_size)["train"].tokens
+        begins = np.flatnonzero(tokens == start)
+        for number, at in enumerate(begins, 1):
+            end = begins[number] if number < len(begins) else len(tokens)
+            if end - at > 1:
+                yield f"{data} document {number}", tokens[at : min(end, at + length)].astype(int).tolist()
+        return
+    for place, row in read_rows(data):
+        prompt = prompt_of(row, place, target.tokenizer)
+        if prompt is not None:
+            # A chat template writes its own special tokens.
+            special = "prompt" in row or not getattr(target.tokenizer, "chat_template", None)
+            yield place, target.tokenizer.encode(prompt, add_special_tokens=special) if prompt.strip() else []
+            continue
+        ids: list[int] = []
+        for piece, _ in pieces_of(row, place, target.tokenizer):
+            ids += target.tokenizer.encode(piece, add_special_tokens=False) if isinstance(piece, str) else piece
+        yield place, ([start, *ids] if ids and start is not None else ids)[:length]
+
+
+def row_of(prompt: list[int], new: list[int], finish: str, start: int | None) -> dict[str, Any]:
+    """One line of the file.
+
+    The end-of-text tokens around it are left out: training puts one before each document. It is learned as the end of what
+    comes before it, unless the last token's mask is 0: so that it is where the limit, not the target, ended the row.
+
+    >>> row_of([0, 5], [6, 7, 0], "stop", 0)
+    {'tokens': [5, 6, 7], 'loss_mask': [0, 1, 1], 'finish': 'stop'}
+    >>> row_of([0, 5], [6, 7], "length", 0)
+    {'tokens': [5, 6, 7], 'loss_mask': [0, 1, 0], 'finish': 'length'}
+    """
+    before = prompt[1:] if prompt[:1] == [start] else prompt
+    after = new[:-1] if new[-1:] == [start] else new
+    mask = [0] * len(before) + [1] * len(after)
+    if finish == "length" and after:
+        mask[-1] = 0
+    return {"tokens": [*before, *after], "loss_mask": mask, "finish": finish}
+
+
+def regenerate(
+    target: Target,
+    data: Path,
+    out: Path,
+    plan: Regeneration = Regeneration(),
+    drafter: Drafter | None = None,
+    batch: int = 16,
+    command: str = "",
+) -> dict[str, Any]:
+    """Continue every prompt of `data` and write the rows to `out` in order, each flushed as it is made.
+
+    A run that was killed goes on after the last whole line, and ends with the file of one never killed. `out` with
+    ".card.json" in place of its suffix says what it is made of.
+
+    Returns:
+        Figures: rows, tokens (emitted by this call), tokens_per_s.
+    Raises:
+        DataError: see `prompts_of`; nothing is decoded before all rows are checked.
+        CheckpointError: `out` was begun with another target, data or plan, or cannot be written.
+    """
+    prompts = prompts_of(target, data, plan)
+    card = out.with_name(out.stem + ".card.json")
+    identity = asdict(plan) | {"target": target.weights_digest[:16], "data": _digest(prompts)}
+    done = _begin(out, card, identity, command)
+    if done > len(prompts):
+        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --out")
+    emitted, start = 0, target.tokenizer.eos_token_id
+    console = Console(stderr=True)
+    columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
+    right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
+    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=console) as bar:
+        task = bar.add_task("regenerate", total=len(prompts), completed=done, rate=0.0)
+        for first in range(done, len(prompts), batch):
+            part = prompts[first : first + batch]
+            params = [plan.params(first + i) for i in range(len(part))]
+            new: list[list[int]] = [[] for _ in part]
+            finish: dict[int, str] = {}
+            written = 0
+            for event in decode(target, drafter or NoDraft(), part, params):
+                new[event.row] += event.tokens
+                emitted += len(event.tokens)
+                if event.finish is not None:
+                    finish[event.row] = event.finish
+                while written in finish:  # in order: a resumed run counts lines
+                    _append(file, row_of(part[written], new[written], finish[written], start))
+                    written += 1
+                    bar.update(task, advance=1)
+                elapsed = bar.tasks[0].elapsed
+                bar.update(task, rate=emitted / elapsed if elapsed else 0.0)
+        seconds = bar.tasks[0].elapsed or 0.0
+    figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / seconds, 1) if seconds else 0.0}
+    console.print(f"wrote {out}: {figures}")
+    return figures
+
+
+def _append(file: Any, row: dict[str, Any]) -> None:
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {file.name} ({error.strerror or error}); give the same command again to go on"
+        ) from None
+
+
+def _digest(prompts: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
+def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int:
+    """Check that `out` is this run's, drop a torn last line, and return how many rows it holds."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists() or not out.stat().st_size:
+        text = json.dumps({"command": command, "settings": identity}, indent=1) + "\n"
+        write_atomic(card, lambda path: path.write_text(text))
+        return 0
+    try:
+        saved = json.loads(card.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{out} is there and no {card.name} says what it holds: remove it, or name another --out"
+        ) from None
+    if other := [
+        f"{name} {saved.get(name)}, not {value}" for name, value in identity.items() if saved.get(name) != value
+    ]:
+        raise CheckpointError(f"{out} was begun with {'; '.join(other)}: give the same options, or name another --out")
+    content = out.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(out, whole)
+    return content.count(b"\n")

@@ -1,0 +1,384 @@
+"""A study: several draft recipes trained side by side on the same batches, and compared prompt by prompt.
+
+The target's forward, the larger part of a training's cost, is paid once for all of them. A row of a study ends with the
+weights that `train_draft` would have given its recipe alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..drafting.methods import make_drafter
+from ..errors import CheckpointError, InputError
+from ..files import remove_leftovers, write_atomic
+from ..models.target import Target
+from ..sampling import SamplingParams
+from ..stats import Stats, merged
+from .data import Stream, Windows, load_streams
+from .draft import DraftRecipe, Lesson, make_draft, save_draft
+from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
+from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .study_table import markdown, summary
+from .teacher import Teacher, reads_hidden
+
+BASELINE, RESULT = "baseline", "row.json"
+SHARED = (
+    "length",
+    "rows",
+    "seed",
+    "loss_on",
+    "accumulate",
+    "clip",
+)  # what decides batches and steps, so is every row's
+MEASURED = {"chain": ("", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
+TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
+
+# A factor's rows: what each changes in the study's base recipe.
+FACTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "cross": {"none": {"kind": "glide-no-cross"}},
+    "glimpse": {"joined": {"glimpse": True}, "alone": {"glimpse": True, "kind": "glide-no-cross"}},
+    "layers": {"2": {"layers": 2}},
+    "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
+    "norm": {"off": {"norm": "off"}},
+    "embedding": {"own": {"embedding": "own"}},
+    "window": {"64": {"window": 64}},
+    "vocabulary": {"1024": {"draft_vocab": 1024}},
+    "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
+    "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
+    "max-lag": {str(lag): {"max_lag": lag} for lag in (5, 8, 16)},
+    "preset": {"paper": {"preset": "paper"}},
+    "optimizer": {"muon": {"muon": True}, "adamw": {"muon": False}},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How the rows of a study are evaluated: on `prompts` held-out prompts of `prompt_tokens` whose greedy continuations
+    of `new_tokens` don't loop, with a chain of 5 and with CaPE, greedy and at temperature 1."""
+
+    prompts: int = 32
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+
+
+def changes_of(text: str) -> dict[str, Any]:
+    """The changes in "field:value,field:value", each value as its field's type.
+
+    Raises:
+        InputError: no such field, or a value of another type.
+
+    >>> changes_of("loss:kl+tv,max_lag:5,muon:true")
+    {'loss': 'kl+tv', 'max_lag': 5, 'muon': True}
+    """
+    kinds = get_type_hints(DraftRecipe)
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition(":")
+        name = name.replace("-", "_")
+        if name not in kinds:
+            raise InputError(f"a recipe has no field '{name}': choose from {', '.join(kinds)}")
+        try:
+            changes[name] = _flag(value) if kinds[name] is bool else kinds[name](value)
+        except (KeyError, ValueError):
+            raise InputError(f"'{value}' is no value for {name}, which takes {kinds[name].__name__}") from None
+    return changes
+
+
+def _flag(value: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+
+
+def study_rows(base: DraftRecipe, factors: Sequence[str], given: Sequence[str] = ()) -> dict[str, DraftRecipe]:
+    """The rows of a study by name: the base recipe, one a value of each factor, and those given as "NAME=field:value,…".
+
+    A row that would be equal to an earlier one is left out.
+
+    Raises:
+        InputError: an unknown factor or field, two rows of one name, a name that is no file name, or a row that differs in
+            what all must share.
+
+    >>> list(study_rows(DraftRecipe(), ["max-lag", "cross"], ["wild=rate:0.1"]))
+    ['baseline', 'max-lag-5', 'max-lag-8', 'max-lag-16', 'cross-none', 'wild']
+    """
+    changed: list[tuple[str, dict[str, Any]]] = [(BASELINE, {})]
+    for factor in factors:
+        if factor not in FACTORS:
+            raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
+        changed += [(f"{factor}-{name}", changes) for name, changes in FACTORS[factor].items()]
+    for text in given:
+        name, found, rest = text.partition("=")
+        if not found or not name or not all(c.isalnum() or c in "-_+." for c in name) or name.startswith("."):
+            raise InputError(
+                f"--row takes NAME=field:value,field:value with a name of letters and digits, not '{text}'"
+            )
+        changed.append((name, changes_of(rest)))
+    rows: dict[str, DraftRecipe] = {}
+    for name, changes in changed:
+        if name in rows:
+            raise InputError(f"two rows named '{name}': give each a name of its own")
+        if other := [field for field in SHARED if field in changes and changes[field] != getattr(base, field)]:
+            raise InputError(f"row '{name}' changes {other[0]}, which all rows of a study share: set it for the study")
+        recipe = replace(base, **changes)
+        if recipe not in rows.values():
+            rows[name] = recipe
+    return rows
+
+
+class Class:
+    """Drafts that learn side by side from one target, as one module with one state.
+
+    Args:
+        recipes: by name; equal in all of `SHARED`.
+        length: of the windows, in tokens.
+        text: token ids of the training text, for reduced vocabularies.
+    """
+
+    def __init__(self, target: Target, recipes: Mapping[str, DraftRecipe], length: int, text: np.ndarray) -> None:
+        first = next(iter(recipes.values()))
+        self.target, self.names, self.length = target, list(recipes), length
+        self.modules = [make_draft(target, recipe, text) for recipe in recipes.values()]
+        self.teacher = Teacher(target, first.rows, length, any(map(reads_hidden, self.modules)))
+        self.state = nn.ModuleDict({f"row{i}": module for i, module in enumerate(self.modules)})
+        self.made = [
+            one
+            for module, recipe in zip(self.modules, recipes.values(), strict=True)
+            for one in optimizers(module, recipe.rate, recipe.muon)
+        ]
+        self.lessons = [
+            Lesson(target, module, recipe, length, self.teacher)
+            for module, recipe in zip(self.modules, recipes.values(), strict=True)
+        ]
+        self.teach_s, self.learn_s, self.taught = 0.0, [0.0] * len(self.modules), 0
+
+    def losses(self, batch: Tensor, number: int, learned: Tensor | None) -> Iterator[Tensor]:
+        """Each draft's loss over `batch (rows, length)`, made when it is asked for."""
+        started = self._now()
+        taught = self.teacher.teach(batch, number, learned)
+        self.taught += batch.numel()
+        self.teach_s += (learning := self._now()) - started
+        for i, lesson in enumerate(self.lessons):
+            yield lesson.learn(taught)
+            self.learn_s[i] += (now := self._now()) - learning  # the caller has been through the backward pass
+            learning = now
+
+    def _now(self) -> float:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def tokens_per_s(self, i: int) -> float | None:
+        """Tokens a second of teaching and learning, were draft `i` alone; optimizers excluded. None: nothing was taught."""
+        return round(self.taught / (self.teach_s + self.learn_s[i]), 1) if self.taught else None
+
+
+def run_study(
+    target: Target,
+    data: Path,
+    out: Path,
+    rows: Mapping[str, DraftRecipe],
+    budget: Budget,
+    seeds: Sequence[int] = (0,),
+    trial: Trial = Trial(),
+    command: str = "",
+    save_every_s: float = 300.0,
+) -> dict[str, Any]:
+    """Train every row with every seed, evaluate them, and write `out/study.json` and `out/study.md`.
+
+    A row's draft lies in `out/seed-S/NAME`, ready for decoding. A study that was killed goes on where it was when it is
+    called again; rows that are done are taken as they are, so rows and seeds can be added later.
+
+    Returns:
+        What study.json holds: command, settings, the rows with their recipes and figures (`summary`).
+    Raises:
+        DataError: see `train_draft`.
+        CheckpointError: `out` holds a row of that name from another recipe, other data or another budget.
+    """
+    base = next(iter(rows.values()))
+    streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on)
+    shared = {
+        "data": streams["train"].digest,
+        "target": target.weights_digest[:16],
+        "dtype": str(target.dtype),
+        "tokens": budget.tokens,
+        "minutes": budget.minutes,
+        "trial": asdict(trial),
+    }
+    console = Console(stderr=True)
+    prompts: tuple[list[list[int]], int] | None = None
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in rows}
+    for seed in seeds:
+        folder = out / f"seed-{seed}"
+        recipes = {name: replace(recipe, seed=seed) for name, recipe in rows.items()}
+        identities = {name: shared | {"recipe": asdict(recipe)} for name, recipe in recipes.items()}
+        while pending := [name for name in recipes if _finished(folder, name, identities[name]) is None]:
+            group = {name: identities[name] for name in _begun(folder, recipes) or pending}
+            taught = _trained(target, streams["train"], folder, recipes, group, budget, save_every_s)
+            prompts = prompts or held_out_prompts(target, streams["valid"], trial)
+            for i, name in enumerate(group):
+                if _finished(folder, name, group[name]) is None:
+                    console.print(f"seed {seed}: trying {name}", markup=False)
+                    figures = _figures(target, taught[0], i, taught[1], streams["valid"], prompts, trial)
+                    write_row(folder / name, taught[0].modules[i], target, command, figures, group[name])
+            (folder / STATE_FILE).unlink()  # rows that come later begin a class of their own
+        for name in recipes:
+            results[name][str(seed)] = _finished(folder, name, identities[name]) or {}
+    result: dict[str, Any] = {
+        "command": command,
+        "settings": shared | {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        "rows": {name: {"recipe": asdict(rows[name]), "seeds": by_seed} for name, by_seed in results.items()},
+        "table": summary(results),
+    }
+    write_atomic(out / "study.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    write_atomic(out / "study.md", lambda path: path.write_text(markdown(result["table"])))
+    return result
+
+
+def held_out_prompts(target: Target, text: Stream, trial: Trial) -> tuple[list[list[int]], int]:
+    """The prompts of a trial, and how many were drawn to find them; the same for every row and seed."""
+    room = min(trial.prompt_tokens, target.context - trial.new_tokens)
+    return steady_prompts(target, text.tokens, trial.prompts, room, trial.new_tokens)
+
+
+def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of a row that is done; None: it is not."""
+    path = folder / name / RESULT
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        there, figures = saved["identity"], saved["figures"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
+    other = [key for key in identity if there.get(key) != identity[key]]
+    if other:
+        raise CheckpointError(
+            f"{folder / name} holds a row of that name with another {' and '.join(other)}: name the row or --out otherwise"
+        )
+    return figures
+
+
+def _begun(folder: Path, asked: Mapping[str, Any]) -> list[str] | None:
+    """Names of the rows whose training was interrupted in `folder`; None: there is no such training."""
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        names = list(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+        ) from None
+    if missing := [name for name in names if name not in asked]:
+        raise CheckpointError(
+            f"the training in {folder} was interrupted with row {missing[0]} in it: ask for the same rows, or delete {path}"
+        )
+    return names
+
+
+def _trained(
+    target: Target,
+    text: Stream,
+    folder: Path,
+    recipes: Mapping[str, DraftRecipe],
+    group: dict[str, Any],
+    budget: Budget,
+    save_every_s: float,
+) -> tuple[Class, Clock]:
+    """Train the rows of `group` together, from where they were left."""
+    chosen = {name: recipes[name] for name in group}
+    first = next(iter(chosen.values()))
+    length = min(first.length, target.context)
+    taught = Class(target, chosen, length, text.tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = load_state(folder, taught.state, taught.made, group)
+    windows = Windows(text.tokens, first.seed, text.learned)
+    taught.state.train()
+
+    def losses_of(number: int) -> tuple[Iterator[Tensor], int]:
+        batch = windows.batch(number, first.rows, length).to(target.device)
+        learned = windows.batch_learned(number, first.rows, length)
+        learned = None if learned is None else learned.to(target.device)
+        return taught.losses(batch, number, learned), batch.numel()
+
+    def save(now: Clock) -> None:
+        save_state(folder, taught.state, taught.made, now, group)
+
+    clock = fit(
+        taught.modules,
+        taught.made,
+        budget,
+        losses_of,
+        clock,
+        save,
+        save_every_s,
+        first.clip,
+        accumulate=first.accumulate,
+    )
+    return taught, clock
+
+
+def _figures(
+    target: Target,
+    taught: Class,
+    i: int,
+    clock: Clock,
+    text: Stream,
+    prompts: tuple[list[list[int]], int],
+    trial: Trial,
+) -> dict[str, Any]:
+    """What is told of draft `i`: its training, its agreement by lag, and its trial."""
+    module = taught.modules[i]
+    losses = clock.each[i] if clock.each else clock.losses
+    figures: dict[str, Any] = {
+        "steps": clock.step,
+        "tokens": clock.tokens,
+        "tokens_per_s": taught.tokens_per_s(i),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "train_loss": recent_mean(losses),
+        "loss": [round(value, 5) for value in losses],
+        "prompts": len(prompts[0]),
+        "prompts_drawn": prompts[1],
+    }
+    module.eval()
+    figures |= figures_by_lag(target, module, text.tokens, taught.length)
+    base, draft = as_draft(module)
+    for name, (addition, depth) in MEASURED.items():
+        for heat, temperature in TEMPERATURES.items():
+            drafter = make_drafter(base + addition, draft, depth)
+            params = SamplingParams(temperature, max_new_tokens=trial.new_tokens, ignore_eos=True, seed=1)
+            figures[f"{name}_{heat}"] = trial_figures(stats_by_prompt(target, drafter, prompts[0], params))
+    return figures
+
+
+def trial_figures(each: Sequence[Stats]) -> dict[str, Any]:
+    """alpha and acceptance length of all prompts together, and of each."""
+    total = merged(each)
+    return {
+        "alpha": round(total.alpha, 4),
+        "acceptance_length": round(total.acceptance_length, 4),
+        "alpha_by_prompt": [round(one.alpha, 4) for one in each],
+        "acceptance_length_by_prompt": [round(one.acceptance_length, 4) for one in each],
+    }
+
+
+def write_row(
+    folder: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any], identity: dict[str, Any]
+) -> None:
+    """A row's draft, its curve, and last its figures: a row that has these is done."""
+    losses = figures.pop("loss")
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, (*WRITTEN, RESULT))
+    write_curve(folder, losses, figures["tokens"], figures)
+    save_draft(folder, module, target, command, figures)
+    done = json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n"
+    write_atomic(folder / RESULT, lambda path: path.write_text(done))
