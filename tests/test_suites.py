@@ -39,6 +39,9 @@ def test_spec_bench_has_its_own_categories_and_counts_mt_bench_as_one(tmp_path: 
     assert [p.id for p in read_suites(["spec_bench/qa"], tmp_path)[0].prompts] == ["2", "3"]
     assert [p.id for p in read_suites(["spec_bench:1"], tmp_path)[0].prompts] == ["0", "2", "4"]
     assert [p.id for p in read_suites(["spec_bench/mt_bench:1"], tmp_path)[0].prompts] == ["0"]
+    assert [p.id for p in read_suites(["spec_bench:2-9"], tmp_path)[0].prompts] == ["1", "3"]
+    first, last = read_suites(["stdlib:4"])[0].prompts, read_suites(["stdlib:3-4"])[0].prompts
+    assert [p.turns for p in last] == [p.turns for p in first[2:]]
 
 
 def test_the_papers_sets_ask_first_turns_and_mt_bench_both(tmp_path: Path) -> None:
@@ -89,6 +92,8 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["gsm8k"], r"not at hand: put gsm8k.jsonl .* --suites or GLIDECAPE_SUITES"),
         (["gsm8k:many"], "a number of prompts follows the colon"),
         (["own:0"], "a number of prompts follows the colon"),
+        (["own:5-4"], "such as own:20 or own:21-40"),
+        (["own:-4"], "a number of prompts follows the colon"),
         (["own/poems"], "no suite or file"),
         ([], "no prompts: name suites"),
         (["stdlib:2", "stdlib:3"], "two suites named 'stdlib'"),

@@ -1,7 +1,7 @@
 """Suites: named lists of prompts, each with the sha256 of what it was read from.
 
-A suite is named `NAME`, `NAME/CATEGORY`, `NAME:N` (the first N prompts of each category) or `NAME/CATEGORY:N`; a path to a
-.jsonl or text file may stand for the name. Names are looked up in a folder of .jsonl files, one a suite.
+A suite is named `NAME` or `NAME/CATEGORY`, and `:N` or `:A-B` after it takes the first N, or those from A to B, of each
+category; a path to a .jsonl or text file may stand for the name. Names are looked up in a folder of .jsonl files, one a suite.
 """
 
 from __future__ import annotations
@@ -112,14 +112,9 @@ def _grouped(spec: str) -> list[str]:
 
 
 def _read(spec: str, folder: Path | None, fetch: bool) -> Suite:
-    name, colon, count = spec.rpartition(":")
-    if not colon or Path(spec).is_file():
-        name, count = spec, ""
-    elif not count.isdigit() or not int(count):
-        raise InputError(f"'{spec}': a number of prompts follows the colon, such as {name}:20")
-    each = int(count) if count else None
+    name, each = _span(spec)
     if name == "stdlib":
-        texts = stdlib_prompts(each or 128)
+        texts = stdlib_prompts(each.stop if each else 128)[each or slice(None)]
         prompts = tuple(Prompt(str(i), "stdlib", (text,), False) for i, text in enumerate(texts))
         return Suite("stdlib", prompts, "made at run time from Python's own library", _digest_of(texts))
     if Path(name).is_file():
@@ -144,6 +139,17 @@ def _read(spec: str, folder: Path | None, fetch: bool) -> Suite:
     return _of_file(base, path, known, category or None, each)
 
 
+def _span(spec: str) -> tuple[str, slice | None]:
+    """The name, and which prompts of each category: None for all."""
+    name, colon, count = spec.rpartition(":")
+    if not colon or Path(spec).is_file():
+        return spec, None
+    first, dash, last = count.rpartition("-")
+    if not last.isdigit() or (dash and not first.isdigit()) or not 0 < int(first or 1) <= int(last):
+        raise InputError(f"'{spec}': a number of prompts follows the colon, such as {name}:20 or {name}:21-40")
+    return name, slice(int(first or 1) - 1, int(last))
+
+
 def _own_prompts() -> Path:
     for root in (Path(__file__).resolve().parents[3], Path.cwd()):
         path = root / "evaluation" / "prompts" / "python.jsonl"
@@ -152,16 +158,16 @@ def _own_prompts() -> Path:
     raise InputError("our own prompts are in evaluation/prompts of a checkout, and this is none: name a file instead")
 
 
-def _of_file(name: str, path: Path, known: Known, category: str | None, each: int | None) -> Suite:
+def _of_file(name: str, path: Path, known: Known, category: str | None, each: slice | None) -> Suite:
     prompts, counts = [], Counter[str]()
     for prompt in read_prompt_file(path):
         own = "mt_bench" if prompt.category in MT_BENCH else prompt.category
         if category is not None and category not in (own, prompt.category):
             continue
         label = f"{name}/{own}" if known.split and own else name
-        counts[label] += 1
-        if each is None or counts[label] <= each:
+        if each is None or each.start <= counts[label] < each.stop:
             prompts.append(replace(prompt, category=label, turns=prompt.turns[: known.turns or None]))
+        counts[label] += 1
     return Suite(name, tuple(prompts), path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -40,7 +40,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="Joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib; /CATEGORY and :N narrow one."
+            help="Joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib; /CATEGORY, :N, :A-B narrow."
         ),
     ] = "",
     prompts: Annotated[str, typer.Option(help="Joined by commas: .jsonl or text files; names of suites do, too.")] = "",
