@@ -18,6 +18,7 @@ import torch
 from glidecape import cli
 from glidecape.bench import runner
 from glidecape.bench.draw import draw, encode, pad
+from glidecape.bench.methods import read_methods
 from glidecape.bench.peers import PEERS
 from glidecape.bench.plots import have_matplotlib
 from glidecape.bench.records import Difference, Item, RunFolder
@@ -461,6 +462,20 @@ def test_folders_that_cannot_be_used(finished, world, prompts, tmp_path, monkeyp
     (tmp_path / "run.json").write_text(json.dumps(header))
     (tmp_path / "records.jsonl").write_text("{\n{}\n")
     assert "line 1 is not JSON" in run_cli(monkeypatch, capfd, ["report", str(tmp_path)])[2]
+
+
+def test_the_recipes_name_options_and_methods_that_exist() -> None:
+    import typer
+
+    command = typer.main.get_command(cli.app).commands["bench"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    for name in ("bench.sh", "results.sh"):
+        text = (Path(__file__).resolve().parents[1] / "runs" / name).read_text()
+        used = set(re.findall(r"(?<=[\s(])--[a-z-]+", re.sub(r"#.*|\$\(git.*|.*glidecape report.*", "", text)))
+        assert len(used) > 8
+        assert used <= known, used - known
+        for methods in re.findall(r"(?:methods|all|ours)=(plain\S+)", text):
+            assert read_methods(methods.split(","), Settings())
 
 
 # --- the report
