@@ -17,7 +17,7 @@ import torch
 
 from glidecape import cli
 from glidecape.bench import runner
-from glidecape.bench.draw import draw, encode, pad
+from glidecape.bench.draw import draw, encode, in_jobs, pad
 from glidecape.bench.methods import read_methods
 from glidecape.bench.peers import PEERS
 from glidecape.bench.plots import have_matplotlib
@@ -176,6 +176,14 @@ def test_padding_reaches_the_length_and_long_prompts_are_counted(world) -> None:
     assert all(item.ids[-len(own) + 1 :] == tuple(own[1:]) for item in drawn.items for own in [tails[int(item.id[-1])]])
     long = Suite("code", (*prompts, Prompt("9", "code", ("def load_table(" * 100,), False)), "x", "y")
     assert draw(target, [long], Settings(max_new_tokens=8)).counts["code"]["too_long"] == 1
+
+
+def test_jobs_hold_prompts_of_one_kind() -> None:
+    kinds = [("a", "steady")] * 3 + [("a", "looping")] + [("b", "steady")] * 2
+    items = [Item(-1, str(i), category, kind, False, -1, (1,)) for i, (category, kind) in enumerate(kinds)]
+    made = in_jobs(items, 2)
+    assert [(item.number, item.job) for item in made] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 3)]
+    assert [(item.number, item.job) for item in in_jobs(items[:2], 1, made)] == [(6, 4), (7, 5)]
 
 
 # --- whole runs
@@ -344,6 +352,32 @@ def test_a_wrong_output_fails_the_run(world, prompts, tmp_path, monkeypatch, cap
     }
     assert (rows["glide"]["equal"], rows["plain"]["equal"]) == (False, True)
     assert rows["glide"]["differing"] > 0
+
+
+def test_sorted_categories_stay_after_a_stop(world, prompts, tmp_path, monkeypatch, capfd) -> None:
+    right, seen = runner.draw_category, []
+
+    def stopped(target, suite, category, *rest):
+        seen.append(category)
+        if seen == ["code", "stdlib"]:
+            raise KeyboardInterrupt
+        return right(target, suite, category, *rest)
+
+    monkeypatch.setattr(runner, "draw_category", stopped)
+    argv = words(world, f"{prompts},stdlib:1", tmp_path / "run", methods="glide", repeats=1, watch=0, peers="")
+    argv += ["--prompt-tokens", "20"]
+    assert run_cli(monkeypatch, capfd, argv)[0] == 130
+    before = (tmp_path / "run" / "prompts.jsonl").read_bytes()
+    # a kill between the two writes of a category: its lines are made again
+    line = json.loads(before.splitlines()[0]) | {"category": "stdlib", "id": "stdlib/torn"}
+    (tmp_path / "run" / "prompts.jsonl").write_bytes(before + json.dumps(line).encode() + b"\n")
+    assert run_cli(monkeypatch, capfd, argv)[0] == 0
+    assert seen == ["code", "stdlib", "stdlib"]
+    folder = RunFolder(tmp_path / "run")
+    assert (tmp_path / "run" / "prompts.jsonl").read_bytes().startswith(before)
+    assert [item.number for item in folder.items] == list(range(5))
+    assert folder.items[-1].id == "stdlib/0"
+    assert len({item.job for item in folder.items}) == 5
 
 
 def test_an_interrupted_run_leaves_its_figures(world, prompts, tmp_path, monkeypatch, capfd) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,56 +74,71 @@ def pad(ids: list[int], earlier: list[list[int]], length: int, start: int | None
 
 
 def draw(target: Target, suites: list[Suite], settings: Settings, advance: Callable[[int], Any] | None = None) -> Drawn:
-    """Of each category the first prompts whose plain continuation doesn't loop, up to `limit`, and up to `looping` others;
-    with temperature none counts as looping. Both turns of a conversation count, each for itself; the second follows plain
-    decoding's own answer, the same for every method.
-
-    Args:
-        advance: called with the number of prompts looked at.
+    """All categories of the suites, see `draw_category`.
 
     Raises:
         InputError: a category without a prompt that fits the context.
     """
     drawn = Drawn()
+    for suite, category in categories_of(suites):
+        one = draw_category(target, suite, category, settings, advance)
+        drawn.items += in_jobs(one.items, settings.batch, drawn.items)
+        drawn.counts |= one.counts
+    return drawn
+
+
+def categories_of(suites: Sequence[Suite]) -> list[tuple[Suite, str]]:
+    """Every suite's categories, in the order of their first prompts."""
+    return [(suite, category) for suite in suites for category in dict.fromkeys(p.category for p in suite.prompts)]
+
+
+def draw_category(
+    target: Target, suite: Suite, category: str, settings: Settings, advance: Callable[[int], Any] | None = None
+) -> Drawn:
+    """Of a category the first prompts whose plain continuation doesn't loop, up to `limit`, and up to `looping` others;
+    with temperature none counts as looping. Both turns of a conversation count, each for itself; the second follows plain
+    decoding's own answer, the same for every method. The items have no numbers and jobs yet, see `in_jobs`.
+
+    Args:
+        advance: called with the number of prompts looked at.
+
+    Raises:
+        InputError: no prompt fits the context.
+    """
     start = (target.tokenizer("")["input_ids"] or [None])[0]
-    for suite in suites:
-        texts = [encode(target, p, settings)[0] for p in suite.prompts] if settings.context else []
-        places = {id(prompt): i for i, prompt in enumerate(suite.prompts)}
-        for category in dict.fromkeys(p.category for p in suite.prompts):
-            own = [p for p in suite.prompts if p.category == category]
-            counts: Counter[str] = Counter()
-            taken: dict[str, list[Item]] = {kind: [] for kind in KINDS}
-            at = 0
-            while at < len(own) and len(taken["steady"]) < settings.limit:
-                rows = _rows_at_once(target, settings, own[at])
-                batch, at = own[at : at + rows], at + rows
-                if advance:
-                    advance(len(batch))
-                answers: dict[int, tuple[str, ...]] = {id(p): () for p in batch}
-                for turn in range(max(len(p.turns) for p in batch)):
-                    ready = []
-                    for prompt in (p for p in batch if len(p.turns) > turn == len(answers[id(p)])):
-                        ids, chat = encode(target, prompt, settings, answers[id(prompt)])
-                        if settings.prompt_tokens:
-                            ids = ids[: settings.prompt_tokens]
-                        if settings.context:
-                            i = places[id(prompt)]
-                            earlier = texts[:i][::-1] + texts[i:][::-1]
-                            ids = pad(ids, earlier, settings.context, start)
-                        if len(ids) + settings.max_new_tokens > target.context:
-                            counts["too_long"] += 1
-                            continue
-                        name = f"{suite.name}/{prompt.id}" + (f"#{turn + 1}" if len(prompt.turns) > 1 else "")
-                        ready.append(_Ready(prompt, name, ids, chat))
-                    _sort(target, ready, settings, category, taken, counts, answers)
-            if not any(taken.values()):
-                raise InputError(
-                    f"every prompt of {category} is longer than the target's context of {target.context} leaves room for: "
-                    "set --prompt-tokens, or emit fewer tokens"
-                )
-            drawn.counts[category] = dict(counts)
-            drawn.items += taken["steady"] + taken["looping"]
-    return replace(drawn, items=_in_jobs(drawn.items, settings.batch))
+    texts = [encode(target, p, settings)[0] for p in suite.prompts] if settings.context else []
+    places = {id(prompt): i for i, prompt in enumerate(suite.prompts)}
+    own = [p for p in suite.prompts if p.category == category]
+    counts: Counter[str] = Counter()
+    taken: dict[str, list[Item]] = {kind: [] for kind in KINDS}
+    at = 0
+    while at < len(own) and len(taken["steady"]) < settings.limit:
+        rows = _rows_at_once(target, settings, own[at])
+        batch, at = own[at : at + rows], at + rows
+        if advance:
+            advance(len(batch))
+        answers: dict[int, tuple[str, ...]] = {id(p): () for p in batch}
+        for turn in range(max(len(p.turns) for p in batch)):
+            ready = []
+            for prompt in (p for p in batch if len(p.turns) > turn == len(answers[id(p)])):
+                ids, chat = encode(target, prompt, settings, answers[id(prompt)])
+                if settings.prompt_tokens:
+                    ids = ids[: settings.prompt_tokens]
+                if settings.context:
+                    i = places[id(prompt)]
+                    ids = pad(ids, texts[:i][::-1] + texts[i:][::-1], settings.context, start)
+                if len(ids) + settings.max_new_tokens > target.context:
+                    counts["too_long"] += 1
+                    continue
+                name = f"{suite.name}/{prompt.id}" + (f"#{turn + 1}" if len(prompt.turns) > 1 else "")
+                ready.append(_Ready(prompt, name, ids, chat))
+            _sort(target, ready, settings, category, taken, counts, answers)
+    if not any(taken.values()):
+        raise InputError(
+            f"every prompt of {category} is longer than the target's context of {target.context} leaves room for: "
+            "set --prompt-tokens, or emit fewer tokens"
+        )
+    return Drawn(taken["steady"] + taken["looping"], {category: dict(counts)})
 
 
 def _rows_at_once(target: Target, settings: Settings, prompt: Prompt) -> int:
@@ -153,13 +168,13 @@ def _sort(
             taken[kind].append(Item(-1, one.id, category, kind, one.chat, -1, tuple(one.ids)))
 
 
-def _in_jobs(items: list[Item], batch: int) -> list[Item]:
-    """Numbered, and put into jobs of up to `batch` prompts of one category and kind."""
+def in_jobs(items: Sequence[Item], batch: int, before: Sequence[Item] = ()) -> list[Item]:
+    """Numbered after the items that came `before`, and put into jobs of up to `batch` prompts of one category and kind."""
+    job = max((item.job for item in before), default=-1)
     made: list[Item] = []
-    job = -1
-    for number, item in enumerate(items):
-        side_by_side = [other for other in made if other.job == job]
-        same = side_by_side and (side_by_side[0].category, side_by_side[0].kind) == (item.category, item.kind)
-        job += not same or len(side_by_side) == batch
+    size, last = 0, ("", "")
+    for number, item in enumerate(items, len(before)):
+        fresh = (item.category, item.kind) != last or size == batch
+        job, size, last = job + fresh, 1 if fresh else size + 1, (item.category, item.kind)
         made.append(replace(item, number=number, job=job))
     return made

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,14 @@ class JsonLines:
         self.lines += map(dict, lines)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+
+    def keep_only(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the other lines."""
+        kept = [line for line in self.lines if wanted(line)]
+        if len(kept) < len(self.lines):
+            self.lines = []
+            self.path.unlink()
+            self.append(*kept)
 
 
 def write_json(path: Path, value: Any) -> None:

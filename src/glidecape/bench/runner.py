@@ -23,7 +23,7 @@ from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
 from ..stats import Stats
 from .costs import measure_costs
-from .draw import draw, encode
+from .draw import categories_of, draw_category, encode, in_jobs
 from .methods import Method
 from .peers import Peer
 from .provenance import Peak, circumstances, session
@@ -83,12 +83,7 @@ def run(plan: Plan, folder: RunFolder, command: str = "") -> None:
     suites = [{"name": s.name, "source": s.source, "sha256": s.sha256, "prompts": len(s.prompts)} for s in plan.suites]
     folder.keep(sessions=[*folder.header["sessions"], session(command)], suites=suites)
     with _progress() as bar:
-        if not folder.prompts.lines:
-            task = bar.add_task("sorting prompts", total=None)
-            drawn = draw(plan.target, list(plan.suites), plan.settings, lambda count: bar.advance(task, count))
-            folder.keep(drawn=drawn.counts)
-            folder.prompts.append(*(asdict(item) for item in drawn.items))
-            bar.remove_task(task)
+        _draw(plan, folder, bar)
         drafters = _drafters(plan, folder, bar)
         _measure(plan, folder, drafters, bar)
         if "costs" not in folder.header:
@@ -105,6 +100,22 @@ def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield bar
+
+
+def _draw(plan: Plan, folder: RunFolder, bar: Progress) -> None:
+    """Sort the prompts, a category at a time; those that were sorted before a stop stay."""
+    counts: dict[str, Any] = dict(folder.header.get("drawn", {}))
+    folder.prompts.keep_only(lambda line: line["category"] in counts)
+    for suite, category in categories_of(plan.suites):
+        if category in counts:
+            continue
+        total = sum(prompt.category == category for prompt in suite.prompts)
+        task = bar.add_task(f"sorting prompts, {category}", total=total)
+        one = draw_category(plan.target, suite, category, plan.settings, lambda n, t=task: bar.advance(t, n))  # type: ignore[misc]
+        folder.prompts.append(*(asdict(item) for item in in_jobs(one.items, plan.settings.batch, folder.items)))
+        counts |= one.counts
+        folder.keep(drawn=counts)
+        bar.remove_task(task)
 
 
 def _refuse_seen(plan: Plan) -> None:
