@@ -155,13 +155,17 @@ def _sort(
     counts: Counter[str],
     answers: dict[int, tuple[str, ...]],
 ) -> None:
-    """Decode the batch by plain decoding and take those that are still wanted."""
+    """Decode the batch by plain decoding, where something depends on it, and take those that are still wanted."""
     if not ready:
         return
-    params = [settings.params(one.id, one.chat) for one in ready]
-    for one, made in zip(ready, generate(target, [r.ids for r in ready], params=params), strict=True):
-        kind = "looping" if settings.temperature == 0 and loops(made.tokens) else "steady"
-        answers[id(one.prompt)] += (text_of(target.tokenizer, made.tokens),)
+    greedy = settings.temperature == 0
+    outputs: list[list[int]] = [[] for _ in ready]
+    if greedy or any(len(one.prompt.turns) > 1 for one in ready):  # else nothing depends on what comes out
+        params = [settings.params(one.id, one.chat) for one in ready]
+        outputs = [one.tokens for one in generate(target, [r.ids for r in ready], params=params)]
+    for one, tokens in zip(ready, outputs, strict=True):
+        kind = "looping" if greedy and loops(tokens) else "steady"
+        answers[id(one.prompt)] += (text_of(target.tokenizer, tokens),)
         if len(taken["steady"]) < settings.limit:
             counts[kind] += 1
         if len(taken[kind]) < (settings.limit if kind == "steady" else settings.looping):
