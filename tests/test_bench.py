@@ -163,6 +163,14 @@ def test_a_conversation_gets_the_template_and_its_second_turn_the_first_answer(w
     assert Settings(stop_at_eos=True).params("1", False).ignore_eos is False
 
 
+def test_a_small_limit_takes_both_turns_of_the_first_conversations(world) -> None:
+    target = Target.from_pretrained(world["target"], dtype=torch.float32)
+    prompts = tuple(Prompt(str(i), "chats", (text, "for item in"), True) for i, text in enumerate(TEXTS))
+    drawn = draw(target, [Suite("chats", prompts, "x", "y")], Settings(temperature=1.0, max_new_tokens=4, limit=3))
+    assert [item.id for item in drawn.items] == ["chats/0#1", "chats/0#2", "chats/1#1"]
+    assert drawn.counts == {"chats": {"steady": 3}}
+
+
 def test_padding_reaches_the_length_and_long_prompts_are_counted(world) -> None:
     target = Target.from_pretrained(world["target"], dtype=torch.float32)
     prompts = tuple(Prompt(str(i), "code", (text,), False) for i, text in enumerate(TEXTS))

@@ -118,6 +118,7 @@ def draw_category(
         if advance:
             advance(len(batch))
         answers: dict[int, tuple[str, ...]] = {id(p): () for p in batch}
+        found: dict[int, list[Item]] = {id(p): [] for p in batch}
         for turn in range(max(len(p.turns) for p in batch)):
             ready = []
             for prompt in (p for p in batch if len(p.turns) > turn == len(answers[id(p)])):
@@ -132,7 +133,11 @@ def draw_category(
                     continue
                 name = f"{suite.name}/{prompt.id}" + (f"#{turn + 1}" if len(prompt.turns) > 1 else "")
                 ready.append(_Ready(prompt, name, ids, chat))
-            _sort(target, ready, settings, category, taken, counts, answers)
+            _sort(target, ready, settings, category, found, answers)
+        for item in (item for prompt in batch for item in found[id(prompt)]):  # a second turn follows its first
+            counts[item.kind] += len(taken["steady"]) < settings.limit
+            if len(taken[item.kind]) < (settings.limit if item.kind == "steady" else settings.looping):
+                taken[item.kind].append(item)
     if not any(taken.values()):
         raise InputError(
             f"every prompt of {category} is longer than the target's context of {target.context} leaves room for: "
@@ -151,11 +156,10 @@ def _sort(
     ready: list[_Ready],
     settings: Settings,
     category: str,
-    taken: dict[str, list[Item]],
-    counts: Counter[str],
+    found: dict[int, list[Item]],
     answers: dict[int, tuple[str, ...]],
 ) -> None:
-    """Decode the batch by plain decoding, where something depends on it, and take those that are still wanted."""
+    """Decode the batch by plain decoding, where something depends on it, and say which of it loops."""
     if not ready:
         return
     greedy = settings.temperature == 0
@@ -166,10 +170,7 @@ def _sort(
     for one, tokens in zip(ready, outputs, strict=True):
         kind = "looping" if greedy and loops(tokens) else "steady"
         answers[id(one.prompt)] += (text_of(target.tokenizer, tokens),)
-        if len(taken["steady"]) < settings.limit:
-            counts[kind] += 1
-        if len(taken[kind]) < (settings.limit if kind == "steady" else settings.looping):
-            taken[kind].append(Item(-1, one.id, category, kind, one.chat, -1, tuple(one.ids)))
+        found[id(one.prompt)].append(Item(-1, one.id, category, kind, one.chat, -1, tuple(one.ids)))
 
 
 def in_jobs(items: Sequence[Item], batch: int, before: Sequence[Item] = ()) -> list[Item]:
