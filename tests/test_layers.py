@@ -22,9 +22,9 @@ LAYERS = [
     {"state"},
     {"drafting"},
     {"decode"},
-    {"certify"},
+    {"certify", "fit"},
     {"train", "bench"},
-    {"demo", "show", "fit"},
+    {"demo", "show"},
     {"commands"},
     {"cli"},
 ]

@@ -216,8 +216,7 @@ class ModelDrafter:
             trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, path)])
         state.draft.own.keep(trusted)
         if state.draft.lengths is not None:
-            deepest = tree.depth.masked_fill(~tree.valid, 0).amax(1).tolist()
             state.draft.lengths = [
                 min(self.cap, self.stop.next_length(length, len(path) - 1 == end))  # type: ignore[attr-defined]
-                for length, path, end in zip(state.draft.lengths, paths, deepest, strict=True)
+                for length, path, end in zip(state.draft.lengths, paths, tree.deepest.tolist(), strict=True)
             ]
