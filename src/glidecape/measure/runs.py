@@ -1,0 +1,194 @@
+"""Decodes of several drafters, interleaved, with the figures that every study shows.
+
+All of a study runs in one process on one timer; at each prompt (or batch of prompts) all drafters take their turn, in an
+order that rotates, so that a drifting machine hurts all alike. Prefill is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ..bench.compare import loops
+from ..bench.statistics import bootstrap_ratio
+from ..decode import decode, generate
+from ..drafting.drafter import Drafter, NoDraft
+from ..errors import InputError
+from ..models.target import Target
+from ..sampling import SamplingParams
+from ..state import DecodeState
+from ..stats import RoundStats, Stats
+from ..tree import TokenTree
+
+PLAIN = "plain"
+BATCH = 16  # rows of the pass that looks for loops
+
+
+@dataclass
+class Run:
+    """One decode of a batch of prompts.
+
+    Attributes:
+        stats: counts over all rows.
+        tokens: of each row.
+        rounds: each row's rounds, in the order in which they were run.
+        marks: after each call of the loop, tokens emitted so far by all rows and seconds so far.
+    """
+
+    stats: Stats = field(default_factory=Stats)
+    tokens: list[list[int]] = field(default_factory=list)
+    rounds: list[RoundStats] = field(default_factory=list)
+    marks: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the loop: of batch 1, rounds."""
+        return len(self.marks)
+
+
+def run(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Run:
+    """Decode one batch and keep what the studies need."""
+    one = Run(tokens=[[] for _ in prompts])
+    for event in decode(target, drafter, prompts, params, one.stats):
+        one.tokens[event.row] += event.tokens
+        if event.stats.emitted:
+            one.rounds.append(event.stats)
+        mark = (one.stats.emitted, one.stats.total_s)
+        if not one.marks or one.marks[-1] != mark:
+            one.marks.append(mark)
+    return one
+
+
+Runs = dict[str, list[list[Run]]]  # method -> repeat -> batch
+
+
+def interleaved(
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    batches: Sequence[Sequence[Sequence[int]]],
+    params: SamplingParams,
+    repeats: int = 1,
+) -> Runs:
+    """Run every drafter on every batch, `repeats` times, after a short warm-up of each.
+
+    Raises:
+        InputError: no prompt is left.
+    """
+    if not batches:
+        raise InputError("no prompt is left to measure: give more, or shorter ones")
+    for drafter in drafters.values():
+        run(target, drafter, [batches[0][0]], SamplingParams(params.temperature, max_new_tokens=8, ignore_eos=True))
+    names = list(drafters)
+    runs: Runs = {name: [[] for _ in range(repeats)] for name in names}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=repeats * len(batches) * len(names))
+        for repeat in range(repeats):
+            for turn, batch in enumerate(batches):
+                for k in range(len(names)):
+                    name = names[(k + turn) % len(names)]
+                    runs[name][repeat].append(run(target, drafters[name], batch, params))
+                    bar.advance(task)
+    return runs
+
+
+def figures(method: str, runs: Runs) -> dict[str, Any]:
+    """A row: tokens/s (median over repeats), over plain with a bootstrap interval over batches, and what a round holds.
+
+    Times are milliseconds a call of the loop: drafting (CaPE's "speculation"), verification, and the rest.
+    """
+    repeats, plain = runs[method], runs[PLAIN]
+    speeds = [_speed(each) for each in repeats]
+    each = [one for batches in repeats for one in batches]
+    calls = sum(one.calls for one in each)
+    total = merged(repeats[0])
+    row: dict[str, Any] = {
+        "method": method,
+        "tokens_per_s": round(statistics.median(speeds), 1),
+        "over_plain": round(statistics.median(a / _speed(b) for a, b in zip(speeds, plain, strict=True)), 3),
+    }
+    if method != PLAIN and len(plain[0]) > 1:
+        row["over_plain_95"] = bootstrap_ratio(paces(runs, PLAIN), paces(runs, method))
+    draft, verify, all_s = (sum(getattr(one.stats, f) for one in each) for f in ("draft_s", "verify_s", "total_s"))
+    return row | {
+        "acceptance_length": round(total.acceptance_length, 3),
+        "alpha": round(total.alpha, 4) if total.drafted else None,
+        "nodes": round(total.drafted / total.rounds, 2),
+        "draft_ms": round(1000 * draft / calls, 3),
+        "verify_ms": round(1000 * verify / calls, 3),
+        "other_ms": round(1000 * (all_s - draft - verify) / calls, 3),
+        "equal": all(a.tokens == b.tokens for a, b in zip(repeats[0], plain[0], strict=True)),
+    }
+
+
+def paces(runs: Runs, method: str) -> list[float]:
+    """Seconds a token on each batch, the median over repeats."""
+    return [
+        statistics.median(one.stats.total_s / one.stats.emitted for one in each)
+        for each in zip(*runs[method], strict=True)
+    ]
+
+
+def merged(each: Sequence[Run]) -> Stats:
+    """Counts and times of several runs together."""
+    total = Stats()
+    for one in each:
+        for name, value in vars(one.stats).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+def _speed(each: Sequence[Run]) -> float:
+    return merged(each).tokens_per_s
+
+
+def steady_prompts(
+    target: Target, ids: Sequence[list[int]], params: SamplingParams, limit: int
+) -> tuple[list[list[int]], int]:
+    """The first `limit` prompts whose plain continuation does not loop, and how many were drawn for them.
+
+    Only greedy continuations are looked at: a loop is easy to guess and says little about a draft.
+    """
+    fitting = [p for p in ids if len(p) + params.max_new_tokens <= target.context]
+    if params.temperature > 0:
+        return fitting[:limit], min(limit, len(fitting))
+    kept: list[list[int]] = []
+    for first in range(0, len(fitting), BATCH):
+        rows = fitting[first : first + BATCH]
+        for i, one in enumerate(generate(target, rows, params=params)):
+            if not loops(one.tokens):
+                kept.append(rows[i])
+            if len(kept) == limit:
+                return kept, first + i + 1
+    return kept, len(fitting)
+
+
+class Watched:
+    """A drafter that remembers the trees it proposed: for each round of row 0, nodes down to each depth, root excluded."""
+
+    def __init__(self, inner: Drafter) -> None:
+        self.inner = inner
+        self.nodes: list[tuple[int, ...]] = []
+
+    @property
+    def budget(self) -> int:
+        return self.inner.budget
+
+    def admit(self, state: DecodeState) -> None:
+        self.inner.admit(state)
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        tree = self.inner.propose(state)
+        self.nodes.append(tuple(tree.depth[0][tree.valid[0]].bincount().cumsum(0).sub(1)[1:].tolist()))
+        return tree
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        self.inner.commit(state, tree, paths)
+
+
+def plain_drafter() -> Drafter:
+    return NoDraft()
