@@ -1,16 +1,19 @@
-"""transformers' own `generate` as a peer: plain, with an assistant model, with prompt lookup. One copy of the weights."""
+"""transformers' own assisted generation and prompt lookup as peers, with the settings that it has by default."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-LOOKUP_TOKENS = 10  # proposed a round by prompt lookup: the number in transformers' documentation
+from ..sampling import SamplingParams
+from .peers import PeerSource
+
+LOOKUP_TOKENS = 10  # proposed a round: the number in transformers' documentation
 
 
 class _FirstRound(StoppingCriteria):
@@ -26,56 +29,45 @@ class _FirstRound(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-@dataclass
-class Generate:
-    """`model.generate(**options)` with one prompt.
+class SpeculativePeer:
+    """`generate` with an assistant model, or with prompt lookup.
 
-    `run` returns the tokens and the seconds without prefill: those after the first round, which reads the prompt (the
-    assistant's too), scaled to all tokens but the first.
+    Args:
+        assistant: folder of a draft LM; None: prompt lookup.
     """
 
-    name: str
-    model: Any
-    options: dict[str, Any]
+    version = transformers.__version__
+
+    def __init__(self, source: PeerSource, assistant: str | None = None) -> None:
+        def load(name: str) -> Any:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=source.target.dtype)
+            return model.to(source.target.device).eval()
+
+        self.name = "transformers+lookup" if assistant is None else "transformers+draft"
+        self.eos = list(source.target.eos_token_ids)
+        self.model = load(source.source)
+        self.options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+        if assistant is not None:
+            self.options = {"assistant_model": load(assistant)}
 
     @torch.no_grad()
-    def run(self, prompt: list[int], settings: Any) -> tuple[list[int], float]:
+    def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
+        """See `Peer.run`. A first round emits several tokens here and reads the prompt (the assistant's, too); so what is
+        timed are the rounds after it, scaled to all tokens but the first."""
         ids = torch.tensor([prompt], device=self.model.device)
         first = _FirstRound()
         # The mask is spelled out: generate would guess it from the pad token, and hide a prompt's own end-of-text tokens.
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids),
-            "do_sample": settings.temperature > 0,
+            "do_sample": params.temperature > 0,
             "pad_token_id": 0,
-            "eos_token_id": None,
-            "max_new_tokens": settings.max_new_tokens,
+            "eos_token_id": None if params.ignore_eos or not self.eos else self.eos,
+            "max_new_tokens": params.max_new_tokens,
             "stopping_criteria": StoppingCriteriaList([first]),
         }
-        if settings.temperature > 0:
-            options |= {"temperature": settings.temperature, "top_k": 0}
+        if params.temperature > 0:
+            options |= {"temperature": params.temperature, "top_k": 0, "top_p": 1.0}
         out = self.model.generate(ids, **options, **self.options)
         seconds = 0.0 if first.at is None else time.perf_counter() - first.at
-        later = out.shape[1] - first.length
-        tokens = out[0, len(prompt) :].tolist()
+        later, tokens = out.shape[1] - first.length, out[0, len(prompt) :].tolist()
         return tokens, seconds * (len(tokens) - 1) / later if later else 0.0
-
-
-def transformers_peers(
-    source: str, dtype: torch.dtype, device: str, assistant: str | None = None, lookup: bool = True
-) -> list[Generate]:
-    """Plain `generate`, with prompt lookup, and with the assistant model if there is one; transformers' default settings.
-
-    Args:
-        source, assistant: model folders; the weights of `source` are loaded once for all.
-    """
-    model = load(source, dtype, device)
-    peers = [Generate("transformers generate", model, {})]
-    if lookup:
-        peers.append(Generate("transformers prompt lookup", model, {"prompt_lookup_num_tokens": LOOKUP_TOKENS}))
-    if assistant is not None:
-        peers.append(Generate("transformers assisted", model, {"assistant_model": load(assistant, dtype, device)}))
-    return peers
-
-
-def load(source: str, dtype: torch.dtype, device: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from ..bench.compare import loops
+from ..bench.repetition import loops
 from ..bench.statistics import bootstrap_ratio
 from ..decode import decode, generate
 from ..drafting.drafter import Drafter, NoDraft
