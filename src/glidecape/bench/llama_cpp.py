@@ -160,8 +160,13 @@ class LlamaServer:
             state = "does not answer" if code is None else f"ended with code {code}"
             raise InputError(f"{PROGRAM} {state} on a prompt of {len(prompt)} tokens: {error}") from None
         if status != 200:
-            raise InputError(f"{PROGRAM} refused a prompt of {len(prompt)} tokens: {answer.get('error', answer)}")
+            raise InputError(f"{PROGRAM} refused a prompt of {len(prompt)} tokens: {_reason(answer)}")
         return answer
+
+
+def _reason(answer: dict[str, Any]) -> str:
+    error = answer.get("error", answer)
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:

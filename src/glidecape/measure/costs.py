@@ -79,7 +79,8 @@ def verification_ratios(
 ) -> tuple[list[float], float]:
     """v(n) for each of `sizes`, and the seconds of a plain step; medians, sizes taking turns round by round.
 
-    `prompts` is the batch that is decoded meanwhile; the law of each node (noise or arg-max) is part of verification.
+    `prompts` is the batch that is decoded meanwhile. All of a round but drafting counts: the target's forward, each node's
+    law (noise or arg-max), the walk, the cache.
 
     Raises:
         InputError: sizes that do not begin with 1, or a prompt too long for the rounds that are timed.
@@ -97,7 +98,7 @@ def verification_ratios(
             drafter.length, one = size - 1, Stats()
             run_round(target, drafter, state, one)
             if turn:  # the first is a warm-up
-                times[size].append(one.verify_s)
+                times[size].append(one.total_s - one.draft_s)
     if not all(times.values()):
         raise InputError(f"prompts of {longest} tokens leave no room to time verification in {target.context}: cut them")
     step = statistics.median(times[1])

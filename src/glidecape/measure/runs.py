@@ -17,7 +17,8 @@ from rich.progress import Progress
 from ..bench.repetition import loops
 from ..bench.statistics import bootstrap_ratio
 from ..decode import decode, generate
-from ..drafting.drafter import Drafter, NoDraft
+from ..drafting.drafter import Drafter, DraftModel, NoDraft
+from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -121,6 +122,7 @@ def figures(method: str, runs: Runs) -> dict[str, Any]:
         "draft_ms": round(1000 * draft / calls, 3),
         "verify_ms": round(1000 * verify / calls, 3),
         "other_ms": round(1000 * (all_s - draft - verify) / calls, 3),
+        "prefill_ms": round(1000 * sum(one.stats.prefill_s for one in each) / len(each), 1),
         "equal": all(a.tokens == b.tokens for a, b in zip(repeats[0], plain[0], strict=True)),
     }
 
@@ -190,5 +192,31 @@ class Watched:
         self.inner.commit(state, tree, paths)
 
 
-def plain_drafter() -> Drafter:
-    return NoDraft()
+def drafters_of(methods: Sequence[str], drafts: Mapping[str, DraftModel], **options: Any) -> dict[str, Drafter]:
+    """Plain decoding and the drafters of `methods`; NAME:method uses the draft of that name.
+
+    Args:
+        options: of `make_drafter`.
+
+    Raises:
+        InputError: an unknown method, or one whose draft is missing.
+    """
+    made: dict[str, Drafter] = {PLAIN: NoDraft()}
+    for name in methods:
+        base, _ = parse_method(name.rpartition(":")[2])
+        model = None if base in DRAFTLESS else draft_of(name, drafts)
+        made[name] = make_drafter(name.rpartition(":")[2], model, **options)
+    return made
+
+
+def draft_of(name: str, drafts: Mapping[str, DraftModel]) -> DraftModel:
+    """The draft that a method, written NAME:method or method, runs.
+
+    Raises:
+        InputError: it is not there.
+    """
+    key, _, method = name.rpartition(":")
+    key = key or method.split("+")[0]
+    if key not in drafts:
+        raise InputError(f"'{name}' needs a draft named '{key}': give --draft {key}=FOLDER")
+    return drafts[key]
