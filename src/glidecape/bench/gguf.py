@@ -54,7 +54,8 @@ def write_gguf(folder: str | Path, path: Path, dtype: torch.dtype = torch.float3
     heads = _check(config, folder)
     facts = _facts(config, folder, dtype)
     tensors = [
-        (name, t.to(dtype if t.ndim > 1 else torch.float32)) for name, t in _tensors(folder, config["model_type"], heads)
+        (name, t.to(dtype if t.ndim > 1 else torch.float32))
+        for name, t in _tensors(folder, config["model_type"], heads)
     ]
     with path.open("wb") as out:
         out.write(b"GGUF" + struct.pack("<IQQ", VERSION, len(tensors), len(facts)))
@@ -90,7 +91,9 @@ def _check(config: dict[str, Any], folder: Path) -> tuple[int, int]:
         "biases": bool(config.get("attention_bias") or config.get("mlp_bias")),
     }
     if found := [what for what, there in refused.items() if there]:
-        raise InputError(f"{folder} cannot be converted to GGUF here: {', '.join(found)}; use llama.cpp's own converter")
+        raise InputError(
+            f"{folder} cannot be converted to GGUF here: {', '.join(found)}; use llama.cpp's own converter"
+        )
     heads = int(config["num_attention_heads"])
     return heads, int(config.get("num_key_value_heads") or heads)
 
@@ -102,7 +105,9 @@ def _facts(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> dict[str
     rope = config.get("rope_parameters") or {}
     context = config["max_position_embeddings"]
     if "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window"):
-        context = min(context, config["sliding_window"])  # llama.cpp's qwen3 has no windows: exact up to the first's end
+        context = min(
+            context, config["sliding_window"]
+        )  # llama.cpp's qwen3 has no windows: exact up to the first's end
     own = {
         "context_length": context,
         "embedding_length": config["hidden_size"],

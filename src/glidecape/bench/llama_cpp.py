@@ -40,9 +40,10 @@ def find_program(name: str = PROGRAM) -> Path:
     Raises:
         InputError: it is nowhere.
     """
-    folders = [os.environ.get(FOLDER), Path(__file__).resolve().parents[3] / ".venv-peers", ".venv-peers"]
-    for folder in filter(None, folders):
-        program = Path(folder) / "bin" / name
+    named = os.environ.get(FOLDER)
+    folders = [Path(named)] if named else [Path(__file__).resolve().parents[3] / ".venv-peers", Path(".venv-peers")]
+    for folder in folders:
+        program = folder / "bin" / name
         if program.is_file():
             return program
     found = shutil.which(name)

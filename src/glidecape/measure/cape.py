@@ -57,7 +57,9 @@ def study_cape(
         InputError: an empty grid or fewer than two prompts; see also `interleaved` and the expansions.
     """
     if not grid or len(prompts) < 2:
-        raise InputError("the best bins are chosen on half of the prompts: give at least two prompts and one entry of bins")
+        raise InputError(
+            "the best bins are chosen on half of the prompts: give at least two prompts and one entry of bins"
+        )
     named = expansions(siblings, beams, grid)
     drafters: dict[str, Drafter] = {PLAIN: NoDraft()}
     drafters |= {name: ModelDrafter(draft, one, FixedLength(length)) for name, (_, one) in named.items()}
@@ -82,7 +84,9 @@ def best_of(runs: Runs, kinds: Mapping[str, Sequence[str]]) -> list[str]:
     chosen = {kind: max(names, key=lambda n: speedup(n, 0)) for kind, names in kinds.items() if names}
     said = []
     for kind, name in chosen.items():
-        sentence = f"Best of {kind}: {name}, {speedup(name, 0):.3f}x plain where it was chosen, {speedup(name, 1):.3f}x on"
+        sentence = (
+            f"Best of {kind}: {name}, {speedup(name, 0):.3f}x plain where it was chosen, {speedup(name, 1):.3f}x on"
+        )
         sentence += f" the {len(pace[name][1::2])} prompts that had no say"
         if kind != "cape" and "cape" in chosen:
             odd, other = pace[chosen["cape"]][1::2], pace[name][1::2]

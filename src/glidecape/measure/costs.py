@@ -100,6 +100,8 @@ def verification_ratios(
             if turn:  # the first is a warm-up
                 times[size].append(one.total_s - one.draft_s)
     if not all(times.values()):
-        raise InputError(f"prompts of {longest} tokens leave no room to time verification in {target.context}: cut them")
+        raise InputError(
+            f"prompts of {longest} tokens leave no room to time verification in {target.context}: cut them"
+        )
     step = statistics.median(times[1])
     return [round(statistics.median(times[size]) / step, 4) for size in sizes], step

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from ..bench.repetition import loops
+from ..bench.draw import draw
+from ..bench.methods import read_methods
+from ..bench.settings import Settings
 from ..bench.statistics import bootstrap_ratio
-from ..decode import decode, generate
-from ..drafting.drafter import Drafter, DraftModel, NoDraft
-from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
+from ..bench.suites import Suite
+from ..decode import decode
+from ..drafting.drafter import Drafter, DraftModel
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -27,7 +29,6 @@ from ..stats import RoundStats, Stats
 from ..tree import TokenTree
 
 PLAIN = "plain"
-BATCH = 16  # rows of the pass that looks for loops
 
 
 @dataclass
@@ -148,27 +149,6 @@ def _speed(each: Sequence[Run]) -> float:
     return merged(each).tokens_per_s
 
 
-def steady_prompts(
-    target: Target, ids: Sequence[list[int]], params: SamplingParams, limit: int
-) -> tuple[list[list[int]], int]:
-    """The first `limit` prompts whose plain continuation does not loop, and how many were drawn for them.
-
-    Only greedy continuations are looked at: a loop is easy to guess and says little about a draft.
-    """
-    fitting = [p for p in ids if len(p) + params.max_new_tokens <= target.context]
-    if params.temperature > 0:
-        return fitting[:limit], min(limit, len(fitting))
-    kept: list[list[int]] = []
-    for first in range(0, len(fitting), BATCH):
-        rows = fitting[first : first + BATCH]
-        for i, one in enumerate(generate(target, rows, params=params)):
-            if not loops(one.tokens):
-                kept.append(rows[i])
-            if len(kept) == limit:
-                return kept, first + i + 1
-    return kept, len(fitting)
-
-
 class Watched:
     """A drafter that remembers the trees it proposed: for each round of row 0, nodes down to each depth, root excluded."""
 
@@ -192,31 +172,22 @@ class Watched:
         self.inner.commit(state, tree, paths)
 
 
-def drafters_of(methods: Sequence[str], drafts: Mapping[str, DraftModel], **options: Any) -> dict[str, Drafter]:
-    """Plain decoding and the drafters of `methods`; NAME:method uses the draft of that name.
-
-    Args:
-        options: of `make_drafter`.
+def drafters_of(methods: Sequence[str], drafts: Mapping[str, DraftModel], settings: Settings) -> dict[str, Drafter]:
+    """Plain decoding and the drafters of `methods`, named as for `glidecape bench`.
 
     Raises:
-        InputError: an unknown method, or one whose draft is missing.
+        InputError: see `read_methods` and `Method.drafter`.
     """
-    made: dict[str, Drafter] = {PLAIN: NoDraft()}
-    for name in methods:
-        base, _ = parse_method(name.rpartition(":")[2])
-        model = None if base in DRAFTLESS else draft_of(name, drafts)
-        made[name] = make_drafter(name.rpartition(":")[2], model, **options)
-    return made
+    return {one.name: one.drafter(drafts) for one in read_methods(list(methods), settings)}
 
 
-def draft_of(name: str, drafts: Mapping[str, DraftModel]) -> DraftModel:
-    """The draft that a method, written NAME:method or method, runs.
+def prompts_of(target: Target, suites: Sequence[Suite], settings: Settings) -> list[list[int]]:
+    """Token ids of the prompts that are measured, in order; with greedy decoding those that don't loop.
 
     Raises:
-        InputError: it is not there.
+        InputError: none is left.
     """
-    key, _, method = name.rpartition(":")
-    key = key or method.split("+")[0]
-    if key not in drafts:
-        raise InputError(f"'{name}' needs a draft named '{key}': give --draft {key}=FOLDER")
-    return drafts[key]
+    items = draw(target, list(suites), replace(settings, looping=0)).items
+    if not items:
+        raise InputError("every greedy continuation loops: give more prompts, or a temperature above 0")
+    return [list(item.ids) for item in items]

@@ -14,7 +14,7 @@ from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
 from .costs import SIZES, RoundCosts, verification_ratios
 from .oracle import Expected, Round, distance, expected, joined, oracle
-from .runs import PLAIN, Runs, Watched, figures, interleaved, merged
+from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged, run
 from .table import Table
 
 RELEASED = 0.3  # threshold of the released code
@@ -63,7 +63,9 @@ def study_svip(
     """
     lengths = lengths or Lengths()
     if params.temperature > 0 and params.sampling != NOISE:
-        raise InputError("the oracle knows what will be accepted: under the residual rule nobody does; use shared noise")
+        raise InputError(
+            "the oracle knows what will be accepted: under the residual rule nobody does; use shared noise"
+        )
     if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
         raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")
     cap = min(lengths.cap, draft.max_lag)
@@ -78,9 +80,8 @@ def study_svip(
         drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
     watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": ModelDrafter(draft, expansion, FixedLength(cap))}
     seen = {n: Watched(d) for n, d in (watched | drafters).items()}
-    warm = {n: len(w.nodes) for n, w in seen.items()}
     runs = interleaved(target, seen, [[p] for p in prompts], params, repeats)
-    rounds = {n: _rounds(n, seen[n], runs, warm[n]) for n in seen}
+    rounds = {n: _rounds(n, seen[n], runs) for n in seen}
     costs = RoundCosts(_cost_of_depth(runs["longest"][0], rounds["longest"], runs[PLAIN][0]), SIZES, tuple(ratios))
     best = oracle(rounds["longest"], costs)
     roots = record(target, draft, prompts, params, expansion, cap)
@@ -122,13 +123,13 @@ def _row(method: str, runs: Runs, model: Expected, best: Expected, off: float | 
     return shown if off is None else shown | {"off_oracle": round(off, 3)}
 
 
-def _rounds(name: str, watched: Watched, runs: Runs, first: int) -> list[Round]:
+def _rounds(name: str, watched: Watched, runs: Runs) -> list[Round]:
     """The rounds of all measured runs; those of the warm-up came first."""
     stats = [r for batches in runs[name] for one in batches for r in one.rounds]
     return joined(watched.nodes[len(watched.nodes) - len(stats) :], stats)
 
 
-def _cost_of_depth(longest: Sequence, rounds: Sequence[Round], plain: Sequence) -> float:  # type: ignore[type-arg]
+def _cost_of_depth(longest: Sequence[Run], rounds: Sequence[Round], plain: Sequence[Run]) -> float:
     """c: seconds a drafted depth over those of a plain step."""
     drafted, step = merged(longest), merged(plain)
     depths = sum(len(r.nodes) for r in rounds[: drafted.rounds])
@@ -144,8 +145,6 @@ def _draft_cost(
     params: SamplingParams,
     step_s: float,
 ) -> float:
-    from .runs import run
-
     watched = Watched(ModelDrafter(draft, expansion, FixedLength(cap)))
     each = [run(target, watched, [p], params) for p in prompts]
     return merged(each).draft_s / sum(map(len, watched.nodes)) / step_s
