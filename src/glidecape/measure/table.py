@@ -20,7 +20,8 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(key for row in self.rows for key in row))
+        """In the order of the row that has most of them."""
+        return list(dict.fromkeys(key for row in sorted(self.rows, key=len, reverse=True) for key in row))
 
     def cells(self) -> list[list[str]]:
         return [[cell(row.get(column)) for column in self.columns] for row in self.rows]
@@ -28,13 +29,13 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown, its title above.
 
-        >>> print(Table("Two", [{"method": "plain", "over_plain": 1.0}, {"method": "glide", "equal": True}]).markdown())
+        >>> print(Table("Two", [{"method": "plain", "over_plain": 1.0}, {"method": "glide", "over_plain": 2.0, "equal": True}]).markdown())
         Two:
         <BLANKLINE>
         | method | over plain | equal |
         |---|---|---|
         | plain | 1.0 |  |
-        | glide |  | yes |
+        | glide | 2.0 | yes |
         """
         lines = [[column.replace("_", " ") for column in self.columns], ["---"] * len(self.columns), *self.cells()]
         rows = ["| " + " | ".join(line) + " |" for line in lines]
