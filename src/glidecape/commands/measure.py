@@ -211,6 +211,7 @@ def svip(
     from ..bench.suites import read_suites
     from ..drafting.drafter import ModelDrafter
     from ..drafting.methods import STOPS, parse_method
+    from ..measure.costs import verification_ratios
     from ..measure.runs import prompts_of
     from ..measure.svip import Lengths, study_svip
     from ..measure.sweeps import params_of
@@ -238,9 +239,10 @@ def svip(
             raise InputError(
                 "one prompt is not enough: every fourth is kept for calibration; give more, or --calibration"
             )
+        verification = verification_ratios(opened.target, prompts[:1], params_of(settings))
         for name, drafter in named.items():
             assert isinstance(drafter, ModelDrafter)
-            table, costs = study_svip(
+            table, _ = study_svip(
                 opened.target,
                 drafter.model,
                 drafter.expansion,
@@ -248,12 +250,13 @@ def svip(
                 prompts,
                 kept,
                 params_of(settings),
+                verification,
                 tried,
                 settings.repeats,
             )
             opened.study.tables.append(table)
-            sizes = ", ".join(f"{n}: {v:.2f}" for n, v in zip(costs.sizes, costs.verification, strict=True))
-            opened.study.notes.append(f"{table.title}; v(n) by nodes, the root counted: {sizes}.")
+        sizes = ", ".join(f"{n}: {v:.2f}" for n, v in zip(verification.sizes, verification.ratios, strict=True))
+        opened.study.notes.append(f"T={warmth:g}, v(n) by nodes, the root counted: {sizes}.")
     opened.finish()
 
 

@@ -50,6 +50,15 @@ class RoundCosts:
         return self.draft * depths + self.verify(1 + nodes)
 
 
+@dataclass(frozen=True)
+class Verification:
+    """v(n) at `sizes` (the root counted), and the seconds of a plain step."""
+
+    sizes: tuple[int, ...]
+    ratios: tuple[float, ...]
+    step_s: float
+
+
 class _Sized:
     """Proposes `length` copies of the root, so that verification of any size can be timed in the loop itself."""
 
@@ -76,11 +85,11 @@ def verification_ratios(
     params: SamplingParams,
     sizes: Sequence[int] = SIZES,
     repeats: int = 15,
-) -> tuple[list[float], float]:
-    """v(n) for each of `sizes`, and the seconds of a plain step; medians, sizes taking turns round by round.
+) -> Verification:
+    """v(n) for each of `sizes`; medians, sizes taking turns round by round.
 
     `prompts` is the batch that is decoded meanwhile. All of a round but drafting counts: the target's forward, each node's
-    law (noise or arg-max), the walk, the cache.
+    law (noise or arg-max), the walk, the cache. Differs from `bench.costs`, which times forwards alone.
 
     Raises:
         InputError: sizes that do not begin with 1, or a prompt too long for the rounds that are timed.
@@ -104,4 +113,5 @@ def verification_ratios(
             f"prompts of {longest} tokens leave no room to time verification in {target.context}: cut them"
         )
     step = statistics.median(times[1])
-    return [round(statistics.median(times[size]) / step, 4) for size in sizes], step
+    ratios = tuple(round(statistics.median(times[size]) / step, 4) for size in sizes)
+    return Verification(tuple(sizes), ratios, step)

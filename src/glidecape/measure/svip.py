@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..fit import Costs, Recorded, best_threshold, record
 from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
-from .costs import SIZES, RoundCosts, verification_ratios
+from .costs import RoundCosts, Verification
 from .oracle import Expected, Round, distance, expected, joined, oracle
 from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged, run
 from .table import Table
@@ -45,6 +45,7 @@ def study_svip(
     prompts: Sequence[Sequence[int]],
     calibration: Sequence[Sequence[int]],
     params: SamplingParams,
+    verification: Verification,
     lengths: Lengths | None = None,
     repeats: int = 1,
 ) -> tuple[Table, RoundCosts]:
@@ -56,6 +57,7 @@ def study_svip(
 
     Args:
         calibration: prompts on which SVIP's threshold is fitted; not those that are measured.
+        verification: v(n) of this target at this temperature, see `verification_ratios`.
 
     Raises:
         InputError: the residual rule above temperature 0, where the oracle is not defined; prompts that are calibration
@@ -69,12 +71,12 @@ def study_svip(
     if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
         raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")
     cap = min(lengths.cap, draft.max_lag)
-    ratios, step_s = verification_ratios(target, [prompts[0]], params)
-    slope = max(0.0, (ratios[-1] - 1) / (SIZES[-1] - 1))
+    sizes, ratios = verification.sizes, verification.ratios
+    slope = max(0.0, (ratios[-1] - 1) / (sizes[-1] - 1)) if len(sizes) > 1 else 0.0
     fitted_on = record(target, draft, calibration, params, expansion, cap)
     drafters = _drafters(draft, expansion, lengths, cap)
     # The longest drafts cost a decode of the calibration prompts: a first guess of c for the fit.
-    guess = _draft_cost(target, draft, expansion, cap, calibration[:2], params, step_s)
+    guess = _draft_cost(target, draft, expansion, cap, calibration[:2], params, verification.step_s)
     fit = best_threshold(fitted_on, Costs(guess, slope)) if fitted_on else None
     if fit is not None:
         drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
@@ -82,7 +84,7 @@ def study_svip(
     seen = {n: Watched(d) for n, d in (watched | drafters).items()}
     runs = interleaved(target, seen, [[p] for p in prompts], params, repeats)
     rounds = {n: _rounds(n, seen[n], runs) for n in seen}
-    costs = RoundCosts(_cost_of_depth(runs["longest"][0], rounds["longest"], runs[PLAIN][0]), SIZES, tuple(ratios))
+    costs = RoundCosts(_cost_of_depth(runs["longest"][0], rounds["longest"], runs[PLAIN][0]), sizes, ratios)
     best = oracle(rounds["longest"], costs)
     roots = record(target, draft, prompts, params, expansion, cap)
     table = Table(f"{name}, T={params.temperature:g}, {len(prompts)} prompts, c = {costs.draft:.3f}")

@@ -29,7 +29,8 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown, its title above.
 
-        >>> print(Table("Two", [{"method": "plain", "over_plain": 1.0}, {"method": "glide", "over_plain": 2.0, "equal": True}]).markdown())
+        >>> rows = [{"method": "plain", "over_plain": 1.0}, {"method": "glide", "over_plain": 2.0, "equal": True}]
+        >>> print(Table("Two", rows).markdown())
         Two:
         <BLANKLINE>
         | method | over plain | equal |
