@@ -4,6 +4,9 @@ The oracle drafts, at each root, exactly what will be accepted there, and nothin
 where those of a draft that never stops early begin, because both emit the accepted tokens and one more; so they are known
 from one decode with the longest drafts. That holds where the output is fixed: greedily, or given shared noise.
 
+Where a draft step and its node together cost more than a plain step, drafting is not worth it at all and the oracle, which
+drafts whatever will be accepted, is not the best there is.
+
 Source: the oracle of the SVIP paper (EMNLP 2025), which counts tokens. Differs: here it has a cost, so the gap is in time.
 """
 
