@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from ..bench.statistics import paired_permutation
 from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
 from ..drafting.expansion import Beam, Cape, Chain, Expansion
 from ..drafting.stop import FixedLength
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
+from ..significance import paired_permutation
 from .runs import PLAIN, Runs, figures, interleaved, paces
 from .table import Table
 

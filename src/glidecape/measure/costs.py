@@ -62,6 +62,8 @@ class Verification:
 class _Sized:
     """Proposes `length` copies of the root, so that verification of any size can be timed in the loop itself."""
 
+    reads_hidden = False
+
     def __init__(self, most: int) -> None:
         self.length, self.budget = 0, 1 + most
 

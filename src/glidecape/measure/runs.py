@@ -17,13 +17,13 @@ from rich.progress import Progress
 from ..bench.draw import draw
 from ..bench.methods import read_methods
 from ..bench.settings import Settings
-from ..bench.statistics import bootstrap_ratio
 from ..bench.suites import Suite
 from ..decode import decode
 from ..drafting.drafter import Drafter, DraftModel
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
+from ..significance import bootstrap_ratio
 from ..state import DecodeState
 from ..stats import RoundStats, Stats
 from ..tree import TokenTree
@@ -155,6 +155,10 @@ class Watched:
     def __init__(self, inner: Drafter) -> None:
         self.inner = inner
         self.nodes: list[tuple[int, ...]] = []
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.inner.reads_hidden
 
     @property
     def budget(self) -> int:

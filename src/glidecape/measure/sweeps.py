@@ -7,13 +7,13 @@ from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
-from ..bench.repetition import repetition
 from ..bench.settings import Settings
 from ..bench.suites import Suite
 from ..drafting.drafter import Drafter
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
+from ..stats import repetition
 from .runs import PLAIN, Run, figures, interleaved, prompts_of
 from .table import Table
 
