@@ -12,15 +12,19 @@ import pytest
 import torch
 
 from glidecape import cli
+from glidecape.bench.draw import Drawn
+from glidecape.bench.records import Item
+from glidecape.bench.settings import Settings
 from glidecape.decode import run_round, start
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansion import Beam, Cape, Chain
 from glidecape.drafting.stop import Entropy, FixedLength
 from glidecape.errors import InputError
+from glidecape.measure import runs as runs_module
 from glidecape.measure.cape import best_of, study_cape
 from glidecape.measure.costs import RoundCosts, Verification, verification_ratios
 from glidecape.measure.oracle import Round, distance, expected, joined, oracle
-from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, run
+from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, prompts_of, run
 from glidecape.measure.svip import Lengths, study_svip
 from glidecape.measure.sweeps import marks, study_batches, study_long
 from glidecape.measure.table import Study, Table
@@ -280,3 +284,17 @@ def test_the_commands_on_a_tiny_world(world, capfd, monkeypatch, tmp_path) -> No
         code, _, err = call(capfd, monkeypatch, *words)
         assert (code, message in err) == (2, True), err
         assert "Traceback" not in err
+
+
+def test_looping_continuations_are_not_measured(monkeypatch) -> None:
+    asked = []
+
+    def drawn(target, suites, settings):
+        asked.append(settings.looping)
+        return Drawn([Item(0, "a", "c", "steady", False, 0, (1, 2))] if settings.limit > 1 else [])
+
+    monkeypatch.setattr(runs_module, "draw", drawn)
+    assert prompts_of(TARGET, [], Settings(limit=2)) == [[1, 2]]
+    assert asked == [0]
+    with pytest.raises(InputError, match="every greedy continuation loops"):
+        prompts_of(TARGET, [], Settings(limit=1))
