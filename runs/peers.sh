@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# llama.cpp's server and its speculative program, built from the source that llama-cpp-python ships, into .venv-peers/bin.
+# llama.cpp's server, plain and speculative, built from the source that llama-cpp-python ships, into .venv-peers/bin.
 # Ten minutes on two cores. JOBS=2 bounds the compiler's processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,5 +17,5 @@ PATH=$venv/bin:$PATH
 cmake -S "$source/llama_cpp_python-$version/vendor/llama.cpp" -B "$venv/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF
-ninja -C "$venv/build" -j "${JOBS:-2}" llama-server llama-speculative-simple
-cp "$venv"/build/bin/llama-server "$venv"/build/bin/llama-speculative-simple "$venv/bin/"
+ninja -C "$venv/build" -j "${JOBS:-2}" llama-server
+cp "$venv/build/bin/llama-server" "$venv/bin/"

@@ -3,6 +3,9 @@
 The server runs beside the benchmark as a child process and is asked for one prompt at a time over a socket, so its runs
 can be interleaved with everything else. It times itself: prompt and generation apart. `runs/peers.sh` builds it from the
 source that llama-cpp-python ships.
+
+Differs: its command-line programs (llama-speculative-simple and others) take text and print text; the server runs the same
+speculative code and takes token ids, so both sides decode exactly the same prompt.
 """
 
 from __future__ import annotations
