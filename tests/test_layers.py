@@ -22,7 +22,7 @@ LAYERS = [
     {"state"},
     {"drafting"},
     {"decode"},
-    {"certify", "fit"},
+    {"certify", "fit", "huggingface"},
     {"train", "bench"},
     {"demo", "show"},
     {"commands"},
