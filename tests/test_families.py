@@ -7,6 +7,7 @@ import zoo
 PASSING = (
     "biogpt",
     "cohere",
+    "gemma4_text",  # its last layers read the keys of earlier ones
     "gpt2",
     "gpt_neox",
     "granite",
