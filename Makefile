@@ -10,7 +10,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 
-.PHONY: help venv install demo test test-all check fix docs bench bench-all clean
+# llama.cpp is built by its own recipe into its own environment, .venv-peers.
+.PHONY: peers help venv install demo test test-all check fix docs bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +47,9 @@ bench: $(VENV)/.installed-plots ## measure the shipped pair, ten minutes on four
 
 bench-all: $(VENV)/.installed-plots ## measure every suite, with ../shared/data/eval when it is there; hours
 	runs/bench.sh all
+
+peers: ## build llama.cpp beside the benchmark, ten minutes on two cores (JOBS=2)
+	PYTHON=$(PYTHON) runs/peers.sh
 
 clean: ## remove caches and build outputs; keeps .venv
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,5 +16,5 @@ study sees --factor cross --factor glimpse --seeds 0,1,2 &
 study learns --factor loss --factor lags --factor max-lag &
 # What it is made of. The target has 8 layers.
 study made --row read-0=read:0 --row read-1=read:1 --row read-3=read:3 --row read-5=read:5 --row read-5+7=read:5+7 --row mix=read:mix \
-    --factor layers --factor width --factor norm --factor embedding --factor window --factor vocabulary &
+    --factor layers --factor width --factor norm --factor embedding --factor window --factor draft-vocab &
 wait

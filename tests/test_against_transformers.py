@@ -34,7 +34,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 12},
     "gemma3_text": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
-NEW = 48
+NEW = 64
 
 
 def build(kind):

@@ -62,6 +62,27 @@ def test_all_is_equal_in_float32(pair, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ragged_batches_give_what_each_prompt_gives_alone(pair, temperature):
+    prompts = [*PROMPTS, [50, 51, 52, 53, 54, 55, 56, 57, 58], [4]]
+    params = SamplingParams(temperature, max_new_tokens=24, seed=5)
+    found = certify(*pair, prompts, params, batch=3)
+    assert [(f.method, f.prompt) for f in found] == [(m, i) for m in ("plain", *pair[2]) for i in range(4)]
+    assert {f.verdict for f in found} == {EQUAL}
+
+
+def test_a_row_that_disturbs_its_neighbours_is_a_bug(pair, monkeypatch):
+    """Every row sees as many committed slots as the longest one has: right alone, and where lengths are equal."""
+
+    def longest(lengths, ancestors, queries, keys):
+        return RIGHT_MASK([max(lengths)] * len(lengths), ancestors, queries, keys)
+
+    monkeypatch.setattr(target_module, "tree_mask", longest)
+    assert {f.verdict for f in certify(*pair, PROMPTS, PARAMS)} == {EQUAL}
+    found = certify(*pair, PROMPTS, PARAMS, batch=2)
+    assert {f.verdict for f in found if f.prompt == 0} == {BUG}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bfloat16_is_equal_or_a_near_tie(temperature):
     target, reference, drafters = build(torch.bfloat16, vocab=800)
     prompts = [[i + 3, 2 * i + 5, 7] for i in range(6)]
@@ -130,6 +151,8 @@ def test_what_cannot_be_certified_is_refused(pair):
     target, reference, drafters = pair
     with pytest.raises(InputError, match="of its own"):
         certify(target, target.model, drafters, PROMPTS)
+    with pytest.raises(InputError, match="at least 1 prompt"):
+        certify(target, reference, drafters, PROMPTS, batch=0)
     with pytest.raises(InputError, match="residual"):
         certify(target, reference, drafters, PROMPTS, SamplingParams(1.0, sampling="residual"))
     with pytest.raises(InputError, match="leave all other"):
@@ -159,6 +182,8 @@ def test_the_command(world, capfd, monkeypatch, tmp_path):
     assert result["verdict"] == EQUAL
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide,glide+cape")
     assert (code, "verdict: equal" in out) == (0, True)
+    code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide+cape", "--batch", "5", "--json")
+    assert (code, json.loads(out)["batch"]) == (0, 5)
     monkeypatch.setattr(decode, "verify_row", broken_verify)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide", "--temperature", "1")
     assert (code, "verdict: bug" in out) == (1, True)

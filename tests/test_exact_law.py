@@ -18,6 +18,7 @@ from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
 from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.lookup import LookupDrafter
+from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.drafting.stop import Entropy, FixedLength, Heuristic, StopPolicy
 from glidecape.errors import InputError
 from glidecape.noise import gumbel
@@ -59,6 +60,17 @@ PENALTIES = {
     "frequency_penalty": 0.7,
     "logit_bias": {1: 0.8, 2: -0.3},
 }
+
+
+def echo(tokens: Tensor, logits: Tensor) -> Tensor:
+    """A processor that depends on the path: the last token again, the one before it rather not, one less each time."""
+    made = logits.clone()
+    made[tokens[-1]] += 0.8
+    made[tokens[-2:-1]] -= 0.6
+    made[0] -= 0.3 * (len(tokens) % 2)
+    return made
+
+
 PARAMS = {
     "temperature 1": SamplingParams(temperature=1.0, sampling=RESIDUAL, max_new_tokens=8),
     "temperature 0.7 top_p 0.8": SamplingParams(temperature=0.7, top_p=0.8, sampling=RESIDUAL, max_new_tokens=8),
@@ -67,6 +79,8 @@ PARAMS = {
     "penalties": SamplingParams(temperature=0.8, sampling=RESIDUAL, max_new_tokens=8, **PENALTIES),
     "greedy penalties": SamplingParams(max_new_tokens=8, **PENALTIES),
     "min_p 0.4": SamplingParams(temperature=1.3, min_p=0.4, sampling=RESIDUAL, max_new_tokens=8),
+    "processor": SamplingParams(temperature=1.1, sampling=RESIDUAL, max_new_tokens=8, processor=echo),
+    "greedy processor": SamplingParams(max_new_tokens=8, processor=echo),
     "no stop in the first two": SamplingParams(
         temperature=1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=2, stop_token_ids=(1,)
     ),
@@ -83,6 +97,11 @@ def adjusted_by_hand(logits: list[float], context: Context, params: SamplingPara
         count = context[len(context) - new :].count(token)
         z -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
         made.append(-math.inf if new < params.min_new_tokens and token in params.stop_token_ids else z)
+    if params.processor is not None:
+        made[context[-1]] += 0.8
+        if len(context) > 1:
+            made[context[-2]] -= 0.6
+        made[0] -= 0.3 * (len(context) % 2)
     return made
 
 
@@ -123,6 +142,19 @@ def distance(drafter: object, params: SamplingParams, length: int = 3) -> float:
 
 
 # --- residual sampling and greedy
+
+
+def test_every_method_is_enumerated_here() -> None:
+    """A new expansion or stop policy must be added above."""
+    expansions = {type(make()) for make in EXPANSIONS.values()}
+    stops = {type(make()) for make in STOPS.values()}
+    for method in METHODS:
+        drafter = make_drafter(method, ToyDraft(DRAFT))
+        if isinstance(drafter, ModelDrafter):
+            assert type(drafter.expansion) in expansions, method
+            assert type(drafter.stop) in stops, method
+        else:
+            assert isinstance(drafter, NoDraft | LookupDrafter), method
 
 
 @pytest.mark.parametrize("params", PARAMS)
@@ -310,6 +342,16 @@ def test_enumeration_catches_penalties_that_do_not_know_the_path(monkeypatch: py
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["penalties"], 2) > 0.01
 
 
+def test_enumeration_catches_a_processor_that_does_not_know_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = state_module.DecodeState._processed
+
+    def forgetful(self, i: int, tree: TokenTree, node: int, logits: Tensor) -> Tensor:
+        return right(self, i, TokenTree(tree.tokens[:, 0]), 0, logits)
+
+    monkeypatch.setattr(state_module.DecodeState, "_processed", forgetful)
+    assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["processor"], 2) > 0.01
+
+
 def test_enumeration_catches_a_stop_token_that_is_early_inside_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """min_new_tokens counted from the round's root instead of from each node."""
 
@@ -357,6 +399,7 @@ NOISY = {
     "top_k 2": {"temperature": 1.0, "top_k": 2},
     "penalties": {"temperature": 0.8, **PENALTIES},
     "min_p 0.4": {"temperature": 1.3, "min_p": 0.4},
+    "processor": {"temperature": 1.0, "processor": echo},
 }
 ENDING = {"stop late": {"temperature": 1.0, "min_new_tokens": 2, "stop_token_ids": (1,)}}
 

@@ -71,6 +71,55 @@ def test_the_shipped_draft_is_worth_its_cross_attention():
     assert length["glide"] > length["glide-no-cross"] + 0.2, length
 
 
+def rounds_on_paper(matches, first, end, length):
+    """Accepted and tested tokens of a chain's rounds from root `first` on, given where a draft of each lag is right.
+
+    `matches[lag - 1][position]`: does the draft at `position` name the next token, if its round began `lag - 1` before?
+    """
+    accepted = tested = 0
+    root = first
+    while root < end:
+        cap = min(length, max(1, end - root - 1))
+        hits = 0
+        while hits < cap and matches[hits][root + hits]:
+            hits += 1
+        accepted, tested = accepted + hits, tested + hits + (hits < cap)
+        root += hits + 1
+    return accepted, tested
+
+
+def test_acceptance_in_training_is_acceptance_in_serving():
+    """Teacher-forced forwards, as training takes them, foretell alpha of real decoding to one point."""
+    if not (PAIR / "target" / "config.json").is_file():
+        pytest.skip("the shipped pair models/pysource is not in this checkout")
+    import json
+
+    from glidecape.decode import decode
+    from glidecape.stats import Stats
+    from glidecape.train.teacher import Teacher, hidden_by_lag, reads_hidden
+
+    target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)
+    lines = (ROOT / "evaluation" / "prompts" / "python.jsonl").read_text().splitlines()[:6]
+    for name in ("glide", "glide-no-cross"):
+        draft, stats, accepted, tested = load_draft(PAIR / name, target), Stats(), 0, 0
+        for line in lines:
+            prompt, new = target.encode(json.loads(line)["prompt"])[:96], []
+            params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+            for event in decode(target, make_drafter("glide", draft, 5), [prompt], params, stats):
+                new += event.tokens
+            ids = torch.tensor([prompt + new])
+            teacher = Teacher(target, 1, ids.shape[1], reads_hidden(draft.module))
+            teacher(ids)
+            with torch.no_grad():
+                states = hidden_by_lag(draft.module, ids, teacher.positions, teacher.cache, 5)
+                choices = [draft.module.logits(hidden)[0].argmax(-1) for hidden in states]
+            matches = [(chosen[:-1] == ids[0, 1:]).tolist() for chosen in choices]
+            one = rounds_on_paper(matches, len(prompt) - 1, len(prompt) + NEW - 1, 5)
+            accepted, tested = accepted + one[0], tested + one[1]
+        assert stats.tested > 100
+        assert accepted / tested == pytest.approx(stats.alpha, abs=0.01), name
+
+
 def test_a_public_checkpoint_equals_transformers():
     if not STORIES.is_dir():
         pytest.skip("the public checkpoint ../shared/models/stories260K is not at hand")

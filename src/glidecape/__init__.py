@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .decode import Completion, generate
     from .drafting.methods import METHODS, make_drafter
     from .errors import GlideCapeError
+    from .huggingface import glidecape_generate
     from .models.checkpoint import load_draft
     from .models.glide_draft import GlideDraft
     from .models.standalone import StandaloneDraft
@@ -29,6 +30,7 @@ _HOME = {
     "METHODS": "drafting.methods",
     "make_drafter": "drafting.methods",
     "GlideCapeError": "errors",
+    "glidecape_generate": "huggingface",
     "load_draft": "models.checkpoint",
     "GlideDraft": "models.glide_draft",
     "StandaloneDraft": "models.standalone",
@@ -48,6 +50,7 @@ __all__ = [
     "Target",
     "TextStream",
     "generate",
+    "glidecape_generate",
     "load_draft",
     "make_drafter",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,11 @@ class SamplingParams:
             token boundary allows.
         min_new_tokens: before so many tokens nothing may end the row: stop tokens have probability 0, and stop strings
             are not looked for.
+        processor: called with the tokens of the row and of a node's path, `(length,)`, and that node's logits, `(vocab,)`
+            float, after bias and penalties; returns the logits to use. It must depend on its arguments alone: it is asked
+            about the nodes of a tree in any order, and about proposals that are never emitted.
+        ends: called with the tokens of the row, `(length,)`, after each emitted one from `min_new_tokens` on; True ends the
+            row there.
 
     Raises:
         InputError: a value out of range.
@@ -61,6 +66,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
+    processor: Callable[[Tensor, Tensor], Tensor] | None = None
+    ends: Callable[[Tensor], bool] | None = None
 
     def __post_init__(self) -> None:
         # Logits divided by less would overflow float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .noise import Noise, gumbel
 from .penalties import History, adjust
 from .sampling import NOISE, SamplingParams, log_law, widen
@@ -58,7 +59,8 @@ class Row:
     def adjusts_logits(self) -> bool:
         """Is there anything to do to the logits before temperature?"""
         early = len(self.tokens) - self.prompt_length < self.params.min_new_tokens
-        return early or self.params.counts_tokens or bool(self.params.logit_bias)
+        options = self.params
+        return early or options.counts_tokens or bool(options.logit_bias) or options.processor is not None
 
 
 @dataclass
@@ -129,9 +131,10 @@ class DecodeState:
         return torch.stack(vectors) if len(vectors) > 1 else vectors[0][None]
 
     def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
-        """Logits after bias, penalties and min_new_tokens, each node with its own path; `(batch, count, vocab)`.
+        """Logits after bias, penalties, min_new_tokens and processor, each node with its own path; `(batch, count, vocab)`.
 
-        `nodes (batch, count)` are the tree nodes that the logits are of, padding (-1) anything; None: all of the tree.
+        `nodes (batch, count)` are the tree nodes that the logits are of, padding (-1) anything; None: all of the tree,
+        without the processors, which `laws` asks about the nodes that it reaches.
         """
         changed = [i for i, row in enumerate(self.rows) if row.adjusts_logits]
         if not changed:
@@ -147,27 +150,66 @@ class DecodeState:
             above[:, 0] = False  # the root is one of the row's tokens
             emitted = len(row.new_tokens) + tree.depth[i, at]
             logits[i] = adjust(logits[i], row.params, row.history, tree.tokens[i], above, emitted, row.stop_ids)
+            if nodes is not None and row.params.processor is not None:
+                for k, node in enumerate(nodes[i].tolist()):
+                    if node >= 0:
+                        logits[i, k] = self._processed(i, tree, node, logits[i, k])
         return logits
 
+    def _processed(self, i: int, tree: TokenTree, node: int, logits: Tensor) -> Tensor:
+        """What the processor of row `i` makes of a node's logits, `(vocab,)`."""
+        row = self.rows[i]
+        assert row.params.processor is not None
+        above = tree.ancestors[i, node].clone()
+        above[0] = False
+        known = torch.tensor(row.tokens, device=logits.device)
+        # Nodes are numbered from the root down.
+        return row.params.processor(torch.cat([known, tree.tokens[i, above]]), logits)
+
     def laws(self, tree: TokenTree, logits: Tensor) -> list[Any]:
-        """For each row a function from node to its `Law`, all sampling options applied."""
+        """For each row a function from node to its `Law`, all sampling options applied.
+
+        Raises:
+            UnsupportedError: a law holds values that are not numbers (when it is asked for).
+        """
         logits = self.adjusted(tree, logits)
-        greedy = noisy = None
+        best = noisy = None
         if any(row.params.greedy for row in self.rows):
-            greedy = logits.argmax(-1).tolist()
+            best = logits.max(-1)
+        if any(not row.params.greedy and row.params.sampling == NOISE for row in self.rows):
+            noisy = self.gumbel(tree.positions(self.root_positions) + 1, logits.shape[-1])
         made: list[Any] = []
         for i, row in enumerate(self.rows):
-            if row.params.greedy:
-                assert greedy is not None
-                made.append(_points(greedy[i]))
+            noise = None if noisy is None else noisy[i]
+            if row.params.processor is not None:
+                made.append(self._one_by_one(i, tree, logits[i], noise))
+            elif row.params.greedy:
+                assert best is not None
+                made.append(_points(best.indices[i], best.values[i]))
             elif row.params.sampling == NOISE:
-                if noisy is None:
-                    noisy = self.gumbel(tree.positions(self.root_positions) + 1, logits.shape[-1])
-                scores = log_law(widen(logits[i]), row.params) + noisy[i]
-                made.append(_points(scores.argmax(-1).tolist()))
+                assert noise is not None
+                top = (log_law(widen(logits[i]), row.params) + noise).max(-1)
+                made.append(_points(top.indices, top.values))
             else:
                 made.append(_dense(logits[i], row.params))
         return made
+
+    def _one_by_one(self, i: int, tree: TokenTree, logits: Tensor, noise: Tensor | None) -> Any:
+        """The laws of a row with a processor, made for a node when it is asked for."""
+        params = self.rows[i].params
+
+        def at(node: int) -> Law:
+            own = self._processed(i, tree, node, widen(logits[node]))[None]
+            if not params.greedy and params.sampling != NOISE:
+                return _dense(own, params)(0)
+            scores = own
+            if not params.greedy:
+                assert noise is not None
+                scores = log_law(own, params) + noise[node]
+            top = scores.max(-1)
+            return _points(top.indices, top.values)(0)
+
+        return at
 
     def clip(self, row: Row, tree: TokenTree, path: list[int], bonus: int, i: int) -> tuple[list[int], list[int]]:
         """The path and tokens that row `i` may keep: nothing after a stop token or string, or past max_new_tokens.
@@ -182,12 +224,24 @@ class DecodeState:
             tokens, row.finish = tokens[: stop + 1], "stop"
         elif len(tokens) >= row.budget:
             tokens, row.finish = tokens[: row.budget], "length"
+        if row.params.ends is not None and (count := self._ended(row, tokens)):
+            tokens, row.finish = tokens[:count], "stop"
         if row.stops is not None:
             known = row.new_tokens
             row.cut = row.stops.find([*known, *tokens], len(known))
             if row.cut is not None:
                 tokens, row.finish = tokens[: row.cut.tokens - len(known)], "stop"
         return path[: len(tokens)], tokens
+
+    def _ended(self, row: Row, tokens: list[int]) -> int:
+        """How many of the tokens a row emits until its `ends` says so; 0 if it does not."""
+        assert row.params.ends is not None
+        ids = torch.tensor([*row.tokens, *tokens], device=self.cache.keys[0].device)
+        emitted = len(row.new_tokens)
+        for count in range(max(1, row.params.min_new_tokens - emitted), len(tokens) + 1):
+            if row.params.ends(ids[: len(row.tokens) + count]):
+                return count
+        return 0
 
     def select(self, keep: list[int]) -> None:
         """Keep these rows, in this order."""
@@ -197,15 +251,29 @@ class DecodeState:
             self.draft.select(keep)
 
 
-def _points(chosen: list[int]) -> Any:
-    return lambda node: PointLaw(chosen[node])
+def _points(chosen: Tensor, scores: Tensor) -> Any:
+    """Laws with all mass on `chosen (nodes,)`, whose scores `(nodes,)` are the largest there."""
+    tokens, numbers = chosen.tolist(), (~scores.isnan()).tolist()  # the largest score is NaN if any is
+
+    def at(node: int) -> Law:
+        return PointLaw(tokens[node]) if numbers[node] else _no_law()
+
+    return at
 
 
 def _dense(logits: Tensor, params: SamplingParams) -> Any:
     def at(node: int) -> Law:
-        return DenseLaw(log_law(logits[node].double(), params).exp())
+        p = log_law(logits[node].double(), params).exp()
+        return DenseLaw(p) if math.isfinite(float(p.sum())) else _no_law()
 
     return at
+
+
+def _no_law() -> Law:
+    raise UnsupportedError(
+        "the target gave logits that are not numbers: its weights are damaged, or the dtype is too narrow for them "
+        "(try float32)"
+    )
 
 
 def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) -> Row:
@@ -219,6 +287,8 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
     vocab = target.vocab_size
     if bad := [token for token in dict(params.logit_bias) if token >= vocab]:
         raise InputError(f"logit_bias names token id {bad[0]}, outside the vocabulary of {vocab}")
+    if bad := [token for token in params.stop_token_ids if not 0 <= token < vocab]:
+        raise InputError(f"stop_token_ids names token id {bad[0]}, outside the vocabulary of {vocab}")
     strings = params.stop
     if strings and target.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this target has none: stop at token ids instead")

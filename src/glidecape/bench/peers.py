@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -95,7 +96,51 @@ class TransformersPeer:
         return out[0, len(prompt) :].tolist(), times[1] - times[0]
 
 
-PEERS: dict[str, Callable[[PeerSource], Peer]] = {"transformers": TransformersPeer}
+def _lookup(source: PeerSource) -> Peer:
+    from .transformers_peers import SpeculativePeer
+
+    return SpeculativePeer(source)
+
+
+def _assisted(source: PeerSource) -> Peer:
+    from .transformers_peers import SpeculativePeer
+
+    return SpeculativePeer(source, draft_lm(source))
+
+
+def _llama_cpp(source: PeerSource) -> Peer:
+    from .llama_cpp import LlamaCppPeer
+
+    return LlamaCppPeer(source)
+
+
+def _llama_cpp_draft(source: PeerSource) -> Peer:
+    from .llama_cpp import LlamaCppPeer
+
+    return LlamaCppPeer(source, draft_lm(source))
+
+
+def draft_lm(source: PeerSource) -> str:
+    """The folder of the independent draft LM among the drafts; "vanilla", if several are.
+
+    Raises:
+        InputError: there is none.
+    """
+    from ..models.checkpoint import WEIGHTS
+
+    found = {name: folder for name, folder in source.drafts.items() if not (Path(folder) / WEIGHTS).is_file()}
+    if not found:
+        raise InputError("this peer drafts with an independent LM: name one with --draft vanilla=FOLDER")
+    return found.get("vanilla", next(iter(found.values())))
+
+
+PEERS: dict[str, Callable[[PeerSource], Peer]] = {
+    "transformers": TransformersPeer,
+    "transformers+lookup": _lookup,
+    "transformers+draft": _assisted,
+    "llama.cpp": _llama_cpp,
+    "llama.cpp+draft": _llama_cpp_draft,
+}
 
 
 def make_peers(names: list[str], source: PeerSource) -> list[Peer]:

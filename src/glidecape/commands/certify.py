@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import base_of, load_target, named_folders, read_prompts
+from .shared import Quantize, base_of, load_target, named_folders, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
@@ -30,9 +30,11 @@ def certify(
     temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
+    quantize: Quantize = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[
@@ -45,24 +47,33 @@ def certify(
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
     from ..models.checkpoint import load_draft
+    from ..models.quantize import quantize as quantize_layers
     from ..sampling import SamplingParams
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     texts = list(PROMPTS) if prompts is None else read_prompts(None, prompts)
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
     folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
     options = {"dtype": model.dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    reference = AutoModelForCausalLM.from_pretrained(target, **options).to(device).eval()
-    findings = run(model, reference, drafters, texts, params)
+    reference = AutoModelForCausalLM.from_pretrained(target, **options).eval()
+    if quantize is not None:
+        quantize_layers(reference, quantize)
+    reference = reference.to(device)
+    findings = run(model, reference, drafters, texts, params, batch)
     if as_json:
         settings: dict[str, Any] = {
             "target": target,
             "drafts": folders,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
-        settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "prompts": len(texts)}
+        settings |= {
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "prompts": len(texts),
+            "batch": batch,
+        }
         verdict = worst(findings)
         print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
     else:

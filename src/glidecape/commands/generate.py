@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, load_target, parse_bins, read_prompts
+from .shared import Device, Dtype, Quantize, Revision, TargetName, Threads, Trust, load_target, parse_bins, read_prompts
 
 
 def generate(
@@ -66,6 +66,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt instead of text.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     threads: Threads = 0,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -99,7 +100,7 @@ def generate(
         for i in range(len(prompts))
     ]
     bins = parse_bins(cape_bins)
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
     loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
     drafter = make_drafter(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,8 +129,9 @@ def make_plan(
     from ..train.draft import make_draft
 
     length = min(recipe.length, target.context)
-    windows = Windows(load_tokens(data, target.tokenizer), recipe.seed) if data else None
-    module = make_draft(target, recipe)
+    text = load_tokens(data, target.tokenizer) if data else None
+    windows = None if text is None else Windows(text, recipe.seed)
+    module = make_draft(target, recipe, text)
     counted = sizes(target, module, recipe, length)
     free = free_memory(target.device)
     loaded = counted.target_parameters * target.dtype.itemsize  # is in memory already
@@ -196,6 +197,9 @@ def plan(
     loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    recipe: Annotated[
+        str, typer.Option(help="More of the recipe, as field:value,field:value, such as glimpse:yes,layers:2.")
+    ] = "",
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
@@ -206,8 +210,11 @@ def plan(
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
     from ..train.draft import DraftRecipe
+    from ..train.study import changes_of
 
-    recipe = DraftRecipe(kind, preset, loss, length=length, rows=rows)
+    chosen = replace(
+        DraftRecipe(kind, preset, loss, length=length, rows=rows), **(changes_of(recipe) if recipe else {})
+    )
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
-    made = make_plan(model, recipe, int(tokens), data, seconds)
+    made = make_plan(model, chosen, int(tokens), data, seconds)
     print(json.dumps(made) if as_json else describe(made))

@@ -18,11 +18,19 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Quantize = Annotated[str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
 
 
 def load_target(
-    name: str, dtype: str, device: str, threads: int, revision: str | None, trust: bool, pack: bool = True
+    name: str,
+    dtype: str,
+    device: str,
+    threads: int,
+    revision: str | None,
+    trust: bool,
+    pack: bool = True,
+    quantize: str | None = None,
 ) -> Target:
     import torch
     from transformers.utils import logging
@@ -40,7 +48,7 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack)
+    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack, quantize=quantize)
 
 
 def command_line() -> str:

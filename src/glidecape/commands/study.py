@@ -17,7 +17,11 @@ def study(
     data: Annotated[Path, typer.Option(help="As for train.")],
     out: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one there goes on.")],
     factor: Annotated[
-        list[str] | None, typer.Option(help="A row a value: cross, glimpse, layers, width, …; repeat.")
+        list[str] | None,
+        typer.Option(
+            help="A row a value: cross, loss, lags, max-lag, preset, optimizer, glimpse, layers, read, width, norm, "
+            "embedding, window or draft-vocab; repeat."
+        ),
     ] = None,
     row: Annotated[
         list[str] | None, typer.Option(help="One more row, NAME=field:value,field:value of a recipe; repeat.")
@@ -52,8 +56,8 @@ def study(
         raise InputError(f"--seeds takes numbers joined by commas, not '{seeds}'") from None
     common = {"length": length, "rows": rows, "rate": rate, "muon": _is_muon(optimizer)}
     recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
-    recipes = study_rows(recipe, factor or [], row or [])
     trial = Trial(prompts, prompt_tokens, new_tokens)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
     result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
     show_study(result["table"])

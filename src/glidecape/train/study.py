@@ -27,19 +27,13 @@ from ..stats import Stats, merged
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
-from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
 from .teacher import Teacher, reads_hidden
 
 BASELINE, RESULT = "baseline", "row.json"
-SHARED = (
-    "length",
-    "rows",
-    "seed",
-    "loss_on",
-    "accumulate",
-    "clip",
-)  # what decides batches and steps, so is every row's
+# What decides batches and steps, so is every row's.
+SHARED = ("length", "rows", "seed", "loss_on", "accumulate", "clip")
 MEASURED = {"chain": ("", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
 TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 
@@ -48,11 +42,12 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
     "glimpse": {"joined": {"glimpse": True}, "alone": {"glimpse": True, "kind": "glide-no-cross"}},
     "layers": {"2": {"layers": 2}},
+    "read": {"first": {"read": "0"}, "mix": {"read": "mix"}},  # and each quarter, see `factor_rows`
     "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
     "norm": {"off": {"norm": "off"}},
     "embedding": {"own": {"embedding": "own"}},
     "window": {"64": {"window": 64}},
-    "vocabulary": {"1024": {"draft_vocab": 1024}},
+    "draft-vocab": {"1024": {"draft_vocab": 1024}},
     "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
     "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
     "max-lag": {str(lag): {"max_lag": lag} for lag in (5, 8, 16)},
@@ -71,14 +66,29 @@ class Trial:
     new_tokens: int = 64
 
 
+def factor_rows(factor: str, target_layers: int) -> dict[str, dict[str, Any]]:
+    """The rows of a factor for a target of so many layers.
+
+    Raises:
+        InputError: an unknown factor.
+    """
+    if factor not in FACTORS:
+        raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
+    rows = dict(FACTORS[factor])
+    if factor == "read":
+        for part, name in enumerate(("quarter", "half", "three-quarters"), 1):
+            rows[name] = {"read": str(round(part * (target_layers - 1) / 4))}
+    return rows
+
+
 def changes_of(text: str) -> dict[str, Any]:
     """The changes in "field:value,field:value", each value as its field's type.
 
     Raises:
         InputError: no such field, or a value of another type.
 
-    >>> changes_of("loss:kl+tv,max_lag:5,muon:true")
-    {'loss': 'kl+tv', 'max_lag': 5, 'muon': True}
+    >>> changes_of("loss:kl+tv,read:3+5,muon:true")
+    {'loss': 'kl+tv', 'read': '3+5', 'muon': True}
     """
     kinds = get_type_hints(DraftRecipe)
     changes: dict[str, Any] = {}
@@ -98,7 +108,9 @@ def _flag(value: str) -> bool:
     return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
 
 
-def study_rows(base: DraftRecipe, factors: Sequence[str], given: Sequence[str] = ()) -> dict[str, DraftRecipe]:
+def study_rows(
+    base: DraftRecipe, factors: Sequence[str], given: Sequence[str] = (), target_layers: int = 1
+) -> dict[str, DraftRecipe]:
     """The rows of a study by name: the base recipe, one a value of each factor, and those given as "NAME=field:value,…".
 
     A row that would be equal to an earlier one is left out.
@@ -112,9 +124,7 @@ def study_rows(base: DraftRecipe, factors: Sequence[str], given: Sequence[str] =
     """
     changed: list[tuple[str, dict[str, Any]]] = [(BASELINE, {})]
     for factor in factors:
-        if factor not in FACTORS:
-            raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
-        changed += [(f"{factor}-{name}", changes) for name, changes in FACTORS[factor].items()]
+        changed += [(f"{factor}-{name}", change) for name, change in factor_rows(factor, target_layers).items()]
     for text in given:
         name, found, rest = text.partition("=")
         if not found or not name or not all(c.isalnum() or c in "-_+." for c in name) or name.startswith("."):
@@ -259,10 +269,9 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
         there, figures = saved["identity"], saved["figures"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
-    other = [key for key in identity if there.get(key) != identity[key]]
-    if other:
+    if other := differences(there, identity):
         raise CheckpointError(
-            f"{folder / name} holds a row of that name with another {' and '.join(other)}: name the row or --out otherwise"
+            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --out otherwise"
         )
     return figures
 

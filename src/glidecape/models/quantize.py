@@ -1,0 +1,41 @@
+"""Targets with int8 weights, by torchao: half of bfloat16's bytes, products in the model's own dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedError
+
+QUANTIZERS = ("int8",)
+
+
+def quantize(model: nn.Module, name: str) -> None:
+    """Replace the weights of all linear layers, in place, by int8 ones with a scale an output ("int8", weight only).
+
+    Embeddings stay as they are. What is quantized is another target: its output is its own, not the full model's.
+
+    Raises:
+        InputError: an unknown quantizer, or torchao is not installed.
+        UnsupportedError: torchao cannot quantize this model.
+    """
+    if name not in QUANTIZERS:
+        raise InputError(f"unknown quantizer '{name}': choose {', '.join(QUANTIZERS)}")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise InputError(
+            f"quantizing to {name} needs torchao, which does not load ({error}): pip install torchao"
+        ) from None
+    try:
+        quantize_(model, Int8WeightOnlyConfig())
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UnsupportedError(
+            f"torchao cannot quantize this model: {(str(error).splitlines() or ['no reason'])[0]}"
+        ) from None
+
+
+def dense(weight: Any) -> Tensor:
+    """A weight as an ordinary tensor, unpacked if a quantizer keeps it as something else."""
+    return weight.dequantize() if hasattr(type(weight), "__tensor_flatten__") else weight

@@ -1,0 +1,98 @@
+"""Targets in bfloat16 and with int8 weights: every method runs, and a draft of the full-precision target is taken."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from glidecape.certify import BUG, EQUAL, certify
+from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
+from glidecape.errors import InputError
+from glidecape.models.checkpoint import load_draft
+from glidecape.models.packed import PackedLinear
+from glidecape.models.quantize import quantize
+from glidecape.models.target import Target
+from glidecape.sampling import SamplingParams
+from test_command_line import pair, run
+
+PROMPTS = ["def load_table(", "    return"]
+
+
+def needs_torchao():
+    """torchao is optional, and its build must fit this torch."""
+    try:
+        import torchao.quantization  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"torchao does not load: {error}")
+
+
+def drafters_of(world, target):
+    """Every method, its draft loaded from its folder."""
+    drafts = {"glide": load_draft(world["glide"], target), "vanilla": load_draft(world["lm"], target)}
+    return {m: make_drafter(m, None if m in DRAFTLESS else drafts[m.split("+")[0]]) for m in METHODS}
+
+
+def test_a_bfloat16_target_runs_with_every_method_and_takes_the_float32_draft_without_a_note(world):
+    target = Target.from_pretrained(world["target"], dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_pretrained(world["target"], dtype=torch.bfloat16).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drafters = drafters_of(world, target)
+    found = certify(target, reference, drafters, PROMPTS, SamplingParams(max_new_tokens=24))
+    assert BUG not in {f.verdict for f in found}, [f for f in found if f.verdict == BUG]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_int8_target_runs_with_every_method_and_takes_the_draft_with_a_note(world, dtype):
+    needs_torchao()
+    target = Target.from_pretrained(world["target"], dtype=dtype, quantize="int8")
+    reference = AutoModelForCausalLM.from_pretrained(world["target"], dtype=dtype).eval()
+    quantize(reference, "int8")
+    assert not any(isinstance(module, PackedLinear) for module in target.model.modules())
+    with pytest.warns(UserWarning, match="other weights of this architecture"):
+        drafters = drafters_of(world, target)
+    found = certify(target, reference, drafters, PROMPTS, SamplingParams(max_new_tokens=24))
+    verdicts = {f.verdict for f in found}
+    assert verdicts == {EQUAL} if dtype == torch.float32 else BUG not in verdicts
+
+
+def test_a_model_that_transformers_quantized_runs(world):
+    """The head stays as it is there, and is packed; quantized layers are not."""
+    needs_torchao()
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        world["target"], dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    target = Target(model, pack=True)
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    assert packed in ([], ["lm_head"])
+    full = Target.from_pretrained(world["target"], dtype=torch.float32)
+    assert target.weights_digest != full.weights_digest
+
+
+def test_the_digest_of_quantized_weights_is_theirs_alone(world):
+    needs_torchao()
+    digests = [Target.from_pretrained(world["target"], quantize=q).weights_digest for q in ("int8", "int8", None)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_command_quantizes(world, capfd, monkeypatch):
+    needs_torchao()
+    words = ["generate", *pair(world), "--quantize", "int8", "-p", "def load_table("]
+    code, out, err = run(capfd, monkeypatch, *words)
+    assert (code, "note: the draft" in err, out.startswith("def load_table(")) == (0, True, True)
+    words = ["certify", "--target", world["target"], "--dtype", "float32", "--quantize", "int8", "--max-new-tokens", 8]
+    code, out, _ = run(capfd, monkeypatch, *words, "--methods", "plain,lookup")
+    assert (code, "verdict: equal" in out) == (0, True)
+
+
+def test_a_quantizer_that_is_unknown_or_not_installed_is_refused(world, capfd, monkeypatch):
+    with pytest.raises(InputError, match="choose int8"):
+        Target.from_pretrained(world["target"], quantize="int3")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    code, _, err = run(capfd, monkeypatch, "generate", *pair(world), "--quantize", "int8", "-p", "x")
+    assert (code, "pip install torchao" in err, "Traceback" in err) == (2, True, False)
