@@ -198,8 +198,9 @@ def test_jobs_hold_prompts_of_one_kind() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    """Runs set the number of threads; other tests have their own."""
+def _quick(monkeypatch):
+    """Single steps are timed once. Runs set the number of threads; other tests have their own."""
+    monkeypatch.setattr("glidecape.bench.costs.REPEATS", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -249,7 +250,7 @@ def run_cli(monkeypatch, capfd, argv: list[str]) -> tuple[int, str, str]:
 def finished(world, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its command, made in a process of its own that is killed once and torn on the way."""
     out = tmp_path_factory.mktemp("runs") / "killed"
-    command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out)]
+    command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out, watch=1)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = out / "records.jsonl"
     until = time.monotonic() + 120
@@ -312,7 +313,7 @@ def test_summary_of_a_run(finished: Path, prompts: Path) -> None:
 def test_a_finished_run_measures_nothing_again(finished, world, prompts, monkeypatch, capfd) -> None:
     before = (finished / "records.jsonl").read_bytes()
     monkeypatch.setattr(runner, "run_job", None)
-    code, out, err = run_cli(monkeypatch, capfd, words(world, prompts, finished))
+    code, out, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, watch=1))
     assert (code, (finished / "records.jsonl").read_bytes()) == (0, before), err
     assert "acceptance" in out
 
@@ -327,7 +328,7 @@ def test_a_finished_run_measures_nothing_again(finished, world, prompts, monkeyp
     ],
 )
 def test_other_settings_are_refused(option, message, finished, world, prompts, monkeypatch, capfd) -> None:
-    code, _, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, **option))
+    code, _, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, **({"watch": 1} | option)))
     assert code == 2
     assert re.search(f"error: .*{message}", err), err
 
