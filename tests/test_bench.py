@@ -184,6 +184,11 @@ def test_padding_reaches_the_length_and_long_prompts_are_counted(world) -> None:
     assert all(item.ids[-len(own) + 1 :] == tuple(own[1:]) for item in drawn.items for own in [tails[int(item.id[-1])]])
     long = Suite("code", (*prompts, Prompt("9", "code", ("def load_table(" * 100,), False)), "x", "y")
     assert draw(target, [long], Settings(max_new_tokens=8)).counts["code"]["too_long"] == 1
+    # a conversation whose first turn has no answer has no second turn
+    first = Prompt("9", "code", ("def load_table(" * 100, "for item in"), True)
+    drawn = draw(target, [Suite("code", (*prompts, first), "x", "y")], Settings(max_new_tokens=8))
+    assert drawn.counts["code"]["too_long"] == 1
+    assert len(drawn.items) == len(TEXTS)
 
 
 def test_jobs_hold_prompts_of_one_kind() -> None:
