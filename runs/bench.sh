@@ -18,7 +18,7 @@ for draft in glide=glide nocross=glide-no-cross vanilla=lm; do
     common+=(--draft "${draft%%=*}=$pair/${draft#*=}")
 done
 suite=own,stdlib:7-300
-size=(--limit 6 --looping 2 --repeats 2 --watch 2)
+size=(--limit 5 --looping 2 --repeats 2 --watch 2)
 out=${OUT:-runs/out/bench}
 if [ "${1:-}" = all ]; then
     out=${OUT:-runs/out/bench-all}

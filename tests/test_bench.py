@@ -184,6 +184,11 @@ def test_padding_reaches_the_length_and_long_prompts_are_counted(world) -> None:
     assert all(item.ids[-len(own) + 1 :] == tuple(own[1:]) for item in drawn.items for own in [tails[int(item.id[-1])]])
     long = Suite("code", (*prompts, Prompt("9", "code", ("def load_table(" * 100,), False)), "x", "y")
     assert draw(target, [long], Settings(max_new_tokens=8)).counts["code"]["too_long"] == 1
+    # a conversation whose first turn has no answer has no second turn
+    first = Prompt("9", "code", ("def load_table(" * 100, "for item in"), True)
+    drawn = draw(target, [Suite("code", (*prompts, first), "x", "y")], Settings(max_new_tokens=8))
+    assert drawn.counts["code"]["too_long"] == 1
+    assert len(drawn.items) == len(TEXTS)
 
 
 def test_jobs_hold_prompts_of_one_kind() -> None:
@@ -198,8 +203,9 @@ def test_jobs_hold_prompts_of_one_kind() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    """Runs set the number of threads; other tests have their own."""
+def _quick(monkeypatch):
+    """Single steps are timed once. Runs set the number of threads; other tests have their own."""
+    monkeypatch.setattr("glidecape.bench.costs.REPEATS", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -249,7 +255,7 @@ def run_cli(monkeypatch, capfd, argv: list[str]) -> tuple[int, str, str]:
 def finished(world, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its command, made in a process of its own that is killed once and torn on the way."""
     out = tmp_path_factory.mktemp("runs") / "killed"
-    command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out)]
+    command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out, watch=1)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = out / "records.jsonl"
     until = time.monotonic() + 120
@@ -312,7 +318,7 @@ def test_summary_of_a_run(finished: Path, prompts: Path) -> None:
 def test_a_finished_run_measures_nothing_again(finished, world, prompts, monkeypatch, capfd) -> None:
     before = (finished / "records.jsonl").read_bytes()
     monkeypatch.setattr(runner, "run_job", None)
-    code, out, err = run_cli(monkeypatch, capfd, words(world, prompts, finished))
+    code, out, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, watch=1))
     assert (code, (finished / "records.jsonl").read_bytes()) == (0, before), err
     assert "acceptance" in out
 
@@ -327,7 +333,7 @@ def test_a_finished_run_measures_nothing_again(finished, world, prompts, monkeyp
     ],
 )
 def test_other_settings_are_refused(option, message, finished, world, prompts, monkeypatch, capfd) -> None:
-    code, _, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, **option))
+    code, _, err = run_cli(monkeypatch, capfd, words(world, prompts, finished, **({"watch": 1} | option)))
     assert code == 2
     assert re.search(f"error: .*{message}", err), err
 
@@ -560,7 +566,7 @@ def test_the_report_is_one_file_and_its_figures_are_the_summarys(finished: Path)
     page, text = html([summary], ["run <1>"]), markdown([summary], ["run"])
     assert "run &lt;1&gt;" in page
     assert not re.search(r"<(script|link|img|iframe)|url\(|@import", page.split("<svg")[0])
-    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert not re.search(r'(?:src|href)="(?!#)|rdf:|@import', page)
     for group in summary["groups"]:
         for row in group["rows"]:
             assert f"{row['tokens_per_s']:.1f}" in page

@@ -23,8 +23,10 @@ LAYERS = [
     {"drafting"},
     {"decode"},
     {"certify", "fit", "huggingface"},
+    {"certify", "huggingface", "fit"},
     {"train", "bench"},
     {"demo", "show"},
+    {"measure"},
     {"commands"},
     {"cli"},
 ]

@@ -58,7 +58,8 @@ def _svg(draw: Callable[[Any, Summary], bool], summary: Summary, name: str) -> s
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # a page without any address in it
+        figure.savefig(text, format="svg", metadata=nothing)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

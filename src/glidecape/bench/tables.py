@@ -138,7 +138,7 @@ def show(summary: Mapping[str, Any]) -> None:
 def _print(console: Console, title: str, heads: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title)
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")
+        table.add_column(head, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -87,6 +87,7 @@ def bench(
     watch: Annotated[
         int, typer.Option(help="Prompts of a category on which the drafts' laws are written down, untimed.")
     ] = 4,
+    watch_depth: Annotated[int, typer.Option(help="Tokens that a draft then runs ahead, of each position.")] = 8,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; the same command goes on in it after a stop.")
     ] = None,
@@ -133,6 +134,7 @@ def bench(
         beams=beams,
         ngram=lookup_ngram,
         watch=watch,
+        watch_depth=watch_depth,
     )
     settings.params("check")  # bad sampling options are an error before anything is loaded
     chosen = read_methods(methods.split(","), settings)
