@@ -22,9 +22,10 @@ LAYERS = [
     {"state"},
     {"drafting"},
     {"decode"},
-    {"certify", "fit"},
+    {"certify", "huggingface", "fit"},
     {"train", "bench"},
     {"demo", "show"},
+    {"measure"},
     {"commands"},
     {"cli"},
 ]
