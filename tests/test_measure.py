@@ -26,7 +26,7 @@ from glidecape.measure.costs import RoundCosts, Verification, verification_ratio
 from glidecape.measure.oracle import Round, distance, expected, joined, oracle
 from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, prompts_of, run
 from glidecape.measure.svip import Lengths, study_svip
-from glidecape.measure.sweeps import marks, study_batches, study_long
+from glidecape.measure.sweeps import marks, study_batches, study_long, up_to
 from glidecape.measure.table import Study, Table
 from glidecape.sampling import RESIDUAL, SamplingParams
 from glidecape.stats import RoundStats, Stats
@@ -222,6 +222,14 @@ def test_long_outputs_are_cut_at_marks() -> None:
     assert all(row["acceptance_length"] == 1.0 == row["over_plain"] for row in plain)
     assert plain[0]["repeated_4grams"] == pytest.approx(1 - 10 / 125, abs=1e-3)
     assert plain[-1]["repeated_4grams"] > plain[0]["repeated_4grams"]
+
+
+def test_figures_up_to_a_mark_leave_out_what_came_later() -> None:
+    one = Run(Stats(), [[0] * 6], [], [(2, 0.5), (4, 1.5), (6, 4.0)])
+    other = Run(Stats(), [[0] * 6], [], [(3, 0.5), (6, 2.5)])
+    assert up_to([[one, other]], 4) == (10 / 4.0, 10 / 4)  # the second run reaches 4 tokens with its round to 6
+    assert up_to([[one, other]], 2) == (5 / 1.0, 5 / 2)
+    assert up_to([[one]], 9) == (6 / 4.0, 2.0)
 
 
 def test_a_study_is_written_as_json_and_markdown(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ Drafts = Annotated[list[str], typer.Option("--draft", help="NAME=FOLDER, such as
 SuiteNames = Annotated[
     str, typer.Option("--suite", help="Suites or files of prompts, joined by commas; see `glidecape bench --help`.")
 ]
+OWN = "own,stdlib:400"  # small targets loop on most prompts when they are greedy
 Folder = Annotated[Path | None, typer.Option("--suites", help="Folder of suites; default: GLIDECAPE_SUITES.")]
 Temperatures = Annotated[str, typer.Option("--temperature", help="One, or several joined by commas.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens")]
@@ -118,7 +119,7 @@ def _numbers(text: str, option: str, kind: type = int) -> list[Any]:
 def cape(
     target: TargetName,
     draft: Drafts,
-    suite: SuiteNames = "own",
+    suite: SuiteNames = OWN,
     suites: Folder = None,
     name: Annotated[str, typer.Option("--use", help="Which --draft; default: the first.")] = "",
     siblings: Annotated[str, typer.Option(help="Fixed numbers of siblings.")] = "2,4,8",
@@ -185,7 +186,7 @@ def svip(
     methods: Annotated[
         str, typer.Option(help="vanilla, glide, …, with +cape or +beam; the stop policies are the study's own.")
     ] = "glide",
-    suite: SuiteNames = "own",
+    suite: SuiteNames = OWN,
     suites: Folder = None,
     calibration: Annotated[
         str, typer.Option(help="Suites or files to fit the threshold on; default: every fourth prompt is kept for it.")
@@ -265,7 +266,7 @@ def batch(
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
-    suite: SuiteNames = "own",
+    suite: SuiteNames = OWN,
     suites: Folder = None,
     sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4,16",
     length: Length = 5,

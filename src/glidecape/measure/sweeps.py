@@ -90,10 +90,10 @@ def study_long(
     runs = interleaved(target, drafters, [[p] for p in prompts], params, repeats)
     table = Table(f"long outputs, T={params.temperature:g}, {len(prompts)} prompts")
     for mark in marks(params.max_new_tokens):
-        plain = _until(runs[PLAIN], mark)
+        plain = up_to(runs[PLAIN], mark)
         repeated = mean(repetition(one.tokens[0][:mark]) for one in runs[PLAIN][0])
         for name in drafters:
-            seen = _until(runs[name], mark)
+            seen = up_to(runs[name], mark)
             row: dict[str, Any] = {"tokens": mark, "method": name, "tokens_per_s": round(seen[0], 1)}
             row |= {"over_plain": round(seen[0] / plain[0], 3), "acceptance_length": round(seen[1], 3)}
             row["equal"] = all(
@@ -117,7 +117,7 @@ def marks(longest: int) -> list[int]:
     return [*made, longest]
 
 
-def _until(repeats: Sequence[Sequence[Run]], mark: int) -> tuple[float, float]:
+def up_to(repeats: Sequence[Sequence[Run]], mark: int) -> tuple[float, float]:
     """Tokens/s (median over repeats) and acceptance length up to the first round that reaches `mark` tokens."""
     speeds, tokens, rounds = [], 0, 0
     for batches in repeats:
