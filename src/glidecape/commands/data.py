@@ -41,6 +41,9 @@ def chat(
     ],
     out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
     vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 8192,
+    max_bytes: Annotated[
+        float | None, typer.Option(help="Text at most of each source without a number of its own, such as 2e6.")
+    ] = None,
     max_row_tokens: Annotated[int, typer.Option(min=16, help="Longer rows are left out.")] = 2048,
     valid_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the openings held out.")] = 0.01,
     licences: Annotated[
@@ -51,16 +54,17 @@ def chat(
     from ..train.chat import build_chat
 
     known = _licences(licences) if licences else {}
-    counts = build_chat(out, [_chat_source(text) for text in source], vocab_size, known, max_row_tokens, valid_share)
+    sources = [_chat_source(text, int(max_bytes) if max_bytes else None) for text in source]
+    counts = build_chat(out, sources, vocab_size, known, max_row_tokens, valid_share)
     print(json.dumps(counts))
 
 
-def _chat_source(text: str) -> ChatSource:
+def _chat_source(text: str, max_bytes: int | None) -> ChatSource:
     from ..train.chat import ChatSource
 
     path, colon, size = text.rpartition(":")
     if not colon or Path(text).exists():
-        return ChatSource(Path(text))
+        return ChatSource(Path(text), max_bytes)
     try:
         return ChatSource(Path(path), int(float(size)))
     except ValueError:

@@ -7,6 +7,8 @@ text and `<|end|>`, which ends generation too.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 LEARNED_BYTES = 20_000_000
+OPENING = 2000  # characters that tell one prompt from another
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,39 @@ class Taken:
 
 
 def rendered(row: Any, place: str) -> tuple[str, str]:
-    """The text of a row as a document without its first token, and what it opens with (to hold like prompts out together).
+    """The text of a row as a document without its first token, and its opening: what a model would be asked.
 
     `messages` (role and content) and `prompt` with `completion` become turns; a prompt alone and `text` stay plain text.
 
     Raises:
-        DataError: no such column, an unknown role, or text that holds one of the tokens which mark turns.
+        DataError: no such column, no message, an unknown role, or text that holds one of the tokens which mark turns.
     """
-    turns: list[Any] = []
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        turns = row["messages"]
-        if not turns:
-            raise DataError(f"{place} has no message")
-    elif isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    columns = row if isinstance(row, dict) else {}
+    turns = columns.get("messages")
+    prompt, completion = columns.get("prompt"), columns.get("completion")
+    if not isinstance(turns, list) and isinstance(prompt, str) and isinstance(completion, str):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if isinstance(turns, list):
+        return _as_chat(turns, place)
+    for plain in (columns.get("text"), prompt):
+        if isinstance(plain, str) and plain:
+            _refuse_marks([plain], place)
+            return plain + END_OF_TURN, plain[:OPENING]
+    found = sorted(columns) or type(row).__name__
+    raise DataError(f"{place} has no messages, prompt or text column with anything in it, but {found}")
+
+
+def _as_chat(turns: list[Any], place: str) -> tuple[str, str]:
     if not turns:
-        plain = next((row[c] for c in ("text", "prompt") if isinstance(row.get(c), str)), None) if isinstance(row, dict) else None
-        if plain is None:
-            columns = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{place} has no messages, prompt or text column, but {columns}")
-        _refuse_marks([plain], place)
-        return plain + END_OF_TURN, plain[:200]
+        raise DataError(f"{place} has no message: leave the row out")
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise DataError(f"{place}: each of its messages needs a role and a content of plain text")
         if turn.get("role") not in ROLES:
             raise DataError(f"{place}: the roles are {', '.join(ROLES)}, not {turn.get('role')!r}")
     _refuse_marks([turn["content"] for turn in turns], place)
-    opening = next((t["content"] for t in turns if t["role"] == "user"), turns[0]["content"])
-    return "".join(f"<|{t['role']}|>{t['content']}{END_OF_TURN}" for t in turns), opening
+    opening = next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
+    return "".join(f"<|{t['role']}|>{t['content']}{END_OF_TURN}" for t in turns), opening[:OPENING]
 
 
 def _refuse_marks(texts: list[str], place: str) -> None:
@@ -96,7 +103,7 @@ def take(source: ChatSource, valid_share: float, seen: set[str]) -> Taken:
 
     Rows with an equal opening fall on the same side of the split, in every source.
     """
-    documents = {}
+    documents: dict[str, tuple[str, str]] = {}
     for place, row in read_rows(source.path):
         text, opening = rendered(row, place)
         documents[rank(text)] = (text, opening)
@@ -129,18 +136,21 @@ def build_chat(
     Returns:
         Counts: rows, too_long, train_tokens, valid_tokens.
     Raises:
-        DataError: a row that cannot be used (with its number), or too few rows to hold any out.
+        DataError: a row that cannot be used (with its number), two sources of one name, or too few rows to hold any out.
     """
+    if len({source.name for source in sources}) < len(sources):
+        raise DataError("two sources of one name: rename a file, its name stands for its licence in sources.json")
     seen: set[str] = set()
     taken = {source.name: take(source, valid_share, seen) for source in sources}
-    if len(taken) != len(sources):
-        raise DataError("two sources have the same name: rename a file, its name stands for its licence in sources.json")
     parts = {
         "train": sorted((text for one in taken.values() for text in one.train), key=rank),
         "valid": sorted((text for one in taken.values() for text in one.valid), key=rank),
     }
     if not parts["train"] or not parts["valid"]:
-        raise DataError(f"{len(seen)} row(s) are too few to hold any out: add rows, or raise the share held out")
+        raise DataError(
+            f"of {len(seen)} row(s) {len(parts['valid'])} fall to the held-out share of {valid_share}, and both sides need "
+            "some: add rows, or change --valid-share"
+        )
     bpe = _tokenizer(parts["train"], vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     _save(bpe, out)
@@ -189,12 +199,10 @@ def _tokenizer(texts: list[str], vocab_size: int) -> Any:
     return bpe
 
 
-def _without_marks(texts: list[str]) -> Any:
-    """Training does not cut at special tokens by itself, and would learn merges of their letters."""
-    for text in texts:
-        for mark in MARKS:
-            text = text.replace(mark, "\n")
-        yield text
+def _without_marks(texts: list[str]) -> Iterator[str]:
+    """Learning a vocabulary does not cut at special tokens by itself, and would spend merges on their letters."""
+    anywhere = re.compile("|".join(re.escape(mark) for mark in MARKS))
+    return (anywhere.sub("\n", text) for text in texts)
 
 
 def _save(bpe: Any, out: Path) -> None:
