@@ -78,7 +78,7 @@ def new_model(shape: TargetShape, tokenizer: Any) -> Any:
     }
     if shape.architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**common))
-    windows = {"layer_types": shape.layer_types}
+    windows: dict[str, Any] = {"layer_types": shape.layer_types}
     if shape.window:
         windows |= {"use_sliding_window": True, "sliding_window": shape.window, "max_window_layers": 0}
     return Qwen3ForCausalLM(Qwen3Config(**common, **windows))
