@@ -21,7 +21,8 @@ from glidecape.train.loop import Budget
 from glidecape.train.target import TargetShape, Windowing, new_model, train_target
 from test_command_line import run
 
-WORDS = [
+WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "fast", "slow", "warm", "cold"]
+WORDS += ["bright", "dark"]
     "red",
     "green",
     "blue",
@@ -230,7 +231,7 @@ def test_a_windowed_target_decodes_as_transformers_beyond_its_window(windowed, c
     )
     assert len(prompt) > 2 * 12
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    plain = generate(target, make_drafter("plain"), [prompt], params=params)[0].tokens
+    plain = generate(target, make_drafter("plain", None), [prompt], params=params)[0].tokens
     drafter = make_drafter("glide+cape", load_draft(windowed / "glide", target))
     assert generate(target, drafter, [prompt], params=params)[0].tokens == plain
     theirs = AutoModelForCausalLM.from_pretrained(windowed / "target", dtype=torch.float32)
