@@ -23,22 +23,6 @@ from test_command_line import run
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "fast", "slow", "warm", "cold"]
 WORDS += ["bright", "dark"]
-    "red",
-    "green",
-    "blue",
-    "round",
-    "square",
-    "small",
-    "large",
-    "old",
-    "new",
-    "fast",
-    "slow",
-    "warm",
-    "cold",
-    "bright",
-    "dark",
-]
 
 
 def chats(count, start=0):
