@@ -215,9 +215,9 @@ def test_a_windowed_target_decodes_as_transformers_beyond_its_window(windowed, c
     )
     assert len(prompt) > 2 * 12
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    plain = generate(target, make_drafter("plain", None), [prompt], params=params)[0].tokens
+    plain = generate(target, [prompt], params=params)[0].tokens
     drafter = make_drafter("glide+cape", load_draft(windowed / "glide", target))
-    assert generate(target, drafter, [prompt], params=params)[0].tokens == plain
+    assert generate(target, [prompt], drafter, params)[0].tokens == plain
     theirs = AutoModelForCausalLM.from_pretrained(windowed / "target", dtype=torch.float32)
     ids = torch.tensor([prompt])
     options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
