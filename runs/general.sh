@@ -13,10 +13,11 @@ minutes=${MINUTES:-65}
 tokens=${DRAFT_TOKENS:-1.5e6}
 
 # What the evaluation suites are about, and bytes at most where there is more than enough of a kind.
-mix=(gsm8k spider text2sql_classic:1.5e6 wikisql:1.5e6 code_docstring:5e6 codealpaca mbpp conala nl2bash:3e5
-    alpaca_5k alpaca_eval_outputs:5e6 llamafactory_demo lima:1e6 gpteacher:1e6 oasst_valid self_instruct_human sgd_dialogues:1e6
+mix=(gsm8k spider text2sql_classic:1.5e6 wikisql:1.5e6 code_docstring:5e6
+    alpaca_5k alpaca_eval_outputs:5e6 llamafactory_demo lima:1e6 gpteacher:1e6 oasst_valid self_instruct_human
     multi30k_de_en:3e6 tatoeba_de_en wmt_de_en t0_summarization:2e6 cnn_dailymail_small bbc_news_summary:1e6 dialogsum:5e5
-    scitldr:1e6 t0_mixture:1e6 fairytale:1e6 medquad:2e6 tinystories_small)
+    scitldr:1e6 t0_mixture:1e6 fairytale:1e6 medquad:2e6 codealpaca mbpp conala nl2bash:3e5 sgd_dialogues:1e6
+    tinystories_small)
 sources=()
 for one in "${mix[@]}"; do
     name=${one%%:*}

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from glidecape.train.chat import ChatSource, build_chat, rendered
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.target import TargetShape, Windowing, new_model, train_target
-from test_command_line import run
+from test_command_line import ROOT, run
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "fast", "slow", "warm", "cold"]
 WORDS += ["bright", "dark"]
@@ -280,3 +283,15 @@ def test_a_chat_prompt_is_answered_without_being_repeated(windowed, world, capfd
     code, _, err = run(capfd, monkeypatch, "generate", "--target", broken, "--method", "plain", "--chat", "-p", "x")
     assert code == 2
     assert "refuses the prompt (no user here)" in err
+
+
+def test_the_recipe_says_what_it_lacks_and_knows_every_licence(tmp_path):
+    options = {"cwd": tmp_path, "env": os.environ | {"SHARED": str(tmp_path / "none")}}
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / "general.sh", tmp_path / "runs")
+    done = subprocess.run(["bash", "runs/general.sh"], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 2
+    assert f"no training rows at {tmp_path}/none/data/train" in done.stderr
+    mix = re.search(r"mix=\((.*?)\)", (ROOT / "runs" / "general.sh").read_text(), re.DOTALL)[1].split()
+    licences = json.loads((ROOT / "runs" / "general_licences.json").read_text())
+    assert {name.partition(":")[0] for name in mix} == licences.keys()

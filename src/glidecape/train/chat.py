@@ -30,7 +30,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 LEARNED_BYTES = 20_000_000
-OPENING = 2000  # characters that tell one prompt from another
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def rendered(row: Any, place: str) -> tuple[str, str]:
     for plain in (columns.get("text"), prompt):
         if isinstance(plain, str) and plain:
             _refuse_marks([plain], place)
-            return plain + END_OF_TURN, plain[:OPENING]
+            return plain + END_OF_TURN, plain
     found = sorted(columns) or type(row).__name__
     raise DataError(f"{place} has no messages, prompt or text column with anything in it, but {found}")
 
@@ -89,7 +88,7 @@ def _as_chat(turns: list[Any], place: str) -> tuple[str, str]:
             raise DataError(f"{place}: the roles are {', '.join(ROLES)}, not {turn.get('role')!r}")
     _refuse_marks([turn["content"] for turn in turns], place)
     opening = next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
-    return "".join(f"<|{t['role']}|>{t['content']}{END_OF_TURN}" for t in turns), opening[:OPENING]
+    return "".join(f"<|{t['role']}|>{t['content']}{END_OF_TURN}" for t in turns), opening
 
 
 def _refuse_marks(texts: list[str], place: str) -> None:
