@@ -1,6 +1,6 @@
 """Token windows to train on, from whatever text a user has.
 
-Accepted by `load_streams`: a folder written by `glidecape data pysource` (when the target shares its tokenizer), a
+Accepted by `load_streams`: a folder written by `glidecape data` (when the target shares its tokenizer), a
 `.jsonl` or `.jsonl.gz` file (columns: see `rows.pieces_of`), a text file, or a folder of such files.
 """
 
@@ -194,11 +194,13 @@ def _split(whole: Stream) -> dict[str, Stream]:
 
 
 def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:
-    """The streams of a folder written by `corpus.build_pysource`."""
+    """The streams of a folder written by `corpus.build_pysource` or `chat.build_chat`."""
     from transformers import AutoTokenizer
 
     if loss_on == "completion":
-        raise DataError(f"{path} is a corpus of plain text: there is no completion in it, so leave --loss-on all")
+        raise DataError(
+            f"{path} is a corpus folder, in which no completion is marked: leave --loss-on all, or give the rows themselves"
+        )
     if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
