@@ -19,6 +19,7 @@ from glidecape.models.checkpoint import load_draft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
 from glidecape.train.chat import ChatSource, build_chat, rendered
+from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.target import TargetShape, Windowing, new_model, train_target
@@ -185,6 +186,19 @@ def test_the_command_makes_the_same_corpus(corpus, tmp_path, capfd, monkeypatch)
         assert code == 2
         assert message in err
         assert "Traceback" not in err
+
+
+def test_answers_are_what_is_learned_of_completions(corpus):
+    tokenizer = AutoTokenizer.from_pretrained(corpus[0])
+    streams = load_streams(corpus[0], tokenizer, loss_on="completion")
+    rows = {name: [] for name in streams}
+    for name, stream in streams.items():
+        starts = np.flatnonzero(stream.tokens == tokenizer.bos_token_id)
+        for ids, learned in zip(np.split(stream.tokens, starts[1:]), np.split(stream.learned, starts[1:]), strict=True):
+            rows[name].append(tokenizer.decode(ids[learned]))
+    answers = ["".join(f"{m['content']}<|end|>" for m in row["messages"][1::2]) for row in corpus[1] + corpus[2][:-2]]
+    assert sorted(rows["train"] + rows["valid"]) == sorted([*answers, "Nobody knows.<|end|>"])
+    assert load_streams(corpus[0], tokenizer)["train"].learned is None
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .corpus import END_OF_TEXT, rank
+from .corpus import END_OF_TEXT, END_OF_TURN, MARKS, ROLES, rank
 from .data import read_rows
 
-END_OF_TURN = "<|end|>"
-ROLES = ("system", "user", "assistant")
-MARKS = (END_OF_TEXT, END_OF_TURN, *(f"<|{role}|>" for role in ROLES))
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] not in ['system', 'user', 'assistant'] %}"

@@ -22,7 +22,9 @@ import numpy as np
 
 from ..errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+MARKS = (END_OF_TEXT, END_OF_TURN, *(f"<|{role}|>" for role in ROLES))  # the special tokens of a corpus of chats
 MIN_BYTES, MAX_BYTES = 400, 200_000
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .corpus import MARKS
 from .rows import check_completion, pieces_of
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
@@ -197,10 +198,6 @@ def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) ->
     """The streams of a folder written by `corpus.build_pysource` or `chat.build_chat`."""
     from transformers import AutoTokenizer
 
-    if loss_on == "completion":
-        raise DataError(
-            f"{path} is a corpus folder, in which no completion is marked: leave --loss-on all, or give the rows themselves"
-        )
     if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
@@ -211,7 +208,19 @@ def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) ->
             raise DataError(
                 f"{path}/{name}.bin holds token {tokens.max()}, outside the target's vocabulary of {vocab_size}"
             )
-    return {name: Stream(tokens) for name, tokens in found.items()}
+    if loss_on == "all":
+        return {name: Stream(tokens) for name, tokens in found.items()}
+    if not set(MARKS) <= tokenizer.get_vocab().keys():
+        raise DataError(f"{path} is a corpus of plain text: there is no completion in it, so leave --loss-on all")
+    return {name: Stream(tokens, answered(tokens, tokenizer)) for name, tokens in found.items()}
+
+
+def answered(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Which tokens of a corpus of chats an assistant said, the end of its turn among them; bool, same length."""
+    marks = np.flatnonzero(np.isin(tokens, tokenizer.convert_tokens_to_ids(list(MARKS))))
+    last = np.searchsorted(marks, np.arange(len(tokens))) - 1  # the mark before each token
+    assistant = tokenizer.convert_tokens_to_ids(MARKS[-1])
+    return np.asarray((last >= 0) & (tokens[marks[last]] == assistant))
 
 
 def load_tokens(path: Path, tokenizer: Any, split: str = "train", max_tokens: int | None = None) -> np.ndarray:
