@@ -2,6 +2,7 @@
 # The general target: another architecture than the shipped pair's (Qwen3's normalised queries and keys, grouped-query, windows),
 # on chat, maths, SQL, code, summaries and German-English. Restartable: every step goes on where it stopped.
 # About 100 minutes on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and SHARED (the folder that holds data/) may be set.
+# Then its tables for docs/results.md. About two hours on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and SHARED (the folder that holds data/) may be set.
 # Its rows have mixed licences, some non-commercial (runs/general_licences.json): the weights stay in runs/out/general.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,3 +42,18 @@ for kind in glide glide-no-cross lm; do
         --kind "$kind" --tokens "$tokens" --length 320 --rows 8 --max-lag 6 --optimizer muon --threads 1 &
 done
 wait
+
+if [ ! -d "$shared/eval" ]; then
+    echo "no suites at $shared/eval: the target and its drafts are in $out, without figures" >&2
+    exit 2
+fi
+# Conversations end where the target ends them.
+for temperature in 0 1; do
+    "$bin"/glidecape bench --target "$out/target" --draft "glide=$out/glide" --draft "nocross=$out/glide-no-cross" \
+        --draft "vanilla=$out/lm" --methods plain,vanilla,lookup,glide,nocross:glide,glide+cape,glide+cape+svip \
+        --suite spec_bench:24,glide:24 --suites "$shared/eval" --temperature $temperature --max-new-tokens 96 --draft-length 5 \
+        --cape-bins small --svip-threshold 0.45 --limit 4 --looping 2 --repeats 1 --watch 0 --peers "" --threads "$threads" \
+        --out "$out/bench-t$temperature"
+done
+"$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
+"$bin"/glidecape certify --target "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"
