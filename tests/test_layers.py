@@ -23,7 +23,6 @@ LAYERS = [
     {"drafting"},
     {"decode"},
     {"certify", "fit", "huggingface"},
-    {"certify", "huggingface", "fit"},
     {"train", "bench"},
     {"demo", "show"},
     {"measure"},
