@@ -36,7 +36,7 @@ def train(
     preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
-    layers: Annotated[int, typer.Option(min=1, max=2, help="Of a GliDe draft.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="Of the draft; GliDe has 1 or 2.")] = 1,
     read: Annotated[
         str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
     ] = "last",
