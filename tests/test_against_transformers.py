@@ -8,9 +8,11 @@ import torch
 
 from glidecape.decode import generate
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
+from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
 from glidecape.models.glide import GlideModel
 from glidecape.models.glide_config import GlideConfig
 from glidecape.models.glide_draft import GlideDraft
+from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
@@ -79,12 +81,18 @@ def reference_tokens(reference, prompt, **more):
 PROMPTS = [[5], [7, 11, 13, 17, 19], list(range(10, 27)), [(i * 37) % 90 + 3 for i in range(40)]]
 
 
-def drafts_of(method, glide, noisy):
+def drafts_of(method, target, glide, noisy):
+    base = method.split("+")[0]
     if method in DRAFTLESS:
         return [None]
-    if method.startswith("vanilla"):
+    if base == "vanilla":
         return [noisy]
+    if base == "medusa":
+        return [MedusaDraft(MedusaModel(MedusaConfig.for_target(target), target))]
     agreeing = Agreeing(noisy.model)
+    if method in ("eagle", "eagle+chain"):
+        torch.manual_seed(5)
+        return [EagleDraft(EagleModel(EagleConfig.for_target(target), target)), agreeing]
     # A draft that is never right costs a round a token: once with each expansion will do.
     return [glide, agreeing] if method in ("glide", "glide+cape", "glide+beam") else [agreeing]
 
@@ -99,7 +107,7 @@ def test_greedy_tokens_equal_transformers(family, rows):
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     accepted = 0
     for method in METHODS:
-        for draft in drafts_of(method, glide, noisy):
+        for draft in drafts_of(method, target, glide, noisy):
             out = generate(target, prompts, make_drafter(method, draft), params)
             assert [o.tokens for o in out] == [e for e, _ in expected], f"{method}, margin {margin:.1e}"
             accepted += sum(origin != "bonus" for o in out for origin in o.origins)
@@ -128,8 +136,16 @@ def test_greedy_tokens_with_processors_equal_transformers(family):
         assert [e for e, _ in expected] != plain, "the options changed nothing"
         assert min(m for _, m in expected) > 1e-5
         params = SamplingParams(max_new_tokens=count, ignore_eos=True, **ours)
-        for method in ("plain", "lookup", "vanilla+heuristic", "vanilla+beam", "glide+cape", "glide+beam+svip"):
-            for draft in drafts_of(method, glide, noisy)[-1:]:
+        for method in (
+            "plain",
+            "lookup",
+            "vanilla+heuristic",
+            "vanilla+beam",
+            "glide+cape",
+            "glide+beam+svip",
+            "eagle",
+        ):
+            for draft in drafts_of(method, target, glide, noisy)[-1:]:
                 out = generate(target, PROMPTS, make_drafter(method, draft), params)
                 assert [o.tokens for o in out] == [e for e, _ in expected], (method, ours)
 
@@ -139,7 +155,7 @@ def test_one_seed_gives_one_text_with_every_method_alone_and_in_a_batch(family):
     each = [SamplingParams(temperature=1.0, seed=40 + i, max_new_tokens=30, ignore_eos=True) for i in range(4)]
     alone = [generate(target, [p], None, own)[0].tokens for p, own in zip(PROMPTS, each, strict=True)]
     for method in METHODS:
-        for draft in drafts_of(method, glide, noisy):
+        for draft in drafts_of(method, target, glide, noisy):
             out = generate(target, PROMPTS, make_drafter(method, draft), each)
             assert [o.tokens for o in out] == alone, method
 
@@ -153,7 +169,7 @@ def test_rows_that_end_at_different_times_do_not_disturb_the_others(family):
     first = expected[1].index(stop) + 1
     wanted = [expected[0][:3], expected[1][:first], expected[2][:1], expected[3][:30]]
     for method in METHODS:
-        for draft in drafts_of(method, glide, noisy):
+        for draft in drafts_of(method, target, glide, noisy):
             out = generate(target, PROMPTS, make_drafter(method, draft), each)
             assert [o.tokens for o in out] == wanted, method
             assert [o.finish for o in out] == ["length", "stop", "length", "length"]

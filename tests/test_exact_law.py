@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from glidecape import state as state_module
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
+from glidecape.drafting.eagle_tree import EagleTree, StaticTree
 from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
 from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.lookup import LookupDrafter
+from glidecape.drafting.medusa import MedusaDrafter
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.drafting.stop import Entropy, FixedLength, Heuristic, StopPolicy
 from glidecape.errors import InputError
@@ -30,7 +33,9 @@ from glidecape.verify import DenseLaw, verify_row
 from toys import (
     Context,
     EnumeratingChance,
+    ReRun,
     ToyDraft,
+    ToyHeads,
     ToyTarget,
     exact_law,
     random_rule,
@@ -47,6 +52,10 @@ EXPANSIONS = {
     "cape of 0 to 2": lambda: Cape((0, 2, 2, 0, 1, 1, 2, 0, 1, 0)),
     "beam of 2": lambda: Beam(2),
     "beam of 4": lambda: Beam(4),  # more than the vocabulary holds
+    "tree of 2 and 4": lambda: EagleTree(2, 4),
+    "tree of 3 and 12": lambda: EagleTree(3, 12),
+    "static of 2 and 5": lambda: StaticTree(2, 5, 2),
+    "static of 4 and 12": lambda: StaticTree(4, 12, 2),
 }
 STOPS = {
     "fixed 1": lambda: FixedLength(1),
@@ -165,11 +174,26 @@ def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, param
     assert distance(drafter, PARAMS[params]) <= 1e-12
 
 
+@pytest.mark.parametrize("expansion", [lambda: Beam(2), lambda: EagleTree(2, 6)], ids=["beam", "tree"])
 @pytest.mark.parametrize("over", Entropy.OVER)
 @pytest.mark.parametrize("threshold", [0.25, 0.35])
-def test_svip_on_a_beam_has_the_target_law(over: str, threshold: float) -> None:
-    drafter = ModelDrafter(ToyDraft(DRAFT), Beam(2), Entropy(threshold, 3, over))
+def test_svip_by_depth_has_the_target_law(over: str, threshold: float, expansion: Callable[[], Expansion]) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), expansion(), Entropy(threshold, 3, over))
     assert distance(drafter, PARAMS["temperature 1"]) <= 1e-12
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("expansion", ["chain", "tree of 2 and 4"])
+def test_a_draft_that_runs_accepted_tokens_again_has_the_target_law(expansion: str, params: str) -> None:
+    assert distance(ModelDrafter(ReRun(DRAFT), EXPANSIONS[expansion](), FixedLength(2)), PARAMS[params]) <= 1e-12
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("expansion", ["chain", "static of 2 and 5", "tree of 2 and 4"])
+def test_heads_that_foretell_all_depths_have_the_target_law(expansion: str, stop: str, params: str) -> None:
+    drafter = MedusaDrafter(ToyHeads(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
+    assert distance(drafter, PARAMS[params]) <= 1e-12
 
 
 @pytest.mark.parametrize("params", PARAMS)

@@ -30,7 +30,8 @@ def needs_torchao():
 
 def drafters_of(world, target):
     """Every method, its draft loaded from its folder."""
-    drafts = {"glide": load_draft(world["glide"], target), "vanilla": load_draft(world["lm"], target)}
+    drafts = {base: load_draft(world[base], target) for base in ("glide", "eagle", "medusa")}
+    drafts["vanilla"] = load_draft(world["lm"], target)
     return {m: make_drafter(m, None if m in DRAFTLESS else drafts[m.split("+")[0]]) for m in METHODS}
 
 

@@ -32,7 +32,7 @@ def check(target, reference, drafts, texts):
     margin = min(m for _, m in expected)
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     for method in METHODS:
-        for draft in drafts.get(method.split("+")[0], [None]):
+        for draft in drafts.get(method.split("+")[0], []):
             drafter = make_drafter(method, draft)
             batch = generate(target, prompts, drafter, params)
             assert [o.tokens for o in batch] == [e for e, _ in expected], f"{method}, ragged batch, margin {margin:.1e}"
@@ -44,8 +44,11 @@ def test_the_shipped_pair_equals_transformers():
     if not (PAIR / "target" / "config.json").is_file():
         pytest.skip("the shipped pair models/pysource is not in this checkout")
     target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)
-    drafts = {"plain": [None], "vanilla": [load_draft(PAIR / "lm", target)]}
+    drafts = {"plain": [None], "lookup": [None], "vanilla": [load_draft(PAIR / "lm", target)]}
     drafts["glide"] = [load_draft(PAIR / name, target) for name in ("glide", "glide-no-cross")]
+    for base in ("eagle", "medusa"):
+        if (PAIR / base).is_dir():
+            drafts[base] = [load_draft(PAIR / base, target)]
     texts = ["import os\n", "def add(a, b):\n    return", "class Queue:\n    def __init__(self, size):\n", "x"]
     check(target, reference_of(PAIR / "target"), drafts, texts)
 
@@ -130,6 +133,8 @@ def test_a_public_checkpoint_equals_transformers():
         if p.ndim > 1:
             p.data += 0.01 * torch.randn_like(p)
     draft = Target(noisy)
-    drafts = {"plain": [None], "vanilla": [StandaloneDraft(draft)], "glide": [Agreeing(draft)]}
+    agreeing = [Agreeing(draft)]
+    drafts = {"plain": [None], "lookup": [None], "vanilla": [StandaloneDraft(draft)]}
+    drafts |= {"glide": agreeing, "eagle": agreeing, "medusa": agreeing}
     texts = ["Once upon a time", "Lily and Tom went to the park. They saw a big", "One day", "The dog"]
     check(target, reference, drafts, texts)

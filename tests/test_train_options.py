@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from glidecape.errors import InputError
-from glidecape.models.checkpoint import load_draft, load_glide, read_card
+from glidecape.models.checkpoint import load_draft, load_network, read_card
 from glidecape.models.target import Target
 from glidecape.train import draft as drafts
 from glidecape.train import figures
@@ -85,7 +85,7 @@ def test_a_compiled_draft_learns_the_same(kind, world, target, tmp_path, monkeyp
 
 
 def test_figures_by_lag_are_the_obvious_ones(world, target):
-    module = load_glide(world["glide"], target).module
+    module = load_network(world["glide"], target).module
     tokens = load_tokens(world["corpus"], target.tokenizer, "valid")
     found = figures.figures_by_lag(target, module, tokens, 24, max_windows=1)
     assert found["lags"] == list(range(1, 9))

@@ -78,7 +78,7 @@ def test_a_run_that_was_killed_and_resumed_gives_the_same_weights(world, tmp_pat
     def train(out):
         # Every step is saved, so the run can die anywhere.
         train_draft(target, world["corpus"], out, recipe, budget, prompts=0, save_every_s=0)
-        return checkpoint.load_glide(out, target).module.state_dict()
+        return checkpoint.load_network(out, target).module.state_dict()
 
     whole = train(tmp_path / "whole")
     real = loop.torch.nn.utils.clip_grad_norm_
@@ -265,14 +265,14 @@ def test_every_kind_of_draft_trains_loads_and_decodes_losslessly(world, tmp_path
 def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path, monkeypatch):
     target = load(world)
     draft = load_draft(world["glide"], target)
-    checkpoint.save_glide(tmp_path, draft.module, target, "first", {}, torch.float32)
+    checkpoint.save_network(tmp_path, draft.module, target, "first", {}, torch.float32)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("glidecape.files.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        checkpoint.save_glide(tmp_path, draft.module, target, "second", {}, torch.float32)
+        checkpoint.save_network(tmp_path, draft.module, target, "second", {}, torch.float32)
     assert checkpoint.read_card(tmp_path)["command"] == "first"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "draft.safetensors"]
 

@@ -28,7 +28,7 @@ def write_packages(root: Path) -> None:
 
 
 def make_world(folder: Path) -> dict[str, Path]:
-    """Paths: corpus, target, glide, lm."""
+    """Paths: corpus, target, glide, eagle, medusa, lm."""
     torch.manual_seed(0)
     write_packages(folder / "site")
     build_pysource(folder / "corpus", [folder / "site"], ("package1",), vocab_size=400)
@@ -36,7 +36,7 @@ def make_world(folder: Path) -> dict[str, Path]:
     windowing = Windowing(length=64, rows=8, long_length=128)
     train_target(folder / "corpus", folder / "target", shape, Budget(tokens=40 * 8 * 64), windowing, rate=1e-2)
     target = Target.from_pretrained(folder / "target", dtype=torch.float32)
-    for kind in ("glide", "lm"):
+    for kind in ("glide", "eagle", "medusa", "lm"):
         recipe = DraftRecipe(kind=kind, length=64, rows=8, rate=1e-2)
         train_draft(target, folder / "corpus", folder / kind, recipe, Budget(tokens=25 * 8 * 64), "test", prompts=2)
-    return {name: folder / name for name in ("corpus", "target", "glide", "lm")}
+    return {name: folder / name for name in ("corpus", "target", "glide", "eagle", "medusa", "lm")}

@@ -140,9 +140,32 @@ class ToyDraft:
         return _read(self.rule, self.vocab, tokens, positions, own, own_mask, lenient=True)
 
 
+class ReRun(ToyDraft):
+    """A `ToyDraft` that, as EAGLE does, runs accepted tokens once more."""
+
+    trusts_own = False
+
+
+class ToyHeads:
+    """A `DepthModel`: the law of depth d is a rule of the committed tokens and d, and knows nothing of the root."""
+
+    reads_hidden = False
+
+    def __init__(self, rule: Rule, max_lag: int = 4) -> None:
+        self.rule, self.max_lag = rule, max_lag
+
+    def all_depths(self, target_cache: KVCache) -> Tensor:
+        known = [
+            tuple(target_cache.keys[0][row, 0, :length, 0].long().tolist())
+            for row, length in enumerate(target_cache.lengths)
+        ]
+        return torch.stack([torch.stack([self.rule((*seen, -d)) for d in range(self.max_lag)]) for seen in known])
+
+
 def check_invariants(state: DecodeState) -> None:
     """Committed slots hold every known token but the last one, at its place; the draft trusts true tokens only."""
-    caches = [state.cache, *([state.draft.own] if hasattr(state.draft, "own") else [])]
+    own = getattr(state.draft, "own", None)
+    caches = [state.cache, *([own] if own is not None and own.keys else [])]
     assert state.cache.lengths == [len(row.tokens) - 1 for row in state.rows]
     for cache in caches:
         assert cache.scratch == 0

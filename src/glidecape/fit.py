@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .decode import decode, run_round, start
-from .drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
+from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansion import Chain, Expansion
 from .drafting.law import DraftLaw
+from .drafting.methods import AnyDraft, joined
 from .drafting.stop import Entropy
 from .errors import InputError
 from .models.target import Target
@@ -87,7 +88,7 @@ class _Recorder(Entropy):
 
 def record(
     target: Target,
-    draft: DraftModel,
+    draft: AnyDraft,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     expansion: Expansion | None = None,
@@ -97,7 +98,7 @@ def record(
 ) -> list[Recorded]:
     """Decode the prompts one by one with drafts of `cap` depths; one record a round that drafted two or more."""
     stop = _Recorder(cap, over)
-    drafter = ModelDrafter(draft, expansion or Chain(), stop)
+    drafter = joined(draft, expansion or Chain(), stop)
     rounds = []
     for prompt in prompts:
         state = start(target, drafter, [prompt], params)
@@ -105,7 +106,8 @@ def record(
             stop.seen, stop.nodes = [], []
             (event,) = run_round(target, drafter, state, stats)
             if stop.seen:
-                nodes = (*stop.nodes, event.stats.drafted)
+                # A tree that is pruned to its best nodes never verifies more than it does now.
+                nodes = (*(min(n, event.stats.drafted) for n in stop.nodes), event.stats.drafted)
                 rounds.append(Recorded(tuple(stop.seen), nodes, event.stats.accepted))
     return rounds
 
@@ -136,7 +138,7 @@ def best_threshold(rounds: Sequence[Recorded], costs: Costs) -> Fit:
 
 def fit_threshold(
     target: Target,
-    draft: DraftModel,
+    draft: AnyDraft,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | None = None,
     expansion: Expansion | None = None,
@@ -185,4 +187,4 @@ def with_fitted_threshold(
         raise InputError("there is no SVIP threshold to fit: choose a method with +svip")
     stop = drafter.stop
     fit = fit_threshold(target, drafter.model, prompts, params, drafter.expansion, stop.cap, stop.over)
-    return ModelDrafter(drafter.model, drafter.expansion, Entropy(fit.threshold, stop.cap, stop.over)), fit
+    return joined(drafter.model, drafter.expansion, Entropy(fit.threshold, stop.cap, stop.over)), fit

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .decode import decode
 from .drafting.drafter import Drafter, DraftModel
-from .drafting.methods import DRAFTLESS, make_drafter, parse_method
+from .drafting.methods import DRAFTLESS, USUAL, make_drafter, parse_method
 from .errors import InputError, UnsupportedError
 from .models.checkpoint import load_draft
-from .models.glide_draft import GlideDraft
 from .models.standalone import StandaloneDraft
 from .models.target import ATTENTION, Target
 from .sampling import NOISE, SamplingParams
@@ -59,7 +58,8 @@ def glidecape_generate(
             token. Both must depend on their arguments alone.
         draft: folder or Hub name of a draft, one that was loaded, or a transformers model that drafts. Folders are loaded
             once a model.
-        method: as in `glidecape generate --method`; by default CaPE on the draft, or prompt lookup without one.
+        method: as in `glidecape generate --method`; by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or
+            prompt lookup without a draft.
         draft_length: tokens drafted a round, where the stop policy is a fixed length.
         seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
         sampling: "noise" or "residual", see `SamplingParams`.
@@ -241,9 +241,10 @@ def _prepare(model: Any, draft: Any, method: str | None, length: int) -> tuple[T
                 f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
             )
         draft = StandaloneDraft(own.target)
-    usual = "lookup" if draft is None else "glide+cape" if isinstance(draft, GlideDraft) else "vanilla+cape"
+    own_base = getattr(draft, "base", "vanilla")
+    usual = "lookup" if draft is None else own_base if own_base in USUAL else f"{own_base}+cape"
     base, _ = parse_method(method or usual)
-    if draft is not None and base not in DRAFTLESS and (base == "glide") != isinstance(draft, GlideDraft):
+    if draft is not None and base not in DRAFTLESS and base != own_base:
         raise InputError(f"the draft does not fit method '{method}': try '{usual}'")
     return kept.target, make_drafter(method or usual, draft, length)
 

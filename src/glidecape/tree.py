@@ -25,6 +25,7 @@ class TokenTree:
         score: `(batch, nodes)` float; sum of draft log-probabilities from the root.
         sampled: `(batch, nodes)` bool; True: drawn at random from its parent's draft law. False: chosen
             deterministically (given the shared noise).
+        grown_as: `(batch, nodes)` numbers that the nodes had before the tree was pruned; None: it was not.
 
     >>> tree = TokenTree(torch.tensor([5]))
     >>> a = tree.add(torch.tensor([[0]]), torch.tensor([[7]]), torch.tensor([[-0.1]]))
@@ -41,6 +42,7 @@ class TokenTree:
         self.valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.score = torch.zeros(batch, 1, device=device)
         self.sampled = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+        self.grown_as: Tensor | None = None
         self._ancestors: Tensor | None = None
         # Draft laws that children were drawn from, kept for sampled parents only: (row, node) -> log-law (vocab,)
         self._laws: dict[tuple[int, int], Tensor] = {}
@@ -153,6 +155,7 @@ class TokenTree:
         made = TokenTree(self.tokens[:, 0])
         for name in ("tokens", "depth", "valid", "score", "sampled"):
             setattr(made, name, getattr(self, name).gather(1, kept))
+        made.grown_as = kept if self.grown_as is None else self.grown_as.gather(1, kept)
         parents = self.parents.gather(1, kept)
         made.parents = torch.where(parents < 0, -1, renumber.gather(1, parents.clamp(min=0)))
         return made

@@ -12,6 +12,8 @@ import torch
 from ..decode import start
 from ..drafting.drafter import DraftModel, ModelDrafter
 from ..drafting.expansion import Chain
+from ..drafting.medusa import DepthModel
+from ..drafting.methods import AnyDraft
 from ..drafting.stop import FixedLength
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -32,7 +34,7 @@ def _timed(call: Any, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def measure_costs(target: Target, drafts: Mapping[str, DraftModel], context: int) -> dict[str, Any]:
+def measure_costs(target: Target, drafts: Mapping[str, AnyDraft], context: int) -> dict[str, Any]:
     """Median seconds after `context` tokens: `forward` by drafted nodes (0: a plain step), `draft_step` by draft; and both
     over a plain step as `v` and `c`. Steps of different kinds alternate.
     """
@@ -55,7 +57,9 @@ def measure_costs(target: Target, drafts: Mapping[str, DraftModel], context: int
             cache.keep([[]])
     forward = {n: statistics.median(times) for n, times in forwards.items()}
     steps = {
-        name: _draft_step(target, m, prompt) for name, m in drafts.items() if hasattr(m, "step") and m.max_lag >= LONG
+        name: _draft_step(target, m, prompt)
+        for name, m in drafts.items()
+        if not isinstance(m, DepthModel) and m.max_lag >= LONG
     }
     plain = forward[0]
     return {

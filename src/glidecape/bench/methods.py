@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..drafting.drafter import Drafter, DraftModel
+from ..drafting.drafter import Drafter
 from ..drafting.expansion import Cape
-from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
+from ..drafting.methods import DRAFTLESS, AnyDraft, make_drafter, parse_method
 from ..errors import InputError
 from .settings import Settings
 
@@ -23,6 +23,8 @@ OPTIONS = {
     "over": "over",
     "beams": "beams",
     "ngram": "ngram",
+    "top": "top",
+    "total": "total",
 }
 
 
@@ -46,7 +48,7 @@ class Method:
     def uses_svip(self) -> bool:
         return "svip" in parse_method(self.method)[1]
 
-    def drafter(self, drafts: Mapping[str, DraftModel], threshold: float | None = None) -> Drafter:
+    def drafter(self, drafts: Mapping[str, AnyDraft], threshold: float | None = None) -> Drafter:
         """Its drafter; `threshold`: a fitted one.
 
         Raises:
@@ -65,6 +67,8 @@ class Method:
             over=own.over,
             beams=own.beams,
             ngram=own.ngram,
+            top=own.top,
+            total=own.total,
         )
 
 

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..decode import decode
-from ..drafting.drafter import Drafter, DraftModel
+from ..drafting.drafter import Drafter
+from ..drafting.medusa import DepthModel
+from ..drafting.methods import AnyDraft
 from ..errors import InputError, OutputError
 from ..fit import with_fitted_threshold
 from ..models.target import Target
@@ -45,7 +47,7 @@ class Plan:
     """
 
     target: Target
-    drafts: Mapping[str, DraftModel]
+    drafts: Mapping[str, AnyDraft]
     digests: Mapping[str, str]
     methods: Sequence[Method]
     suites: Sequence[Suite]
@@ -304,7 +306,7 @@ def _watch(plan: Plan, folder: RunFolder, bar: Progress) -> None:
         if item.kind == "steady" and len(alike) < settings.watch:
             chosen.append(item)
     names = dict.fromkeys(one.draft for one in plan.methods if one.draft is not None)
-    models = {name: plan.drafts[name] for name in names if hasattr(plan.drafts[name], "step")}
+    models = {name: m for name in names if not isinstance(m := plan.drafts[name], DepthModel)}
     done = {(line["item"], line["draft"]) for line in folder.watched.lines}
     task = bar.add_task("watching drafts", total=len(chosen) * len(models), completed=len(done))
     for item in chosen:

@@ -25,7 +25,7 @@ class Settings:
         chat: apply the tokenizer's chat template to prompts that are turns of a conversation.
         limit, looping: of each category, prompts that count, and prompts with looping greedy continuations.
         repeats: timed repeats.
-        draft_length, bins, threshold, cap, over, beams, ngram: of the methods, see `make_drafter`.
+        draft_length, bins, threshold, cap, over, beams, ngram, top, total: of the methods, see `make_drafter`.
         watch: of each category, prompts on which every draft's law is written down, untimed.
         watch_depth: depths that the draft then runs from each token.
     """
@@ -49,6 +49,8 @@ class Settings:
     over: str = "best"
     beams: int = 4
     ngram: int = 3
+    top: int = 10
+    total: int = 60
     watch: int = 4
     watch_depth: int = 8
 

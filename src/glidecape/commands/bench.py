@@ -84,6 +84,10 @@ def bench(
     svip_over: Annotated[str, typer.Option(help="best, mean or min of the frontier.")] = "best",
     beams: int = 4,
     lookup_ngram: int = 3,
+    tree_top: Annotated[
+        int, typer.Option(help="Choices of a node that goes on, in the trees of EAGLE and Medusa.")
+    ] = 10,
+    tree_total: Annotated[int, typer.Option(help="Their nodes, the root included.")] = 60,
     watch: Annotated[
         int, typer.Option(help="Prompts of a category on which the drafts' laws are written down, untimed.")
     ] = 4,
@@ -133,6 +137,8 @@ def bench(
         over=svip_over,
         beams=beams,
         ngram=lookup_ngram,
+        top=tree_top,
+        total=tree_total,
         watch=watch,
         watch_depth=watch_depth,
     )

@@ -87,7 +87,7 @@ def make_drafters(methods: str, drafts: dict[str, Any], bases: dict[str, str]) -
 
     Args:
         drafts: loaded drafts by name.
-        bases: "glide" or "vanilla" for each of them.
+        bases: of the methods that each of them is for.
 
     Raises:
         InputError: an unknown method, or one whose draft is missing or of another kind.

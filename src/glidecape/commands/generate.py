@@ -15,12 +15,13 @@ from .shared import Device, Dtype, Quantize, Revision, TargetName, Threads, Trus
 def generate(
     target: TargetName,
     draft: Annotated[
-        str | None, typer.Option(help="GliDe draft, or a draft LM for vanilla: folder or Hub name.")
+        str | None, typer.Option(help="GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name.")
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="plain, lookup, vanilla or glide; the last two also +cape or +beam, and +svip or +heuristic."
+            help="plain, lookup, vanilla, glide, eagle or medusa. All but the first two also +chain, +cape, +beam, +tree "
+            "(EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), and +svip or +heuristic."
         ),
     ] = "glide+cape",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
@@ -49,7 +50,7 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="On tokens of the output, each time; 0: off.")] = 0.0,
     logit_bias: Annotated[list[str] | None, typer.Option(help="ID=NUMBER added to a token's logit; repeat.")] = None,
     draft_length: Annotated[
-        int, typer.Option(help="Tokens drafted a round, without SVIP; the first one with heuristic.")
+        int, typer.Option(help="Tokens drafted a round, or a tree's depth, without SVIP; the first one with heuristic.")
     ] = 5,
     cape_bins: Annotated[
         str, typer.Option(help="Siblings by confidence: paper, small, or numbers like 7,5,3,1.")
@@ -62,9 +63,13 @@ def generate(
         int, typer.Option(help="Tokens at most with svip or heuristic; the draft's max lag also holds.")
     ] = 40,
     svip_over: Annotated[
-        str, typer.Option(help="Whose entropy, with beam: best, mean or min of the frontier.")
+        str, typer.Option(help="Whose entropy, with beam or a tree: best, mean or min of the frontier.")
     ] = "best",
     beams: Annotated[int, typer.Option(help="Nodes a depth with beam.")] = 4,
+    tree_top: Annotated[
+        int, typer.Option(help="With tree or static: choices of a node that go on; with tree also nodes run a depth.")
+    ] = 10,
+    tree_total: Annotated[int, typer.Option(help="Nodes verified with tree or static, the root included.")] = 60,
     lookup_ngram: Annotated[int, typer.Option(help="Longest match of prompt lookup.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt instead of text.")] = False,
     device: Device = "cpu",
@@ -116,6 +121,8 @@ def generate(
         over=svip_over,
         beams=beams,
         ngram=lookup_ngram,
+        top=tree_top,
+        total=tree_total,
     )
     if svip_fit is not None:
         from ..fit import with_fitted_threshold
@@ -135,11 +142,10 @@ def _bias(items: list[str]) -> dict[int, float]:
 
 
 def _check_kind(base: str, loaded: Any, name: str | None) -> None:
-    from ..models.glide_draft import GlideDraft
+    from ..drafting.methods import WANTS
 
-    if loaded is None:
-        return
-    if (base == "glide") != isinstance(loaded, GlideDraft):
-        kind = "a GliDe draft" if isinstance(loaded, GlideDraft) else "a causal LM"
-        fit = "glide, glide+cape, …" if isinstance(loaded, GlideDraft) else "vanilla, vanilla+svip, …"
-        raise InputError(f"{name} holds {kind}, which does not fit --method {base}: use {fit}, or name another draft")
+    if loaded is not None and loaded.base != base:
+        fit = f"{loaded.base}, {loaded.base}+svip, …"
+        raise InputError(
+            f"{name} holds {WANTS[loaded.base]}, which does not fit --method {base}: use {fit}, or name another draft"
+        )

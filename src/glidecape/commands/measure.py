@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..bench.settings import Settings
     from ..bench.suites import Suite
     from ..drafting.drafter import DraftModel
+    from ..drafting.methods import AnyDraft
     from ..measure.table import Study
     from ..models.target import Target
 
@@ -54,7 +55,7 @@ class _Opened:
     """What every study begins with."""
 
     target: Target
-    drafts: Mapping[str, DraftModel]
+    drafts: Mapping[str, AnyDraft]
     suites: list[Suite]
     settings: Settings
     study: Study
@@ -173,10 +174,17 @@ def cape(
     opened.finish()
 
 
-def _chosen(name: str, drafts: Mapping[str, DraftModel]) -> DraftModel:
+def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
+    from ..drafting.medusa import DepthModel
+
     if name and name not in drafts:
         raise InputError(f"no draft named '{name}': give --draft {name}=FOLDER")
-    return drafts[name or next(iter(drafts))]
+    chosen = drafts[name or next(iter(drafts))]
+    if isinstance(chosen, DepthModel):
+        raise InputError(
+            "Medusa heads have no confidence at a node, only at a depth: CaPE and beams need another draft"
+        )
+    return chosen
 
 
 @app.command()

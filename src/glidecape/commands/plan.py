@@ -46,9 +46,11 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
     # Logits: the target's in its dtype, the draft's and their gradient in autocast's; of all, the rows that count are
     # gathered again, and a piece of them is widened.
+    from ..models.medusa import MedusaModel
     from ..train.losses import CHUNK, DIRECT
 
-    logits = recipe.rows * length * target.vocab_size
+    heads = module.config.heads if isinstance(module, MedusaModel) else 1
+    logits = recipe.rows * length * target.vocab_size * heads
     widened = 6 * 4 * (logits if logits <= DIRECT else CHUNK)
     config = target.text_config
     ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -192,9 +194,9 @@ def plan(
     target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
     data: Annotated[Path | None, typer.Option(help="Text to train on; default: random token ids.")] = None,
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 2e7,
-    kind: Annotated[str, typer.Option(help="glide, glide-no-cross or lm.")] = "glide",
+    kind: Annotated[str, typer.Option(help="glide, glide-no-cross, eagle, medusa or lm.")] = "glide",
     preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
+    loss: Annotated[str, typer.Option(help="As for train.")] = "",
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     recipe: Annotated[

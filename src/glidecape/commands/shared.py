@@ -82,13 +82,14 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 
 def base_of(folder: str) -> str:
-    from ..models.checkpoint import WEIGHTS
+    """The base of the methods that a draft folder is for, such as "glide" or "vanilla"."""
+    from ..models.checkpoint import WEIGHTS, read_card
 
-    return "glide" if (Path(folder) / WEIGHTS).is_file() else "vanilla"
+    return read_card(Path(folder))["kind"] if (Path(folder) / WEIGHTS).is_file() else "vanilla"
 
 
 def named_folders(items: list[str]) -> dict[str, str]:
-    """`--draft` options, each NAME=FOLDER or a folder, which is then named "glide" or "vanilla" by what it holds.
+    """`--draft` options, each NAME=FOLDER or a folder, which is then named by what it holds (`base_of`).
 
     Raises:
         InputError: two of one name.

@@ -16,14 +16,17 @@ def train(
     data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
     out: Annotated[Path, typer.Option(help="Folder of the draft; an interrupted run there goes on.")],
     kind: Annotated[
-        str, typer.Option(help="glide, glide-no-cross (the ablation) or lm (an independent LM).")
+        str, typer.Option(help="glide, glide-no-cross (the ablation), eagle, medusa or lm (an independent LM).")
     ] = "glide",
     preset: Annotated[str, typer.Option(help="default, or paper: the paper's own choices.")] = "default",
-    loss: Annotated[str, typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce; several joined by +.")] = "kl",
+    loss: Annotated[
+        str,
+        typer.Option(help="kl, rkl, tv, nla, lk_hybrid or ce, several joined by +; feature for eagle, its default."),
+    ] = "",
     lags: Annotated[str, typer.Option(help="block-random, block (the paper's), balanced or shift.")] = "block-random",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 4e6.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
-    max_lag: Annotated[int, typer.Option(help="Deepest draft to train for; 0: the preset's.")] = 0,
+    max_lag: Annotated[int, typer.Option(help="Deepest draft to train for, heads of medusa; 0: the preset's.")] = 0,
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -46,6 +49,7 @@ def train(
     embedding: Annotated[str, typer.Option(help="shared with the target or own; default: the preset's.")] = "",
     norm: Annotated[str, typer.Option(help="on or off, before the cross-attention; default: the preset's.")] = "",
     draft_vocab: Annotated[int, typer.Option(help="Propose only so many frequent tokens; 0: all.")] = 0,
+    noise: Annotated[float, typer.Option(help="On the features that eagle is trained on; 0: none.")] = 0.1,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -79,6 +83,7 @@ def train(
         embedding,
         norm,
         draft_vocab,
+        noise,
     )
     budget = None if preview else _budget(tokens, minutes)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)

@@ -122,14 +122,17 @@ class ModelDrafter:
 
     @property
     def budget(self) -> int:
-        return 1 + sum(self.expansion.nodes(d) for d in range(self.cap))
+        return self.expansion.budget(self.cap)
 
     def admit(self, state: DecodeState) -> None:
         """Read the prompts, all but their last tokens."""
         own = self.model.new_cache(len(state.rows), state.cache.capacity)
         self._catch_up(state, own, [len(row.tokens) - 1 for row in state.rows])
+        state.draft = DraftState(own, [], self._first_lengths(len(state.rows)))
+
+    def _first_lengths(self, rows: int) -> list[int] | None:
         start = getattr(self.stop, "start", None)
-        state.draft = DraftState(own, [], None if start is None else [min(start, self.cap)] * len(state.rows))
+        return None if start is None else [min(start, self.cap)] * rows
 
     def _catch_up(self, state: DecodeState, own: KVCache, upto: list[int], chunk: int = 512) -> None:
         device = own.keys[0].device
@@ -164,7 +167,7 @@ class ModelDrafter:
             if isinstance(more, Tensor):
                 frontier = frontier.masked_fill(~more[:, None], -1)
                 more = bool((frontier >= 0).any())  # not `more`: a stopped row has no say
-            if not more:
+            if not more or frontier.shape[1] == 0:
                 return self.expansion.finish(tree)
             logits = self._step(state, own, tree, frontier, roots)
 
@@ -208,15 +211,20 @@ class ModelDrafter:
         return logits
 
     def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        """Trust the longest beginning of each path that was run; its slots move next to the draft's committed ones."""
-        ran = torch.cat(state.draft.ran if self.model.trusts_own else state.draft.ran[:1], 1).tolist()
-        trusted = []
-        for path, in_slot in zip(paths, ran, strict=True):
-            slot = {node: at for at, node in enumerate(in_slot)}
-            trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, path)])
-        state.draft.own.keep(trusted)
+        self._trust(state, tree, paths)
         if state.draft.lengths is not None:
             state.draft.lengths = [
                 min(self.cap, self.stop.next_length(length, len(path) - 1 == end))  # type: ignore[attr-defined]
                 for length, path, end in zip(state.draft.lengths, paths, tree.deepest.tolist(), strict=True)
             ]
+
+    def _trust(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        """Trust the longest beginning of each path that was run; its slots move next to the draft's committed ones."""
+        ran = torch.cat(state.draft.ran if self.model.trusts_own else state.draft.ran[:1], 1).tolist()
+        trusted = []
+        for row, (path, in_slot) in enumerate(zip(paths, ran, strict=True)):
+            slot = {node: at for at, node in enumerate(in_slot)}
+            if tree.grown_as is not None:  # a pruned tree has numbers of its own
+                path = tree.grown_as[row, path].tolist()
+            trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, path)])
+        state.draft.own.keep(trusted)

@@ -1,9 +1,10 @@
 """Expansions: how nodes are added below the frontier.
 
 An expansion has `draws` (may its chain be drawn at random under the residual rule?), `width(depth)`, the frontier's
-static width, `nodes(depth)`, the most nodes that it adds below a frontier at `depth`, and `grow(tree, frontier, law) ->
-frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none. `finish(tree)` may prune, deterministic nodes
-only. A new one is a class like these, and nothing else changes.
+largest width, `budget(depth)`, the most nodes that a proposal of so many depths has, the root included, or that the draft
+runs for it, and `grow(tree, frontier, law) -> frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none;
+no column ends the draft. `finish(tree)` may prune, deterministic nodes only. A new one is a class like these, and nothing
+else changes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Expansion(Protocol):
 
     def width(self, depth: int) -> int: ...
 
-    def nodes(self, depth: int) -> int: ...
+    def budget(self, depth: int) -> int: ...
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor: ...
 
@@ -42,8 +43,8 @@ class Chain:
     def width(self, depth: int) -> int:
         return 1
 
-    def nodes(self, depth: int) -> int:
-        return 1
+    def budget(self, depth: int) -> int:
+        return 1 + depth
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         first = law.rank.argmax(-1)
@@ -84,8 +85,8 @@ class Cape(Chain):
             raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
         self.bins, self.most = bins, max(bins)
 
-    def nodes(self, depth: int) -> int:
-        return 1 + self.most
+    def budget(self, depth: int) -> int:
+        return 1 + depth * (1 + self.most)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         rank, drawn = law.rank[:, 0], law.drawn
@@ -106,6 +107,22 @@ class Cape(Chain):
         if drawn is not None:
             tree.sampled[:, -keep:] &= (drawn >= 0) & (number[:keep] == 0)
         return added[:, :1]
+
+
+def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `each` first-ranked tokens of every frontier node, best path first; each `(batch, width x each)`.
+
+    Returns:
+        Their parents, tokens, log-softmax of the ranks, and the sum of those along the path: -inf below no node, and for a
+        token outside the processed law, which can never be accepted. Ties go to the earlier parent and the better token.
+    """
+    best = widen(law.rank).log_softmax(-1).topk(min(each, law.rank.shape[-1]), dim=-1)
+    above = tree.score.gather(1, frontier.clamp(min=0))
+    total = (above[..., None] + best.values.float()).masked_fill((frontier < 0)[..., None], float("-inf")).flatten(1)
+    order = total.sort(dim=1, descending=True, stable=True)
+    parents = frontier.gather(1, order.indices // best.values.shape[2])
+    tokens = best.indices.flatten(1).gather(1, order.indices)
+    return parents, tokens, best.values.flatten(1).gather(1, order.indices), order.values
 
 
 class Beam:
@@ -134,23 +151,13 @@ class Beam:
     def width(self, depth: int) -> int:
         return 1 if depth == 0 else self.beams
 
-    def nodes(self, depth: int) -> int:
-        return self.beams
+    def budget(self, depth: int) -> int:
+        return 1 + depth * self.beams
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """The new nodes in order of descending score."""
-        vocab = law.rank.shape[-1]
-        best = widen(law.rank).log_softmax(-1).topk(min(self.beams, vocab), dim=-1)  # of each frontier node
-        above = tree.score.gather(1, frontier.clamp(min=0))
-        total = (
-            (above[..., None] + best.values.float()).masked_fill((frontier < 0)[..., None], float("-inf")).flatten(1)
-        )
-        # A token outside the processed law can never be accepted: its score is -inf.
-        chosen = total.topk(min(self.beams, total.shape[1]), dim=1)
-        parents = frontier.gather(1, chosen.indices // best.values.shape[2])
-        tokens = best.indices.flatten(1).gather(1, chosen.indices)
-        own = best.values.flatten(1).gather(1, chosen.indices)
-        return tree.add(parents, tokens, own, chosen.values.isfinite())
+        parents, tokens, own, total = (one[:, : self.beams] for one in continuations(tree, frontier, law, self.beams))
+        return tree.add(parents, tokens, own, total.isfinite())
 
     def finish(self, tree: TokenTree) -> TokenTree:
         return tree

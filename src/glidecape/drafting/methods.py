@@ -1,37 +1,47 @@
-"""Methods by name: a base ("plain", "lookup", "vanilla", "glide") and what is added to it, joined by "+".
+"""Methods by name: a base, which says what drafts, and what is added to it, joined by "+".
 
-An addition is an expansion ("cape", "beam"; without one, a chain) or a stop policy ("svip", "heuristic"; without one, a
-fixed length).
+An addition is an expansion ("chain", "cape", "beam", "tree", "static") or a stop policy ("svip", "heuristic"; without one,
+a fixed length). Without an expansion a base has its usual one: EAGLE-2's dynamic "tree" for "eagle", the "static" tree for
+"medusa", a chain for the others. So EAGLE-1 is "eagle+static".
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import InputError
 from .drafter import Drafter, DraftModel, ModelDrafter, NoDraft
+from .eagle_tree import EagleTree, StaticTree
 from .expansion import Beam, Cape, Chain, Expansion
 from .lookup import LookupDrafter
+from .medusa import DepthModel, MedusaDrafter
 from .stop import Entropy, FixedLength, Heuristic, StopPolicy
 
-BASES = ("plain", "lookup", "vanilla", "glide")
+BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")
 DRAFTLESS = ("plain", "lookup")  # bases without a draft model
-EXPANSIONS = ("cape", "beam")
+EXPANSIONS = ("chain", "cape", "beam", "tree", "static")
 STOPS = ("svip", "heuristic")
+USUAL = {"eagle": "tree", "medusa": "static"}  # expansions of bases that are no chain if none is named
 METHODS = (
     *DRAFTLESS,
     *(
-        base + expansion + stop
+        base + added
         for base in ("vanilla", "glide")
-        for expansion, stop in (
-            ("", ""),
-            ("", "+svip"),
-            ("", "+heuristic"),
-            ("+cape", ""),
-            ("+cape", "+svip"),
-            ("+beam", ""),
-            ("+beam", "+svip"),
-        )
+        for added in ("", "+svip", "+heuristic", "+cape", "+cape+svip", "+beam", "+beam+svip")
     ),
+    *("glide+tree", "glide+tree+svip"),
+    *("eagle", "eagle+svip", "eagle+static", "eagle+chain", "eagle+chain+svip"),
+    *("medusa", "medusa+svip", "medusa+chain"),
 )
+
+
+AnyDraft = DraftModel | DepthModel
+WANTS = {
+    "vanilla": "a draft LM",
+    "glide": "a GliDe draft",
+    "eagle": "an EAGLE draft",
+    "medusa": "a draft of Medusa heads",
+}
 
 
 def parse_method(method: str) -> tuple[str, set[str]]:
@@ -51,14 +61,14 @@ def parse_method(method: str) -> tuple[str, set[str]]:
     if base == "lookup" and added:
         raise InputError(f"'{method}': prompt lookup copies tokens and has no draft law to expand or stop by")
     for kind, names in (("expansion", EXPANSIONS), ("stop policy", STOPS)):
-        if set(names) <= set(added):
+        if len(set(names) & set(added)) > 1:
             raise InputError(f"'{method}' names more than one {kind}: choose one of {', '.join(names)}")
     return base, set(added)
 
 
 def make_drafter(
     method: str,
-    draft: DraftModel | None,
+    draft: AnyDraft | None,
     length: int = 5,
     bins: tuple[int, ...] = Cape.PAPER,
     threshold: float = 0.3,
@@ -67,16 +77,19 @@ def make_drafter(
     over: str = "best",
     beams: int = 4,
     ngram: int = 3,
+    top: int = 10,
+    total: int = 60,
 ) -> Drafter:
     """The drafter of a method.
 
     Args:
-        length: tokens drafted a round; with "heuristic", in the first round; not used by SVIP.
+        length: tokens drafted a round, depth of a tree; with "heuristic", in the first round; not used by SVIP.
         bins: CaPE's siblings by confidence.
         threshold, cap: SVIP's; the cap is the heuristic length's, too.
         over: whose entropy SVIP takes of several frontier nodes: "best", "mean" or "min".
         beams: of the beam expansion.
         ngram: longest match of prompt lookup.
+        top, total: of a tree: choices of a node that may go on, and nodes of the proposal, the root included.
 
     Raises:
         InputError: unknown method, no draft model for a method that needs one, or options out of range.
@@ -87,12 +100,25 @@ def make_drafter(
     if base == "lookup":
         return LookupDrafter(length, ngram)
     if draft is None:
-        kind = "a GliDe draft" if base == "glide" else "a draft LM"
-        raise InputError(f"method '{method}' needs {kind}: name its folder with --draft")
-    expansion: Expansion = Cape(bins) if "cape" in added else Beam(beams) if "beam" in added else Chain()
+        raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     stop: StopPolicy = FixedLength(length)
     if "svip" in added:
         stop = Entropy(threshold, cap, over)
     elif "heuristic" in added:
         stop = Heuristic(length, cap)
+    form = next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
+    makers: dict[str, Callable[[], Expansion]] = {
+        "chain": Chain,
+        "cape": lambda: Cape(bins),
+        "beam": lambda: Beam(beams),
+        "tree": lambda: EagleTree(top, total),
+        "static": lambda: StaticTree(top, total, min(stop.cap, draft.max_lag)),
+    }
+    return joined(draft, makers[form](), stop)
+
+
+def joined(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:
+    """The drafter of a draft of either kind: one that runs node by node, or one that foretells all depths at once."""
+    if isinstance(draft, DepthModel):
+        return MedusaDrafter(draft, expansion, stop)
     return ModelDrafter(draft, expansion, stop)

@@ -19,7 +19,8 @@ from ..bench.methods import read_methods
 from ..bench.settings import Settings
 from ..bench.suites import Suite
 from ..decode import decode
-from ..drafting.drafter import Drafter, DraftModel
+from ..drafting.drafter import Drafter
+from ..drafting.methods import AnyDraft
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
@@ -176,7 +177,7 @@ class Watched:
         self.inner.commit(state, tree, paths)
 
 
-def drafters_of(methods: Sequence[str], drafts: Mapping[str, DraftModel], settings: Settings) -> dict[str, Drafter]:
+def drafters_of(methods: Sequence[str], drafts: Mapping[str, AnyDraft], settings: Settings) -> dict[str, Drafter]:
     """Plain decoding and the drafters of `methods`, named as for `glidecape bench`.
 
     Raises:

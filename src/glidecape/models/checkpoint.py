@@ -20,13 +20,24 @@ from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError
 from ..files import write_atomic
+from .eagle import EagleConfig, EagleDraft, EagleModel
 from .glide import GlideModel
 from .glide_config import GlideConfig
 from .glide_draft import GlideDraft
+from .medusa import MedusaConfig, MedusaDraft, MedusaModel
 from .packed import draft_products
 from .standalone import StandaloneDraft
 from .target import Target
 
+Network = GlideModel | EagleModel | MedusaModel
+NetworkDraft = GlideDraft | EagleDraft | MedusaDraft
+
+# By the kind that a checkpoint names: the configuration, the network, and what joins it to the decode loop.
+KINDS: dict[str, tuple[Any, Any, Any]] = {
+    GlideModel.kind: (GlideConfig, GlideModel, GlideDraft),
+    EagleModel.kind: (EagleConfig, EagleModel, EagleDraft),
+    MedusaModel.kind: (MedusaConfig, MedusaModel, MedusaDraft),
+}
 FORMAT = 2
 WEIGHTS, CARD = "draft.safetensors", "card.json"
 _SHAPE_FIELDS = (
@@ -71,17 +82,17 @@ def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None
         )
 
 
-def save_glide(
-    folder: Path, module: GlideModel, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
+def save_network(
+    folder: Path, module: Network, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Write a GliDe checkpoint; weights in `dtype`.
+    """Write the checkpoint of a draft network; weights in `dtype`.
 
     Raises:
         CheckpointError: the disk is full or the folder not writable; an earlier checkpoint there stays whole.
     """
     card = {
         "format": FORMAT,
-        "kind": "glide",
+        "kind": module.kind,
         "config": asdict(module.config),
         "fingerprint": fingerprint(target),
         "command": command,
@@ -101,10 +112,10 @@ def save_glide(
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The description of a GliDe checkpoint.
+    """The description of a draft network's checkpoint.
 
     Raises:
-        CheckpointError: missing, torn, or of a newer format.
+        CheckpointError: missing, torn, of a newer format, or of a kind that this version does not know.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -116,6 +127,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is torn or not a GlideCape draft ({type(error).__name__}: {error})") from None
     if card.get("format") not in (1, FORMAT):
         raise CheckpointError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: update GlideCape")
+    if card.get("kind") not in KINDS:
+        raise CheckpointError(f"{path} holds a draft of kind '{card.get('kind')}', unknown here: update GlideCape")
     return card
 
 
@@ -132,8 +145,8 @@ def _from_format_1(config: dict[str, Any], tensors: dict[str, Tensor], target: T
             tensors[own] = weight
 
 
-def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -> GlideDraft:
-    """A GliDe draft for its target, in the target's dtype unless told otherwise.
+def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:
+    """A draft network for its target, in the target's dtype unless told otherwise.
 
     Raises:
         CheckpointError: see `read_card`; also weights that don't fit the description.
@@ -146,12 +159,13 @@ def load_glide(folder: Path, target: Target, dtype: torch.dtype | None = None) -
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if card["format"] == 1:
             _from_format_1(card["config"], tensors, target)
-        module = GlideModel(GlideConfig.from_card(card["config"]), target)
+        config, network, draft = KINDS[card["kind"]]
+        module = network(config.from_card(card["config"]), target)
         module.load_state_dict(tensors)
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
     module.to(dtype or target.dtype).serve()
-    return GlideDraft(module, card["figures"])
+    return draft(module, card["figures"])
 
 
 def _resolve(name: str | Path) -> Path:
@@ -170,17 +184,17 @@ def _resolve(name: str | Path) -> Path:
         raise CheckpointError(f"{name} is neither a folder here nor a repository of the Hub ({reason})") from None
 
 
-def load_draft(name: str | Path, target: Target) -> GlideDraft | StandaloneDraft:
-    """A draft by folder or Hub name: a GliDe checkpoint, or any causal LM with the target's vocabulary.
+def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDraft:
+    """A draft by folder or Hub name: a checkpoint of ours, or any causal LM with the target's vocabulary.
 
     Raises:
         CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
     """
     folder = _resolve(name)
     if (folder / WEIGHTS).is_file():
-        return load_glide(folder, target)
+        return load_network(folder, target)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds neither a GliDe draft ({WEIGHTS}) nor a causal LM (config.json)")
+        raise CheckpointError(f"{folder} holds neither a draft of ours ({WEIGHTS}) nor a causal LM (config.json)")
     products = draft_products(target.dtype)
     model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device), pack=products)
     if model.vocab_size != target.vocab_size:

@@ -16,16 +16,17 @@ keys and values, so that those of a first layer stay functions of token and posi
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..masks import visible_mask, window_mask
+from .borrowed import Borrowed
 from .glide_config import GlideConfig
 from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
-from .packed import PackedLinear, draft_products, pack, packable
+from .packed import draft_products, pack
 from .rotary import TargetRotary
 
 if TYPE_CHECKING:
@@ -145,17 +146,16 @@ class GlideModel(nn.Module):
         UnsupportedError: the configuration asks for something that this target cannot give.
     """
 
+    kind: ClassVar[str] = "glide"
     kept: Tensor
 
     def __init__(self, config: GlideConfig, target: Target, kept: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self._served_head: nn.Module | None = None
-        self._borrowed: tuple[Any, ...] = ()
+        self._borrowed = Borrowed(target) if config.share_embedding else None
         if config.draft_vocab:
             self.register_buffer("kept", torch.arange(config.draft_vocab) if kept is None else kept.long())
         if config.share_embedding:
-            self._borrowed = (target.model.get_input_embeddings(), target.model.get_output_embeddings())
             if config.width != config.embed_width:
                 self.bring = linear(config.embed_width, config.width)
             if config.width != config.hidden_size:
@@ -183,25 +183,19 @@ class GlideModel(nn.Module):
         return self.norm.weight.dtype
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        if not self._borrowed:
+        if self._borrowed is None:
             return self.embed(tokens)
-        x = self._borrowed[0](tokens).to(self.dtype)
+        x = self._borrowed.embed(tokens, self.dtype)
         # The residual stream stays in the module's dtype, whatever autocast makes of a product.
         return self.bring(x).to(self.dtype) if self.config.width != self.config.embed_width else x
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the tokens that it can propose: `(batch, queries, draft_vocab)`, or the target's vocabulary."""
-        if not self._borrowed:
+        if self._borrowed is None:
             return self.head(hidden)
         if self.config.width != self.config.hidden_size:
             hidden = self.give(hidden)
-        if self._served_head is not None:
-            return self._served_head(hidden)
-        head = self._borrowed[1]
-        if not self.config.draft_vocab:
-            return head(hidden.to(self._borrowed[0].weight.dtype))
-        bias = None if head.bias is None else head.bias[self.kept]
-        return nn.functional.linear(hidden.to(head.weight.dtype), head.weight[self.kept], bias)
+        return self._borrowed.logits(hidden, self.kept if self.config.draft_vocab else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(batch, queries, vocab)`: of a reduced vocabulary mapped back, -inf for what it cannot propose."""
@@ -213,21 +207,12 @@ class GlideModel(nn.Module):
         return full
 
     def serve(self) -> GlideModel:
-        """Make it ready for decoding: no gradients, and weights packed, with a copy of the borrowed head if it is to be
-        multiplied in another dtype than the target's, or in part."""
+        """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
         self.eval().requires_grad_(False)
         products = draft_products(self.dtype)
         pack(self, products)
-        head: Any = self._borrowed[1] if self._borrowed else None
-        if isinstance(head, PackedLinear) or packable(head):
-            weight, bias = (
-                head.weight,
-                head.bias,
-            )  # unpacks a copy where the head is packed and not tied: once is enough
-            if self.config.draft_vocab:
-                weight, bias = weight[self.kept], None if bias is None else bias[self.kept]
-            if weight.dtype != products or self.config.draft_vocab:
-                self._served_head = PackedLinear(weight, bias, products)
+        if self._borrowed is not None:
+            self._borrowed.serve(products, self.kept if self.config.draft_vocab else None)
         return self
 
     def write_first_keys_values(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:

@@ -23,7 +23,7 @@ class GlideDraft:
     caught up with have lag 1.
     """
 
-    trusts_own = True
+    base, trusts_own = "glide", True
 
     def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
         self.module, self.figures = module.eval(), figures or {}
@@ -95,12 +95,12 @@ class GlideDraft:
         """Load a GliDe draft from a folder or a Hub repository.
 
         Raises:
-            CheckpointError: missing or torn, or a plain causal LM.
+            CheckpointError: missing or torn, or another kind of draft.
             MismatchError: trained for another target.
         """
         from .checkpoint import load_draft
 
         draft = load_draft(name, target)
         if not isinstance(draft, cls):
-            raise CheckpointError(f"{name} holds a causal LM, not a GliDe draft: load it with `load_draft`")
+            raise CheckpointError(f"{name} holds another kind of draft, not GliDe: load it with `load_draft`")
         return draft

@@ -11,6 +11,8 @@ from .target import Target
 class StandaloneDraft:
     """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`, see `drafting.drafter`)."""
 
+    base = "vanilla"
+
     def __init__(self, model: Target) -> None:
         self.model = model
         self.reads_hidden, self.trusts_own = False, True

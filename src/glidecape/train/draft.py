@@ -1,4 +1,5 @@
-"""Train a draft for a frozen target: GliDe, GliDe without cross-attention, or an independent one-layer LM.
+"""Train a draft for a frozen target: GliDe, GliDe without cross-attention, EAGLE, Medusa heads, or an independent
+one-layer LM.
 
 The target runs on each batch and its keys and values are used at once: nothing is stored. The draft sees them through
 `visible`, as in decoding (masks.block_visible), so a teacher-forced position of lag d is the state of depth d - 1.
@@ -18,11 +19,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.checkpoint import save_glide
+from ..models.checkpoint import Network, save_network
+from ..models.eagle import EagleConfig, EagleModel
 from ..models.glide import GlideModel
 from ..models.glide_config import GlideConfig
+from ..models.medusa import MedusaConfig, MedusaModel
 from ..models.target import Target
 from .data import Windows, load_streams
+from .features import FEATURE, eagle_loss, medusa_loss
 from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
 from .lags import LAGS, lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
@@ -30,18 +34,24 @@ from .losses import check_loss, distillation_loss
 from .rows import Preview, preview
 from .teacher import Taught, Teacher, draft_logits, reads_hidden
 
+GLIDE_KINDS = ("glide", "glide-no-cross")
+KINDS = (*GLIDE_KINDS, "eagle", "medusa", "lm")
+OF_GLIDE = ("preset", "layers", "read", "glimpse", "width", "window", "embedding", "norm", "draft_vocab")
+
 
 @dataclass(frozen=True)
 class DraftRecipe:
     """How a draft is trained.
 
     Attributes:
-        kind: "glide", "glide-no-cross" (the ablation) or "lm" (an independent LM).
+        kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM).
         preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
             lags="block" besides.
-        loss: one of `losses.LOSSES`, or several joined by "+".
-        lags: one of `lags.LAGS`.
-        max_lag: deepest lag trained; 0 takes the preset's.
+        loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`features.eagle_loss`). "" takes
+            "feature" for EAGLE, else "kl".
+        lags: one of `lags.LAGS`; of GliDe.
+        max_lag: deepest lag trained; 0 takes the preset's. Of EAGLE the deepest node, of Medusa the number of heads.
+        noise: on the features that EAGLE is trained on (`features.noisy`); 0: none.
         length, rows: window in tokens and windows a step.
         muon: hidden matrices with Muon instead of AdamW.
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
@@ -59,7 +69,7 @@ class DraftRecipe:
 
     kind: str = "glide"
     preset: str = "default"
-    loss: str = "kl"
+    loss: str = ""
     max_lag: int = 0
     length: int = 256
     rows: int = 16
@@ -78,10 +88,17 @@ class DraftRecipe:
     embedding: str = ""
     norm: str = ""
     draft_vocab: int = 0
+    noise: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("glide", "glide-no-cross", "lm"):
-            raise InputError(f"unknown kind of draft '{self.kind}': choose glide, glide-no-cross or lm")
+        if self.kind not in KINDS:
+            raise InputError(f"unknown kind of draft '{self.kind}': choose one of {', '.join(KINDS)}")
+        if not self.loss:
+            object.__setattr__(self, "loss", FEATURE if self.kind == "eagle" else "kl")
+        if self.kind not in GLIDE_KINDS and (given := [n for n in OF_GLIDE if getattr(self, n) != _default(n)]):
+            raise InputError(f"{given[0].replace('_', '-')} is an option of GliDe, not of a draft of kind {self.kind}")
+        if self.noise < 0:
+            raise InputError(f"noise on features must not be negative, as {self.noise} is")
         if self.lags not in LAGS:
             raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
         if self.loss_on not in ("all", "completion"):
@@ -97,7 +114,14 @@ class DraftRecipe:
                 f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
                 f"vocabulary {self.draft_vocab} must not be negative"
             )
-        check_loss(self.loss)
+        if self.loss != FEATURE:
+            check_loss(self.loss)
+        elif self.kind != "eagle":
+            raise InputError(f"the loss '{FEATURE}' is EAGLE's: a draft of kind {self.kind} has no features to compare")
+
+
+def _default(name: str) -> Any:
+    return DraftRecipe.__dataclass_fields__[name].default
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
@@ -142,6 +166,12 @@ def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = No
             eos_token_id=c.eos_token_id,
         )
         return LlamaForCausalLM(config).float().to(target.device)
+    deepest: dict[str, Any] = {"max_lag": recipe.max_lag} if recipe.max_lag else {}
+    if recipe.kind == "eagle":
+        return EagleModel(EagleConfig.for_target(target, **deepest), target).float()
+    if recipe.kind == "medusa":
+        heads = {"heads": recipe.max_lag} if recipe.max_lag else {}
+        return MedusaModel(MedusaConfig.for_target(target, **heads), target).float()
     config = glide_config(target, recipe)
     kept = None
     if config.draft_vocab:
@@ -185,9 +215,10 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
 def compiled(module: nn.Module) -> Iterator[None]:
     """Run the draft's layers (of an LM, all of it) through torch.compile, until the end of the block.
 
-    What stands around GliDe's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their names.
+    What stands around a network's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their
+    names.
     """
-    parts: list[Any] = list(module.layers) if isinstance(module, GlideModel) else [module]
+    parts: list[Any] = list(module.layers) if isinstance(module, Network) else [module]
     for part in parts:
         part.forward = torch.compile(part.forward)
     try:
@@ -218,16 +249,18 @@ class Lesson:
         return self.learn(self.teacher.teach(batch, number, learned))
 
     def learn(self, taught: Taught) -> Tensor:
-        """Mean loss over a batch that the target has run on; the lags are drawn for its number."""
+        """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""
+        if isinstance(self.module, EagleModel):
+            return eagle_loss(self.module, taught, self.recipe.loss, self.recipe.noise, self.recipe.seed)
+        if isinstance(self.module, MedusaModel):
+            return medusa_loss(self.module, taught, self.recipe.loss)
         batch, teacher = taught.tokens, taught.teacher
         rows, length = batch.shape
         visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
             drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
-        counted = visible > 0  # every kind of draft learns from the same positions
-        if taught.learned is not None:
-            counted = counted & nn.functional.pad(taught.learned[:, 1:], (0, 1))
+        counted = (visible > 0) & taught.counted()  # every kind of draft learns from the same positions
         logits = taught.logits
         if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
             logits, batch = logits[..., self.kept], self._among_kept(batch)
@@ -332,10 +365,10 @@ def save_draft(out: Path, module: nn.Module, target: Target, command: str, figur
     """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
 
     Raises:
-        CheckpointError: see `save_glide`.
+        CheckpointError: see `save_network`.
     """
-    if isinstance(module, GlideModel):
-        save_glide(out, module, target, command, figures, torch.bfloat16)
+    if isinstance(module, Network):
+        save_network(out, module, target, command, figures, torch.bfloat16)
     else:
         _save_lm(module, target, out, command, figures)
 

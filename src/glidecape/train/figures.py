@@ -13,18 +13,18 @@ from rich.progress import Progress
 from torch import nn
 
 from ..decode import decode, generate
-from ..drafting.drafter import Drafter, DraftModel
-from ..drafting.methods import make_drafter
+from ..drafting.drafter import Drafter
+from ..drafting.methods import AnyDraft, make_drafter
 from ..errors import DataError
 from ..files import write_atomic
+from ..models.checkpoint import KINDS, Network
 from ..models.glide import GlideModel
-from ..models.glide_draft import GlideDraft
 from ..models.standalone import StandaloneDraft
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..stats import Stats, loops
 from .loop import CURVE, PICTURE
-from .teacher import Teacher, hidden_by_lag
+from .teacher import Teacher, logits_by_lag, num_lags, reads_hidden
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
@@ -35,11 +35,11 @@ def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 
 
-def as_draft(module: nn.Module) -> tuple[str, DraftModel]:
-    """The base of its methods ("glide" or "vanilla"), and the network joined to the decode loop, unpacked."""
+def as_draft(module: nn.Module) -> tuple[str, AnyDraft]:
+    """The base of its methods, such as "glide" or "vanilla", and the network joined to the decode loop, unpacked."""
     module.eval()
-    if isinstance(module, GlideModel):
-        return "glide", GlideDraft(module)
+    if isinstance(module, Network):
+        return module.kind, KINDS[module.kind][2](module)
     return "vanilla", StandaloneDraft(Target(module))
 
 
@@ -53,7 +53,7 @@ def evaluate_draft(
         stats = Stats()
         params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
         for prompt in prompts:
-            for _ in decode(target, make_drafter(method, draft, 5), [prompt], params, stats):
+            for _ in decode(target, make_drafter(method + "+chain", draft, 5), [prompt], params, stats):
                 pass
         figures[f"alpha_{name}"] = round(stats.alpha, 4)
         figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
@@ -110,32 +110,27 @@ def figures_by_lag(
 
     Every position of a window from `max_lag` on is drafted once for each lag, so all lags are judged on the same
     positions. That is exact for a draft of one layer, whose own keys don't depend on lags; a second layer's are here those of
-    the lag in question throughout. A draft that sees nothing of the target has no lag: its lists hold one number.
+    the lag in question throughout. A draft that sees nothing of the target has no lag: its lists hold one number. So do
+    EAGLE's, whose deeper nodes read what it guessed itself.
 
     Returns:
         lags: 1 .. max_lag; positions: how many each is judged on; overlap_by_lag: mean of sum min(p, q), the chance that
         a token drawn from the draft is accepted at temperature 1; greedy_acceptance_by_lag: how often both have the same
         most likely token. Empty when the text is shorter than a window.
     """
-    reads = isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse)
-    deepest = module.config.max_lag if isinstance(module, GlideModel) else 8
-    lags = list(range(1, deepest + 1)) if reads else [1]
+    lags = list(range(1, num_lags(module) + 1))
+    deepest = module.config.max_lag if isinstance(module, GlideModel) else max(8, len(lags))
     windows = min(max_windows, len(tokens) // length)
     if windows < 1 or length <= deepest:
         return {}
-    glide = module if isinstance(module, GlideModel) else None
-    teacher = Teacher(target, 1, length, hidden=glide is not None and glide.config.glimpse)
+    teacher = Teacher(target, 1, length, hidden=reads_hidden(module))
     overlap, same = [0.0] * len(lags), [0] * len(lags)
     module.eval()
     for at in np.linspace(0, len(tokens) - length, windows).astype(int):
         batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
         taught = teacher(batch)[0, deepest:]
         p = taught.float().softmax(-1)
-        by_lag = (
-            [module(input_ids=batch).logits]
-            if glide is None
-            else map(glide.logits, hidden_by_lag(glide, batch, teacher.positions, teacher.cache, len(lags)))
-        )
+        by_lag = logits_by_lag(module, batch, teacher)
         for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
             overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
             same[i] += int((drafted.argmax(-1) == taught.argmax(-1)).sum())

@@ -34,7 +34,7 @@ from .teacher import Teacher, reads_hidden
 BASELINE, RESULT = "baseline", "row.json"
 # What decides batches and steps, so is every row's.
 SHARED = ("length", "rows", "seed", "loss_on", "accumulate", "clip")
-MEASURED = {"chain": ("", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
+MEASURED = {"chain": ("+chain", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
 TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 
 # A factor's rows: what each changes in the study's base recipe.

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
+from ..models.eagle import EagleModel
 from ..models.glide import GlideModel
+from ..models.medusa import MedusaModel
 from ..models.target import Target
 
 
@@ -31,6 +33,11 @@ class Teacher:
         logits = self.target.forward(tokens, self.positions, self.cache).logits
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
         return logits
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Last hidden states `(rows, length, hidden_size)` of the window that it ran last."""
+        assert self.cache.hidden is not None, "this teacher does not keep them"
+        return self.cache.hidden[: tokens.shape[0], : tokens.shape[1]]
 
     def teach(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> Taught:
         """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
@@ -57,10 +64,16 @@ class Taught:
     logits: Tensor
     teacher: Teacher
 
+    def counted(self) -> Tensor:
+        """`(rows, length)` bool: positions whose next token is to be learned."""
+        if self.learned is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        return nn.functional.pad(self.learned[:, 1:], (0, 1))
 
-def reads_hidden(module: nn.Module) -> bool:
-    """Does this draft read the target's last hidden states?"""
-    return isinstance(module, GlideModel) and module.config.glimpse
+
+def previous(hidden: Tensor) -> Tensor:
+    """`(batch, length, width)`: at each position the hidden state of the one before; zeros at the first."""
+    return nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
 
 
 def draft_hidden(
@@ -84,7 +97,7 @@ def draft_hidden(
     for _ in range(passes - 1):
         with torch.no_grad():
             above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
-        glimpse = torch.where(is_root, of_root, module.recall(nn.functional.pad(above[:, :-1], (0, 0, 1, 0))))
+        glimpse = torch.where(is_root, of_root, module.recall(previous(above)))
     return module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
 
 
@@ -102,9 +115,39 @@ def hidden_by_lag(
         if module.config.glimpse and above is None:
             glimpse = module.look(cache.hidden_at(positions - 1).to(module.dtype))
         elif above is not None and module.config.glimpse:
-            glimpse = module.recall(nn.functional.pad(above[:, :-1], (0, 0, 1, 0)))
+            glimpse = module.recall(previous(above))
         above = module.hidden(tokens, positions, kv, (positions + 1 - lag).clamp(min=0), glimpse=glimpse)
         yield above
+
+
+def num_lags(module: nn.Module) -> int:
+    """At how many lags `logits_by_lag` judges a draft."""
+    if isinstance(module, MedusaModel):
+        return module.config.heads
+    if isinstance(module, GlideModel) and (module.config.cross_attention or module.config.glimpse):
+        return module.config.max_lag
+    return 1
+
+
+def reads_hidden(module: nn.Module) -> bool:
+    """Does the draft read the target's last hidden states?"""
+    return isinstance(module, EagleModel | MedusaModel) or (isinstance(module, GlideModel) and module.config.glimpse)
+
+
+def logits_by_lag(module: nn.Module, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
+    """Teacher-forced logits `(batch, length, vocab)` of the token after each position, at lags 1 .. `num_lags`; the first
+    positions have no such lag and hold anything."""
+    if isinstance(module, GlideModel):
+        yield from map(module.logits, hidden_by_lag(module, tokens, teacher.positions, teacher.cache, num_lags(module)))
+    elif isinstance(module, EagleModel):
+        before = previous(teacher.features(tokens))
+        yield module.logits(module.hidden(tokens, teacher.positions, before))
+    elif isinstance(module, MedusaModel):
+        for lag in range(1, module.config.heads + 1):
+            found = module.head_logits(lag - 1, teacher.features(tokens)[:, :-lag])
+            yield nn.functional.pad(found, (0, 0, lag, 0))
+    else:
+        yield module(input_ids=tokens).logits
 
 
 def draft_logits(

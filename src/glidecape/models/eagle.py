@@ -1,0 +1,216 @@
+"""EAGLE: a draft of one layer that foretells the target's last hidden states, its features.
+
+At position j it reads the embedding of token j joined with the target's feature of position j - 1, and gives a guess of
+the feature of position j, from which the target's own head makes logits. Below the root of a round it reads its own guess
+at the node's parent in the place of the target's feature. Embedding and head are the target's, frozen.
+
+Source: EAGLE and EAGLE-2 papers and their code (one layer without a norm before the attention, no final norm, a bias
+after the joined input). Differs: positions are those of the tokens, where the code counts one less (rotary embeddings see
+differences only), and the first token of a text has a feature of zeros before it, where the code leaves the token out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import KVCache
+from .borrowed import Borrowed
+from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
+from .packed import draft_products, pack
+from .rotary import TargetRotary
+
+if TYPE_CHECKING:
+    from .target import Target
+
+KV = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """Stored in a draft's checkpoint.
+
+    Attributes:
+        ffn, heads, kv_heads, head_dim: of its layer.
+        layer: the target layer whose rotary embedding it shares.
+        vocab_size, embed_width, hidden_size: the target's.
+        max_lag: deepest node that it drafts; it is trained on the target's own features alone, whatever the depth.
+        eps: of the norm before the feed-forward network.
+    """
+
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer: int
+    vocab_size: int
+    embed_width: int
+    hidden_size: int
+    max_lag: int = 10
+    eps: float = 1e-6
+
+    @classmethod
+    def from_card(cls, config: dict[str, Any]) -> EagleConfig:
+        """From a checkpoint's JSON.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        return cls(**config)
+
+    @classmethod
+    def for_target(cls, target: Target, **changes: Any) -> EagleConfig:
+        """A layer like the target's last full-attention one; `changes` are single fields."""
+        config = target.text_config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(target.shapes)
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))
+        kv_heads, head_dim = target.shapes[full[-1]]
+        ffn = getattr(config, "intermediate_size", None)
+        fields: dict[str, Any] = {
+            "ffn": ffn if isinstance(ffn, int) and ffn else 4 * target.hidden_size,
+            "heads": max(1, config.num_attention_heads),
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "layer": full[-1],
+            "vocab_size": target.vocab_size,
+            "embed_width": target.model.get_input_embeddings().weight.shape[1],
+            "hidden_size": target.hidden_size,
+            "eps": getattr(config, "rms_norm_eps", 1e-6),
+        }
+        return cls(**(fields | changes))
+
+
+class EagleLayer(nn.Module):
+    def __init__(self, c: EagleConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.scale = c.heads, c.kv_heads, c.head_dim**-0.5
+        self.q = linear(c.hidden_size, c.heads * c.head_dim)
+        self.kv = linear(c.hidden_size, 2 * c.kv_heads * c.head_dim)
+        self.out = linear(c.heads * c.head_dim, c.hidden_size)
+        self.ffn_norm = RMSNorm(c.hidden_size, c.eps)
+        self.ffn = GatedFeedForward(c.hidden_size, c.ffn)
+
+    def keys_values(self, x: Tensor, rotary: KV) -> KV:
+        """`(batch, kv_heads, queries, head_dim)`."""
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return rotate(split_heads(k, self.kv_heads), *rotary), split_heads(v, self.kv_heads)
+
+    def forward(self, x: Tensor, rotary: KV, own: KVCache | None, own_mask: Tensor | None) -> Tensor:
+        """The residual stream `(batch, queries, hidden_size)` after the layer."""
+        k, v = self.keys_values(x, rotary)
+        q = rotate(split_heads(self.q(x), self.heads), *rotary)
+        if own is not None:
+            k, v = own.write(0, k, v)
+        x = x + self.out(attend(q, k, v, own_mask, self.scale, causal=own is None))
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class EagleModel(nn.Module):
+    """The draft network, bound to its target's embedding, head and rotary embedding.
+
+    Raises:
+        UnsupportedError: the target does not rotate by cosines and sines.
+    """
+
+    kind: ClassVar[str] = "eagle"
+
+    def __init__(self, config: EagleConfig, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        self._borrowed = Borrowed(target)
+        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.layer),)  # in a tuple: no module of ours
+        self.join = nn.Linear(config.embed_width + config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList([EagleLayer(config)])
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.join.bias)
+        self.to(target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        layer: Any = self.layers[0]
+        return layer.ffn_norm.weight.dtype
+
+    def serve(self) -> EagleModel:
+        """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.eval().requires_grad_(False)
+        products = draft_products(self.dtype)
+        pack(self, products)
+        self._borrowed.serve(products)
+        return self
+
+    def _input(self, tokens: Tensor, features: Tensor) -> Tensor:
+        return self.join(torch.cat([self._borrowed.embed(tokens, self.dtype), features.to(self.dtype)], -1))
+
+    def write_keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor, own: KVCache) -> None:
+        """All that it needs of committed tokens: they depend on no other token."""
+        layer: Any = self.layers[0]
+        own.write(0, *layer.keys_values(self._input(tokens, features), self._rotary[0](positions)[0]))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        features: Tensor,
+        own: KVCache | None = None,
+        own_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Guessed features `(batch, queries, hidden_size)`.
+
+        Args:
+            tokens, positions: `(batch, queries)`.
+            features: `(batch, queries, hidden_size)` of the position before each query, true or guessed.
+            own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
+                queries are whole sequences from position 0.
+            own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
+        """
+        rotary, _ = self._rotary[0](positions)
+        return self.layers[0](self._input(tokens, features), rotary, own, own_mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(batch, queries, vocab)`."""
+        return self._borrowed.logits(hidden)
+
+
+class EagleDraft:
+    """An EAGLE network as a `DraftModel` (see `drafting.drafter`).
+
+    Accepted nodes are run again in the next round, with the target's true features.
+    """
+
+    base, reads_hidden, trusts_own = "eagle", True, False
+
+    def __init__(self, module: EagleModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.config, self.max_lag = module.config, module.config.max_lag
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, dtype = self.config, self.module.dtype
+        device = next(self.module.parameters()).device
+        return KVCache([(c.kv_heads, c.head_dim)], batch, capacity, dtype, device, hidden=c.hidden_size)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        self.module.write_keys_values(tokens, positions, target_cache.hidden_at(positions - 1), own)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+        parents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits `(batch, queries, vocab)`; the first step of a round reads true features, later ones the draft's own."""
+        if parents is None:
+            features = target_cache.hidden_at(positions - 1)
+        else:
+            features = own.hidden_at(torch.tensor(own.lengths, device=parents.device)[:, None] + parents)
+        hidden = self.module.hidden(tokens, positions, features, own, own_mask)
+        own.write_hidden(hidden)
+        return self.module.logits(hidden)

@@ -1,0 +1,114 @@
+"""Medusa-1: heads that each foretell one token further ahead, all from one of the target's last hidden states.
+
+Head k, a residual block and a vocabulary head, guesses the token k places after the root from the hidden state of the
+token before the root. No head sees the root or another head's token, so all depths are made in one call.
+
+Source: Medusa paper, section 2.1 (Medusa-1: the target stays frozen). Differs: all heads share the target's own vocabulary
+head, frozen, where theirs have one each, which are most of their weights; a block begins as the identity, as theirs do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..cache import KVCache
+from .borrowed import Borrowed
+from .packed import draft_products, pack
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """Stored in a draft's checkpoint.
+
+    Attributes:
+        heads: their number, and so the deepest node.
+        vocab_size, hidden_size: the target's.
+    """
+
+    heads: int
+    vocab_size: int
+    hidden_size: int
+
+    @classmethod
+    def from_card(cls, config: dict[str, Any]) -> MedusaConfig:
+        """From a checkpoint's JSON.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        return cls(**config)
+
+    @classmethod
+    def for_target(cls, target: Target, heads: int = 5) -> MedusaConfig:
+        return cls(heads, target.vocab_size, target.hidden_size)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class MedusaModel(nn.Module):
+    """The heads, bound to their target's vocabulary head."""
+
+    kind: ClassVar[str] = "medusa"
+
+    def __init__(self, config: MedusaConfig, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        self._borrowed = Borrowed(target)
+        self.layers = nn.ModuleList([ResidualBlock(config.hidden_size) for _ in range(config.heads)])
+        self._served_dtype: torch.dtype | None = None
+        self.to(target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._served_dtype or next(self.parameters()).dtype
+
+    def serve(self) -> MedusaModel:
+        """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.eval().requires_grad_(False)
+        self._served_dtype = self.dtype  # packed weights are no parameters
+        products = draft_products(self.dtype)
+        pack(self, products)
+        self._borrowed.serve(products)
+        return self
+
+    def head_logits(self, number: int, hidden: Tensor) -> Tensor:
+        """Logits `(batch, queries, vocab)` of one head, from hidden states `(batch, queries, hidden_size)`."""
+        return self._borrowed.logits(self.layers[number](hidden.to(self.dtype)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of every head, `(batch, heads, vocab)`, from hidden states `(batch, hidden_size)`."""
+        hidden = hidden.to(self.dtype)
+        return self._borrowed.logits(torch.stack([layer(hidden) for layer in self.layers], 1))
+
+
+class MedusaDraft:
+    """Medusa heads, joined to the decode loop by `drafting.medusa.MedusaDrafter`. They have no cache."""
+
+    base, reads_hidden = "medusa", True
+
+    def __init__(self, module: MedusaModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.max_lag = module.config.heads
+
+    def all_depths(self, target_cache: KVCache) -> Tensor:
+        """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
+        device = target_cache.keys[0].device
+        newest = torch.tensor(target_cache.lengths, device=device)[:, None] - 1
+        return self.module(target_cache.hidden_at(newest)[:, 0])
