@@ -95,7 +95,7 @@ def test_a_tree_s_nodes_read_the_guess_of_their_own_parent(target):
     def recording(tokens, positions, own, mask, cache, scratch, parents=None):
         logits = plain_step(tokens, positions, own, mask, cache, scratch, parents)
         if parents is not None:
-            found.append((tokens.clone(), logits.clone()))
+            found.append((tokens.clone(), logits.detach().clone()))
         return logits
 
     draft.step = recording

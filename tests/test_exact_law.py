@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ EXPANSIONS = {
     "cape of 0 to 2": lambda: Cape((0, 2, 2, 0, 1, 1, 2, 0, 1, 0)),
     "beam of 2": lambda: Beam(2),
     "beam of 4": lambda: Beam(4),  # more than the vocabulary holds
+}
+TREES = {  # with fewer of the settings below, and with all of them in the slow suite
     "tree of 2 and 4": lambda: EagleTree(2, 4),
     "tree of 3 and 12": lambda: EagleTree(3, 12),
     "static of 2 and 5": lambda: StaticTree(2, 5, 2),
@@ -155,7 +158,7 @@ def distance(drafter: object, params: SamplingParams, length: int = 3) -> float:
 
 def test_every_method_is_enumerated_here() -> None:
     """A new expansion or stop policy must be added above."""
-    expansions = {type(make()) for make in EXPANSIONS.values()}
+    expansions = {type(make()) for make in (EXPANSIONS | TREES).values()}
     stops = {type(make()) for make in STOPS.values()}
     for method in METHODS:
         drafter = make_drafter(method, ToyDraft(DRAFT))
@@ -174,6 +177,22 @@ def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, param
     assert distance(drafter, PARAMS[params]) <= 1e-12
 
 
+def settings(fast: set[tuple[str, str]]) -> list[Any]:
+    """Every stop policy with every sampling setting; those that are not fast are for the slow suite."""
+    every = itertools.product(STOPS, PARAMS)
+    return [pytest.param(*one, marks=[] if one in fast else [pytest.mark.slow]) for one in every]
+
+
+@pytest.mark.parametrize(
+    ("stop", "params"),
+    settings({("fixed 2", "temperature 1"), ("fixed 2", "penalties"), ("entropy", "top_k 2"), ("heuristic", "greedy")}),
+)
+@pytest.mark.parametrize("expansion", TREES)
+def test_first_three_tokens_of_trees_have_the_target_law(expansion: str, stop: str, params: str) -> None:
+    drafter = ModelDrafter(ToyDraft(DRAFT), TREES[expansion](), STOPS[stop]())
+    assert distance(drafter, PARAMS[params]) <= 1e-12
+
+
 @pytest.mark.parametrize("expansion", [lambda: Beam(2), lambda: EagleTree(2, 6)], ids=["beam", "tree"])
 @pytest.mark.parametrize("over", Entropy.OVER)
 @pytest.mark.parametrize("threshold", [0.25, 0.35])
@@ -182,17 +201,22 @@ def test_svip_by_depth_has_the_target_law(over: str, threshold: float, expansion
     assert distance(drafter, PARAMS["temperature 1"]) <= 1e-12
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("expansion", ["chain", "tree of 2 and 4"])
-def test_a_draft_that_runs_accepted_tokens_again_has_the_target_law(expansion: str, params: str) -> None:
-    assert distance(ModelDrafter(ReRun(DRAFT), EXPANSIONS[expansion](), FixedLength(2)), PARAMS[params]) <= 1e-12
+@pytest.mark.parametrize("params", ["temperature 1", "greedy penalties"])
+@pytest.mark.parametrize("expansion", [Chain, TREES["tree of 2 and 4"]], ids=["chain", "tree"])
+def test_a_draft_that_runs_accepted_tokens_again_has_the_target_law(
+    expansion: Callable[[], Expansion], params: str
+) -> None:
+    assert distance(ModelDrafter(ReRun(DRAFT), expansion(), FixedLength(2)), PARAMS[params]) <= 1e-12
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("expansion", ["chain", "static of 2 and 5", "tree of 2 and 4"])
-def test_heads_that_foretell_all_depths_have_the_target_law(expansion: str, stop: str, params: str) -> None:
-    drafter = MedusaDrafter(ToyHeads(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
+@pytest.mark.parametrize(("stop", "params"), settings({("fixed 2", "temperature 1"), ("entropy", "penalties")}))
+@pytest.mark.parametrize(
+    "expansion", [Chain, TREES["static of 2 and 5"], TREES["tree of 2 and 4"]], ids=["chain", "static", "tree"]
+)
+def test_heads_that_foretell_all_depths_have_the_target_law(
+    expansion: Callable[[], Expansion], stop: str, params: str
+) -> None:
+    drafter = MedusaDrafter(ToyHeads(DRAFT), expansion(), STOPS[stop]())
     assert distance(drafter, PARAMS[params]) <= 1e-12
 
 
