@@ -10,7 +10,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 
-.PHONY: help venv install demo test test-all check fix docs clean
+# llama.cpp is built by its own recipe into its own environment, .venv-peers.
+.PHONY: peers help venv install demo test test-all check fix docs bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,15 @@ fix: $(VENV)/.installed-dev ## repair what ruff can repair
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
+bench: $(VENV)/.installed-plots ## measure the shipped pair, ten minutes on four cores; report in runs/out/bench
+	runs/bench.sh
+
+bench-all: $(VENV)/.installed-plots ## measure every suite, with ../shared/data/eval when it is there; hours
+	runs/bench.sh all
+
+peers: ## build llama.cpp beside the benchmark, ten minutes on two cores (JOBS=2)
+	PYTHON=$(PYTHON) runs/peers.sh
+
 clean: ## remove caches and build outputs; keeps .venv
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -64,4 +74,8 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 $(VENV)/.installed-docs: pyproject.toml $(BIN)/python
 	$(PIP) install --upgrade "pip>=25.1"
 	$(PIP) install --group docs
+	touch $@
+
+$(VENV)/.installed-plots: pyproject.toml $(VENV)/.installed
+	$(PIP) install -e ".[plots]"
 	touch $@

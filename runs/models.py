@@ -1,8 +1,9 @@
 """docs/models.md: every causal LM type of the installed transformers at tiny size, through tests/zoo.py.
 
-.venv/bin/python runs/models.py docs/models.md
+.venv/bin/python runs/models.py docs/models.md              # all of them
+.venv/bin/python runs/models.py docs/models.md llama gpt2   # these anew, the other rows as they stand there
 
-A type that takes more than a minute or ends the process is a row, too.
+A type that takes too long or ends the process is a row, too.
 """
 
 import multiprocessing
@@ -15,7 +16,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import zoo
 
-LIMIT = 60
+LIMIT = 300
 HEAD = """# Models
 
 Every model type that transformers {version} lists for causal language modelling, built at tiny size with random weights and
@@ -55,13 +56,16 @@ def judged(kind):
 
 context = multiprocessing.get_context("fork")  # the libraries are loaded already
 
-if __name__ == "__main__":
-    rows = []
-    for kind in zoo.every_kind():
-        rows.append(judged(kind))
-        print(rows[-1], flush=True)
+
+def known_rows(page):
+    """The verdicts that a page holds."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    return {kind: zoo.Verdict(kind, verdict, reason) for kind, verdict, reason in cells if kind in zoo.every_kind()}
+
+
+def page_of(rows):
     count = Counter(row.verdict for row in rows)
-    text = HEAD.format(
+    head = HEAD.format(
         version=transformers.__version__,
         new=zoo.NEW,
         window=zoo.WINDOW,
@@ -70,5 +74,13 @@ if __name__ == "__main__":
         wrong=count["WRONG"] or "none",
         other=count["not built"],
     )
-    text += "".join(f"| {r.kind} | {r.verdict} | {r.reason.replace('|', '/')} |\n" for r in rows)
-    Path(sys.argv[1]).write_text(text)
+    return head + "".join(f"| {r.kind} | {r.verdict} | {r.reason.replace('|', '/')} |\n" for r in rows)
+
+
+if __name__ == "__main__":
+    path, wanted = Path(sys.argv[1]), sys.argv[2:] or zoo.every_kind()
+    rows = known_rows(path.read_text()) if path.is_file() else {}
+    for kind in wanted:
+        rows[kind] = judged(kind)
+        print(rows[kind], flush=True)
+        path.write_text(page_of([rows[one] for one in sorted(rows)]))

@@ -1,14 +1,16 @@
-"""docs/speed.svg from the JSON of runs/results.sh: tokens a second of each method, greedy and at T=1.
+"""docs/speed.svg from folders of `glidecape bench`: tokens a second of each method, greedy and at T=1.
 
-.venv/bin/python runs/picture.py runs/out/results/g5-t0.json runs/out/results/g4-t1.json docs/speed.svg
+.venv/bin/python runs/picture.py runs/out/results/g5-t0 runs/out/results/g4-t1 docs/speed.svg
 """
 
-import json
 import sys
 from pathlib import Path
 
+from glidecape.bench.metrics import summarise
+from glidecape.bench.records import RunFolder
+
 WIDTH, ROW, LEFT, TOP = 720, 26, 190, 34
-COLOURS = {"plain": "#8a8f98", "transformers generate": "#c9ccd1"}
+COLOURS = {"plain": "#8a8f98", "transformers": "#c9ccd1"}
 
 
 def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
@@ -19,7 +21,8 @@ def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
     for row in sorted(rows, key=lambda r: r["tokens_per_s"]):
         length = (WIDTH - LEFT - 150) * row["tokens_per_s"] / most
         colour = COLOURS.get(row["method"], "#2f7d4f")
-        note = f"{row['tokens_per_s']:.0f} tokens/s, {row['over_plain']:.2f}x"
+        over = row["over"].get("plain", {"ratio": 1.0})["ratio"]
+        note = f"{row['tokens_per_s']:.0f} tokens/s, {over:.2f}x"
         parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{row["method"]}</text>')
         parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.0f}" height="{ROW - 8}" fill="{colour}"/>')
         parts.append(f'<text x="{LEFT + length + 6:.0f}" y="{y + 14}">{note}</text>')
@@ -30,14 +33,13 @@ def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
 def main(greedy: str, sampled: str, out: str) -> None:
     top, body = 4, []
     for name, path in (("greedy", greedy), ("temperature 1", sampled)):
-        result = json.loads(Path(path).read_text())
-        threads = result["provenance"]["threads"]
-        for kind in ("steady", "looping"):
-            if rows := result[kind]:
-                what = "" if kind == "steady" else ", continuations that loop"
-                title = f"{name}{what}: {result['prompts'][kind]} prompts, float32, {threads} CPU threads, batch 1"
-                markup, top = panel(title, rows, top)
-                body.append(markup)
+        summary = summarise(RunFolder(Path(path)))
+        where = summary["circumstances"]
+        for group in (group for group in summary["groups"] if group["category"] == "all"):
+            what = "" if group["kind"] == "steady" else ", continuations that loop"
+            machine = f"{where['dtype']}, {where['threads']} CPU threads, batch {summary['settings']['batch']}"
+            markup, top = panel(f"{name}{what}: {group['prompts']} prompts, {machine}", group["rows"], top)
+            body.append(markup)
     style = 'font-family="system-ui, sans-serif" font-size="13" fill="#24292f"'
     background = f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>'
     head = (

@@ -8,13 +8,13 @@ out=runs/out/studies
 tokens=${TOKENS:-1e6}
 study() {
     [ -f "$out/$1/study.json" ] || "$bin"/glidecape study --target models/pysource/target --data corpus --out "$out/$1" \
-        --tokens "$tokens" --length 320 --rows 8 --threads 1 --base max_lag:6 "${@:2}"
+        --tokens "$tokens" --length 320 --rows 8 --threads 1 --base max_lag:6 --prompts 24 "${@:2}"
 }
 # What the draft sees of its target; three seeds.
 study sees --factor cross --factor glimpse --seeds 0,1,2 &
 # How it learns.
 study learns --factor loss --factor lags --factor max-lag &
-# What it is made of. The target has 8 layers.
-study made --row read-0=read:0 --row read-1=read:1 --row read-3=read:3 --row read-5=read:5 --row read-5+7=read:5+7 --row mix=read:mix \
-    --factor layers --factor width --factor norm --factor embedding --factor window --factor draft-vocab &
+# What it is made of.
+study made --factor read --row read-5+7=read:5+7 --factor layers --factor width --factor norm --factor embedding \
+    --factor window --factor draft-vocab &
 wait

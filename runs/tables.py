@@ -1,52 +1,45 @@
-"""Markdown tables from the JSON of `glidecape bench`.
+"""Markdown tables of docs/results.md from folders of `glidecape bench`.
 
-.venv/bin/python runs/tables.py runs/out/results/small-t1.json ...
+.venv/bin/python runs/tables.py [--by-category] runs/out/results/g5-t0 ...
 """
 
-import json
 import sys
 from pathlib import Path
-from statistics import mean
 
-from glidecape.significance import paired_permutation
+from glidecape.bench.metrics import summarise
+from glidecape.bench.records import RunFolder
+from glidecape.bench.tables import circumstances_line, markdown, title_of
 
-COLUMNS = {
-    "method": "method",
-    "tokens_per_s": "tokens/s",
-    "over_plain": "over plain",
-    "over_plain_95": "95 % interval",
-    "over_transformers": "over transformers",
-    "acceptance_length": "acceptance length",
-    "alpha": "alpha",
-    "nodes_a_round": "nodes a round",
-    "equal": "tokens equal plain's",
-}
+COLUMNS = ("method", "tokens_per_s", "over_plain", "interval", "acceptance_length", "alpha", "nodes", "equal")
 
 
-def cell(row: dict, column: str) -> str:
-    value = row.get(column)
-    if value is None or (column == "alpha" and row["method"] == "plain"):
-        return ""
-    if isinstance(value, list):
-        return f"{value[0]:.2f} to {value[1]:.2f}"
-    return ("yes" if value else "NO") if isinstance(value, bool) else str(value)
+def of_categories(summary, kind):
+    """Acceptance length and alpha of each method in each category."""
+    groups = [one for one in summary["groups"] if one["kind"] == kind and one["category"] != "all"]
+    if not groups:
+        return f"{kind}: one category only\n"
+    names = [row["method"] for row in groups[0]["rows"] if row.get("alpha") is not None]
+    lines = ["| category (prompts) | " + " | ".join(names) + " | repeated 4-grams |", "|---" * (len(names) + 2) + "|"]
+    for group in groups:
+        rows = {row["method"]: row for row in group["rows"]}
+        cells = [f"{rows[name]['acceptance_length']:.2f} ({rows[name]['alpha']:.2f})" for name in names]
+        repeated = group["repeated_4grams"]
+        cells.append("" if repeated is None else f"{repeated:.0%}")
+        lines.append(f"| {group['category']} ({group['prompts']}) | " + " | ".join(cells) + " |")
+    return f"{kind}, acceptance length (alpha) by category:\n\n" + "\n".join(lines) + "\n"
 
 
-for path in map(Path, sys.argv[1:]):
-    result = json.loads(path.read_text())
-    print(f"`{result['provenance']['command']}`\n")
-    for kind in ("steady", "looping"):
-        if result[kind]:
-            print(
-                f"{kind} continuations, {result['prompts'][kind]} prompts, "
-                f"{result['repeated_4grams'][kind]:.0%} repeated 4-grams, commit {result['provenance']['commit']}:\n"
-            )
-            print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
-            for row in result[kind]:
-                print("| " + " | ".join(cell(row, c) for c in COLUMNS) + " |")
-            print()
-            alphas = {row["method"]: row.get("alpha_by_prompt") for row in result[kind]}
-            if alphas.get("glide") and alphas.get("nocross:glide"):
-                p = paired_permutation(alphas["glide"], alphas["nocross:glide"])
-                gain = mean(alphas["glide"]) - mean(alphas["nocross:glide"])
-                print(f"Cross-attention, mean gain of alpha over prompts: {100 * gain:.1f} points, p = {p:.1g}\n")
+folders = [word for word in sys.argv[1:] if word != "--by-category"]
+by_category = len(folders) < len(sys.argv[1:])
+for folder in map(Path, folders):
+    summary = summarise(RunFolder(folder))
+    print(f"`{summary['sessions'][-1]['command']}`\n\n{circumstances_line(summary)}\n")
+    for group in (group for group in summary["groups"] if group["category"] == "all"):
+        print(f"{title_of(group, summary['settings'])}:\n\n{markdown(group['rows'], COLUMNS)}\n")
+        if by_category:
+            print(of_categories(summary, group["kind"]))
+        for pair in summary["pairs"][group["kind"]]:
+            if (pair["a"], pair["b"]) == ("glide", "nocross:glide"):
+                alpha = pair["alpha"]
+                gain = f"{100 * alpha['gain']:.1f} points, p = {alpha['p']:.1g}"
+                print(f"Cross-attention, mean gain of alpha over prompts: {gain}\n")

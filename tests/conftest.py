@@ -1,4 +1,4 @@
-"""Few threads: the models of the tests are tiny, and tests may run beside other work."""
+"""One thread: the models of the tests are tiny, and on a crowded machine two threads mostly wait for each other."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import toys`
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

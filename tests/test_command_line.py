@@ -11,7 +11,6 @@ import pytest
 
 from glidecape import cli
 from glidecape.drafting.methods import METHODS
-from glidecape.stats import loops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,33 +114,6 @@ def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp
     assert "tokens/s" in err
 
 
-def test_bench_writes_its_table(world, capfd, monkeypatch, tmp_path):
-    (tmp_path / "p.txt").write_text("def load_table(table, size=0):\n    for item in")
-    words = [
-        "bench",
-        "--target",
-        world["target"],
-        "--draft",
-        f"glide={world['glide']}",
-        "--prompts",
-        tmp_path / "p.txt",
-    ]
-    words += ["--methods", "plain,glide,glide+cape", "--max-new-tokens", 12, "--repeats", 1, "--temperature", 1]
-    code, _, _ = run(capfd, monkeypatch, *words, "--out", tmp_path / "r.json")
-    assert code == 0
-    result = json.loads((tmp_path / "r.json").read_text())
-    rows = {row["method"]: row for row in result["steady"]}
-    assert set(rows) == {"plain", "glide", "glide+cape", "transformers generate"}
-    assert rows["plain"]["over_plain"] == 1.0
-    assert all(rows[m]["equal"] and rows[m]["over_transformers"] > 0 for m in ("plain", "glide", "glide+cape"))
-
-
-def test_looping_is_what_the_definition_says():
-    assert loops(list(range(8)) * 8)
-    assert not loops(list(range(128)))
-    assert not loops(list(range(8)) * 4 + list(range(100, 200)))  # only the first half repeats
-
-
 BAD = {
     "missing target": (["--target", "nowhere/at/all"], "no model|cannot load"),
     "no config": (["--target", "{empty}"], "config.json"),
@@ -236,7 +208,7 @@ def test_help_names_every_command_and_importing_is_light():
     help_text = subprocess.run(
         [sys.executable, "-m", "glidecape.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("generate", "train", "train-target", "bench", "demo", "data"):
+    for command in ("generate", "train", "train-target", "bench", "report", "demo", "data"):
         assert command in help_text.stdout
 
 

@@ -478,7 +478,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted(options: str, sampling: 
     prompts = [(2, 0, 1, 1, 2)[: 1 + seed % 5] for seed in range(20)]
     params = [SamplingParams(seed=seed, max_new_tokens=8, sampling=sampling, **NOISY[options]) for seed in range(20)]
     _, events, _ = run_checked(ToyTarget(TARGET), drafter, prompts, params)
-    assert all(event.stats == RoundStats(drafted=3, accepted=3, emitted=4, tested=3) for event in events)
+    assert all(event.stats == RoundStats(drafted=3, accepted=3, emitted=4, tested=3, depth=3) for event in events)
 
 
 @pytest.mark.parametrize("expansion", [Cape((2, 2, 1, 1)), Beam(3)], ids=["cape", "beam"])

@@ -7,6 +7,7 @@ import zoo
 PASSING = (
     "biogpt",
     "cohere",
+    "gemma4_text",  # its last layers read the keys of earlier ones
     "gpt2",
     "gpt_neox",
     "granite",
@@ -29,3 +30,13 @@ def test_what_cannot_hold_a_tree_is_refused_with_the_reason(kind, reason):
     verdict = zoo.check(kind)
     assert verdict.verdict == "refused"
     assert reason in verdict.reason
+
+
+def test_a_draft_of_a_composite_model_rotates_as_its_text_part_does():
+    """Its pictures rotate, too, and come first among its modules."""
+    from glidecape.models.rotary import TargetRotary
+    from glidecape.models.target import Target
+
+    target = Target(zoo.build("gemma4"), probe=False)
+    rotary = TargetRotary(target, len(target.shapes) - 1).rotary
+    assert rotary is target.model.get_decoder().rotary_emb

@@ -27,13 +27,17 @@ NEW = 16
 METHODS = ("lookup", "vanilla+cape", "vanilla+beam+svip")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
-def pair(request):
+def build_pair(kind):
     """A plain transformers model, and another one that drafts for it and is often right."""
-    _, model, _, noisy = build(request.param)
+    _, model, _, noisy = build(kind)
     draft = noisy.model.model
     draft.set_attn_implementation("sdpa")
     return model, draft
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return build_pair("llama")
 
 
 def padded(rows):
@@ -98,6 +102,16 @@ def test_greedy_tokens_are_those_of_generate_with_every_processor(pair, rows):
                 **({"method": method, "eos_token_id": None} | options),
             )
             assert torch.equal(found, expected), (name, method)
+
+
+def test_a_windowed_model_too():
+    model, draft = build_pair("gemma3_text")
+    options = {"eos_token_id": None, **PROCESSORS["repetition penalty"]}
+    expected = call(model, padded(range(4)), **options)
+    assert torch.equal(
+        call(model, padded(range(4)), custom_generate=glidecape_generate, draft=draft, **options), expected
+    )
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
 
 
 def test_drafts_are_accepted_with_processors(pair):

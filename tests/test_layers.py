@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,10 @@ import pytest
 import glidecape
 
 SOURCE = Path(glidecape.__file__).parent
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+[CONTRACT] = PROJECT["tool"]["importlinter"]["contracts"]
 LAYERS = [
-    {"errors"},
-    {"noise", "masks", "text", "significance", "files"},
-    {"sampling"},
-    {"penalties"},
-    {"cache", "tree", "stats"},
-    {"models"},
-    {"verify"},
-    {"state"},
-    {"drafting"},
-    {"decode"},
-    {"certify"},
-    {"train", "bench"},
-    {"demo", "show", "fit"},
-    {"commands"},
-    {"cli"},
+    {name.strip().removeprefix("glidecape.") for name in line.split(":")} for line in reversed(CONTRACT["layers"])
 ]
 MODULES = [m.name for m in pkgutil.walk_packages(glidecape.__path__, "glidecape.")]
 

@@ -93,7 +93,7 @@ def test_a_vocabulary_of_152k_needs_no_float32_copy_of_the_logits(loss):
         q = draft.detach()[0, i].float().requires_grad_(i % 64 == 0)
         a, b = q.log_softmax(-1), target[0, i].float().log_softmax(-1)
         alpha, divergence = torch.minimum(a.exp(), b.exp()).sum(), (b.exp() * (b - a)).sum()
-        share = {"kl": 1.0, "nla": 0.0, "lk_hybrid": float(torch.exp(-3 * alpha))}[loss]
+        share = {"kl": 1.0, "nla": 0.0, "lk_hybrid": float(torch.exp(-3 * alpha.detach()))}[loss]
         overlap = -alpha.log() if loss == "nla" else 1 - alpha
         one = (share * divergence + (1 - share) * overlap) / length
         total += float(one.detach())

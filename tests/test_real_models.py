@@ -102,7 +102,7 @@ def test_acceptance_in_training_is_acceptance_in_serving():
     from glidecape.train.teacher import Teacher, hidden_by_lag, reads_hidden
 
     target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)
-    lines = (ROOT / "evaluation" / "prompts" / "python.jsonl").read_text().splitlines()[:10]
+    lines = (ROOT / "evaluation" / "prompts" / "python.jsonl").read_text().splitlines()[:6]
     for name in ("glide", "glide-no-cross"):
         draft, stats, accepted, tested = load_draft(PAIR / name, target), Stats(), 0, 0
         for line in lines:
@@ -119,7 +119,7 @@ def test_acceptance_in_training_is_acceptance_in_serving():
             matches = [(chosen[:-1] == ids[0, 1:]).tolist() for chosen in choices]
             one = rounds_on_paper(matches, len(prompt) - 1, len(prompt) + NEW - 1, 5)
             accepted, tested = accepted + one[0], tested + one[1]
-        assert stats.tested > 150
+        assert stats.tested > 100
         assert accepted / tested == pytest.approx(stats.alpha, abs=0.01), name
 
 

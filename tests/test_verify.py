@@ -215,7 +215,7 @@ def wrong_at(*places: int, sibling: bool = False) -> list[list[int]]:
 
 def test_counts_when_the_draft_is_always_right() -> None:
     events, stats = decode_scripted(RIGHT, 8)
-    assert [event.stats for event in events] == [RoundStats(3, 3, 4, 3)] * 2
+    assert [event.stats for event in events] == [RoundStats(3, 3, 4, 3, 3)] * 2
     assert events[0].origins == ["chain", "chain", "chain", "bonus"]
     assert (stats.rounds, stats.acceptance_length, stats.alpha, stats.draft_efficiency) == (2, 4.0, 1.0, 1.0)
     assert stats.lengths == {4: 2}
@@ -225,11 +225,11 @@ def test_counts_when_the_draft_is_never_right() -> None:
     events, stats = decode_scripted(wrong_at(*range(20)), 5)
     # Three drafts of 3, then 2 tokens left: a draft of 1 (and its bonus), then 1 left: a draft of 1.
     assert [event.stats for event in events] == [
-        RoundStats(3, 0, 1, 1),
-        RoundStats(3, 0, 1, 1),
-        RoundStats(2, 0, 1, 1),
-        RoundStats(1, 0, 1, 1),
-        RoundStats(1, 0, 1, 1),
+        RoundStats(3, 0, 1, 1, 3),
+        RoundStats(3, 0, 1, 1, 3),
+        RoundStats(2, 0, 1, 1, 2),
+        RoundStats(1, 0, 1, 1, 1),
+        RoundStats(1, 0, 1, 1, 1),
     ]
     assert all(event.origins == ["bonus"] for event in events)
     assert (stats.acceptance_length, stats.alpha, stats.draft_efficiency) == (1.0, 0.0, 0.0)
@@ -240,10 +240,12 @@ def test_counts_when_the_draft_is_sometimes_right() -> None:
     events, stats = decode_scripted(wrong_at(3, 4, 8), 10)
     assert [event.tokens for event in events] == [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]]
     assert [event.stats for event in events] == [
-        RoundStats(drafted=3, accepted=2, emitted=3, tested=3),
-        RoundStats(drafted=3, accepted=0, emitted=1, tested=1),
-        RoundStats(drafted=3, accepted=3, emitted=4, tested=3),  # no rejection: all three drafted were accepted
-        RoundStats(drafted=1, accepted=1, emitted=2, tested=1),  # two tokens left: a draft of one
+        RoundStats(drafted=3, accepted=2, emitted=3, tested=3, depth=3),
+        RoundStats(drafted=3, accepted=0, emitted=1, tested=1, depth=3),
+        RoundStats(
+            drafted=3, accepted=3, emitted=4, tested=3, depth=3
+        ),  # no rejection: all three drafted were accepted
+        RoundStats(drafted=1, accepted=1, emitted=2, tested=1, depth=1),  # two tokens left: a draft of one
     ]
     assert (stats.rounds, stats.drafted, stats.accepted, stats.emitted, stats.tested) == (4, 10, 6, 10, 8)
     assert (stats.acceptance_length, stats.alpha, stats.draft_efficiency) == (2.5, 0.75, 0.6)
@@ -256,8 +258,8 @@ def test_counts_with_an_accepted_sibling() -> None:
     events, stats = decode_scripted(wrong_at(2, sibling=True), 6, bins=(1,))
     assert [event.tokens for event in events] == [[1, 2, 3], [4, 5, 6]]
     assert events[0].origins == ["chain", "sibling", "bonus"]
-    assert events[0].stats == RoundStats(drafted=6, accepted=2, emitted=3, tested=2)
-    assert events[1].stats == RoundStats(drafted=4, accepted=2, emitted=3, tested=2)
+    assert events[0].stats == RoundStats(drafted=6, accepted=2, emitted=3, tested=2, depth=3)
+    assert events[1].stats == RoundStats(drafted=4, accepted=2, emitted=3, tested=2, depth=2)
     assert stats.alpha == 1.0
 
 

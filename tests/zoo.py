@@ -14,7 +14,7 @@ from glidecape.models.glide import GlideModel
 from glidecape.models.glide_config import GlideConfig
 from glidecape.models.glide_draft import GlideDraft
 from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
+from glidecape.models.target import Target, refuse_by_config
 from glidecape.sampling import SamplingParams
 from test_against_transformers import BASE
 
@@ -25,7 +25,55 @@ TINY = BASE | {
     "moe_intermediate_size": 32,
     "num_experts_per_tok": 2,
 }
-WINDOW, NEW, MOST = 12, 48, 5_000_000
+# Sizes that only decoders of encoder-decoder models have, or that go by other names in composite ones.
+TINY |= {
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "max_target_positions": 256,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size_mlp": 96,
+}
+PARTS = {  # of composite models, beside the text
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vocab_size": 97,
+}
+# What single types need beside the sizes above, or instead of them.
+OWN: dict[str, dict] = {
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 12},
+    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+    },
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "blenderbot-small": {"bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
+}
+WINDOW, NEW, MOST = 12, 48, 20_000_000
 PROMPTS = [[7, 11, 13, 17, 19], list(range(10, 27))]
 
 
@@ -46,10 +94,20 @@ def build(kind, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     usual = AutoConfig.for_model(kind)
-    computed = {n for n in TINY if isinstance(p := getattr(type(usual), n, None), property) and p.fset is None}
-    sizes = {name: size for name, size in TINY.items() if name not in computed}
+    sizes = _sizes(type(usual), TINY | OWN.get(kind, {}))
     if getattr(usual, "sliding_window", None):
         sizes["sliding_window"] = WINDOW
+    for name, part in type(usual).sub_configs.items():
+        text = name == "text_config"
+        own = getattr(usual, name, None)
+        kind_of_part = getattr(own, "model_type", "")
+        sizes[name] = _sizes(
+            type(own) if own is not None else part, TINY | OWN.get(kind_of_part, {}) if text else PARTS
+        )
+        if text and getattr(own, "sliding_window", None):
+            sizes[name]["sliding_window"] = WINDOW
+        if kind_of_part and type(part).__name__ != "type":
+            sizes[name]["model_type"] = kind_of_part
     config = AutoConfig.for_model(kind, **(sizes | changes))
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -65,6 +123,28 @@ def build(kind, **changes):
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.12)
     return model
+
+
+def _sizes(cls, sizes):
+    """Those of the sizes that are not computed from others there."""
+    computed = {n for n in sizes if isinstance(p := getattr(cls, n, None), property) and p.fset is None}
+    return {name: size for name, size in sizes.items() if name not in computed}
+
+
+def refused_by_config(kind):
+    """Why we refuse the type before its weights are looked at, or None; for types that are not built here."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(kind)
+        # As a causal LM such a type is its decoder alone, which is probed.
+        if not getattr(config, "is_encoder_decoder", False):
+            refuse_by_config(config.get_text_config())
+    except GlideCapeError as error:
+        return _sentence(error)
+    except Exception:
+        return None
+    return None
 
 
 def expected_tokens(reference, prompt):
@@ -89,6 +169,8 @@ def check(kind):
         reference = copy.deepcopy(model)
         expected = [expected_tokens(reference, p) for p in PROMPTS]
     except Exception as error:
+        if reason := refused_by_config(kind):
+            return Verdict(kind, "refused", f"{reason} (by its configuration; not built here)")
         return Verdict(kind, "not built", _sentence(error))
     try:
         target = Target(model)

@@ -30,7 +30,9 @@ from .tree import TokenTree
 
 EQUAL, NEAR_TIE, BUG = "equal", "near-tie", "bug"
 SPAN = 6  # tokens that the many-node forward runs as a tree
-SLACK = 4.0  # rounding may be so many times what the reference's own two shapes, or the dtype's steps, show
+# Rounding may be so many times what the reference's own two shapes, or the dtype's steps, show. Measured on the shipped pair:
+# at most 1.6 times in half precision and 3.3 times in float32, where the target's packed products are another library's.
+SLACK, SLACK_FLOAT32 = 4.0, 8.0
 
 PROMPTS = (
     "def read_lines(path):\n    ",
@@ -200,7 +202,8 @@ class _Judge:
         step = torch.finfo(self.target.dtype).eps * _largest(logits)
         if not self.params.greedy:
             step /= self.params.temperature
-        rounding = SLACK * max(_difference(truth, stepped), step)
+        slack = SLACK_FLOAT32 if self.target.dtype == torch.float32 else SLACK
+        rounding = slack * max(_difference(truth, stepped), step)
         error = max(_difference(truth, one), _difference(truth, many))
         gap = float(best[0] - torch.minimum(truth[expected], truth[got]))
         # Written so that a score that is not a number is a bug.

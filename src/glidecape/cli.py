@@ -13,8 +13,10 @@ from .commands.bench import bench
 from .commands.certify import certify
 from .commands.data import app as data_app
 from .commands.generate import generate
+from .commands.measure import app as measure_app
 from .commands.plan import plan
 from .commands.regenerate import regenerate
+from .commands.report import report
 from .commands.shared import Threads
 from .commands.study import study
 from .commands.train import train, train_target
@@ -26,9 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _one in (generate, train, train_target, study, regenerate, plan, certify, bench):
+for _one in (generate, train, train_target, study, regenerate, plan, certify, bench, report):
     app.command()(_one)  # train_target becomes train-target
 app.add_typer(data_app, name="data")
+app.add_typer(measure_app, name="measure")
 
 
 @app.command()

@@ -24,35 +24,44 @@ from .verify import verify_row
 @torch.no_grad()
 def run_round(target: Target, drafter: Drafter, state: DecodeState, stats: Stats | None = None) -> list[Emitted]:
     """One proposal and one target forward: every row emits its accepted tokens and a bonus token."""
-    started = time.perf_counter()
+    started = _seconds(state, stats)
     tree = drafter.propose(state)
-    drafted = time.perf_counter()
+    drafted = _seconds(state, stats)
     output = target.forward(tree.tokens, tree.positions(state.root_positions), state.cache, tree.ancestors)
     laws = state.laws(tree, output.logits)
-    verified = time.perf_counter()
+    verified = _seconds(state, stats)
+    sizes = list(zip(tree.num_drafted.tolist(), tree.deepest.tolist(), strict=True))
     events, paths = [], []
     for i, row in enumerate(state.rows):
         path, bonus = verify_row(tree, i, laws[i], row.chance)
         kept, tokens = state.clip(row, tree, path, bonus, i)
-        events.append(_emit(row, tree, i, path, tokens))
+        events.append(_emit(row, tree, i, path, tokens, *sizes[i]))
         paths.append(kept)
     state.cache.keep(paths)
     drafter.commit(state, tree, paths)
     if stats is not None:
         stats.draft_s += drafted - started
         stats.verify_s += verified - drafted
-        stats.total_s += time.perf_counter() - started
+        stats.total_s += _seconds(state, stats) - started
         for event in events:
             stats.add(event.stats)
     return events
 
 
-def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int]) -> Emitted:
+def _seconds(state: DecodeState, stats: Stats | None) -> float:
+    """The time now; where somebody counts it, after all work on the device."""
+    device = state.cache.keys[0].device
+    if stats is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int], drafted: int, depth: int) -> Emitted:
     """Append a round's tokens to its row (the last one becomes the root) and describe the round."""
     row.tokens.extend(tokens)
     accepted = min(len(path) - 1, len(tokens))
     rejected = any(tree.children(i)[path[-1]]) if len(tokens) > len(path) - 1 else False
-    round_stats = RoundStats(int(tree.num_drafted[i]), accepted, len(tokens), accepted + rejected)
+    round_stats = RoundStats(drafted, accepted, len(tokens), accepted + rejected, depth)
     row.rounds.append(round_stats)
     origins = [*tree.origins(i, path)[:accepted], "bonus"][: len(tokens)]
     if row.cut is None:
@@ -116,7 +125,7 @@ def decode(
     started = time.perf_counter()
     state = start(target, drafter, prompts, params or SamplingParams(), noise, limit_bytes)
     if stats is not None:
-        stats.prefill_s += time.perf_counter() - started
+        stats.prefill_s += _seconds(state, stats) - started
     for i, row in enumerate(state.rows):
         if row.params.max_new_tokens == 0:
             row.finish = "length"

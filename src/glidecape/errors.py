@@ -23,3 +23,7 @@ class MismatchError(GlideCapeError):
 
 class UnsupportedError(GlideCapeError):
     """Something GlideCape refuses because it could not keep the output lossless, with the reason."""
+
+
+class OutputError(GlideCapeError):
+    """A method's output is not plain decoding's where the two must be equal: a wrong figure is worse than none."""

@@ -10,7 +10,7 @@ from .drafting.drafter import Drafter
 from .models.target import Target
 from .sampling import SamplingParams
 from .stats import Stats
-from .text import TextStream, text_of
+from .text import TextStream, chat_ids, text_of
 
 
 def show(
@@ -21,9 +21,13 @@ def show(
     batch: int,
     method: str,
     as_json: bool,
+    chat: bool = False,
 ) -> None:
-    """Complete the prompts, `batch` of them side by side, and print them; figures go to standard error."""
-    ids = [target.encode(text) for text in prompts]
+    """Complete the prompts, `batch` of them side by side, and print them; figures go to standard error.
+
+    With `chat` each prompt is a user's message and the completion an answer, shown without it.
+    """
+    ids = [chat_ids(target.tokenizer, text) if chat else target.encode(text) for text in prompts]
     for first in range(0, len(ids), batch):
         rows = list(range(first, min(first + batch, len(ids))))
         stats = Stats()
@@ -33,7 +37,7 @@ def show(
         texts: dict[int, str] = {}
         stream = TextStream(target.tokenizer, params[first].stop) if not as_json and len(rows) == 1 else None
         if stream:
-            print(prompts[first], end="", flush=True)
+            print("" if chat else prompts[first], end="", flush=True)
         for event in decode(target, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
             row = rows[event.row]
             tokens[row] += event.tokens
@@ -52,7 +56,7 @@ def show(
             elif stream:
                 print()
             else:
-                print(f"--- {row}\n{prompts[row]}{text}")
+                print(f"--- {row}\n{'' if chat else prompts[row]}{text}")
         if not as_json:
             print(
                 f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, fields
 
 @dataclass
 class RoundStats:
-    """One row's round: nodes sent to verify (root excluded), accepted nodes, emitted tokens (bonus included)."""
+    """One row's round: nodes sent to verify (root excluded), accepted nodes, emitted tokens (bonus included), depths
+    tested, and the deepest drafted depth."""
 
     drafted: int
     accepted: int
     emitted: int
     tested: int
+    depth: int = 0
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Stats:
         accepted: nodes accepted.
         emitted: tokens emitted, bonus tokens included.
         tested: depths tested: accepted + 1 when a round ends in a rejection, else accepted.
+        depths: deepest drafted depths, summed over rounds.
         draft_s, verify_s, total_s: seconds drafting, in the target's forward, and in whole rounds.
         prefill_s: seconds to read the prompts, not part of total_s.
     """
@@ -36,6 +39,7 @@ class Stats:
     accepted: int = 0
     emitted: int = 0
     tested: int = 0
+    depths: int = 0
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
@@ -48,6 +52,7 @@ class Stats:
         self.accepted += one.accepted
         self.emitted += one.emitted
         self.tested += one.tested
+        self.depths += one.depth
         self.lengths[one.emitted] += 1
 
     @property

@@ -10,12 +10,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import InputError
+
 HALF = "\ufffd"  # what a decoder makes of the first bytes of a character
 
 
 def text_of(tokenizer: Any, tokens: list[int]) -> str:
     """The text of emitted tokens, special tokens left out."""
     return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def chat_ids(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of a chat that begins with one message of the user's, up to where the assistant's answer begins.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or its template refuses the message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "this target's tokenizer has no chat template: leave --chat out, and write the prompt as it is"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the tokenizer's chat template refuses the prompt ({error})") from None
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _settled(tokenizer: Any, tokens: list[int]) -> str:

@@ -60,6 +60,11 @@ class TokenTree:
         """Drafted tokens of each row, `(batch,)`: the root and padding do not count."""
         return self.valid.sum(1) - 1
 
+    @property
+    def deepest(self) -> Tensor:
+        """Largest depth of each row's nodes, `(batch,)`; padding does not count."""
+        return self.depth.masked_fill(~self.valid, 0).amax(1)
+
     def add(
         self,
         parents: Tensor,

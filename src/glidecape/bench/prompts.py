@@ -35,8 +35,3 @@ def stdlib_prompts(count: int, length: int = 900) -> list[str]:
         if len(prompts) == count:
             break
     return prompts
-
-
-def digest_of(prompts: list[str]) -> str:
-    """sha256 of a list of prompts, for provenance."""
-    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..train.chat import ChatSource
 
 app = typer.Typer(help="Make training corpora.", no_args_is_help=True)
 
@@ -27,3 +32,50 @@ def pysource(
     held = tuple(name for name in hold_out.split(",") if name)
     counts = build_pysource(out, root, held, vocab_size, int(max_bytes) if max_bytes else None)
     print(json.dumps(counts))
+
+
+@app.command()
+def chat(
+    source: Annotated[
+        list[str], typer.Option(help="A .jsonl(.gz) of messages, prompt+completion or text; FILE:BYTES takes a part.")
+    ],
+    out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
+    vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 8192,
+    max_bytes: Annotated[
+        float | None, typer.Option(help="Text at most of each source without a number of its own, such as 2e6.")
+    ] = None,
+    max_row_tokens: Annotated[int, typer.Option(min=16, help="Longer rows are left out.")] = 2048,
+    valid_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the openings held out.")] = 0.01,
+    licences: Annotated[
+        Path | None, typer.Option(help="JSON object of each source's licence, by its file's name without suffixes.")
+    ] = None,
+) -> None:
+    """Tokenize chats of your own, with a tokenizer and a chat template of their own."""
+    from ..train.chat import build_chat
+
+    known = _licences(licences) if licences else {}
+    sources = [_chat_source(text, int(max_bytes) if max_bytes else None) for text in source]
+    counts = build_chat(out, sources, vocab_size, known, max_row_tokens, valid_share)
+    print(json.dumps(counts))
+
+
+def _chat_source(text: str, max_bytes: int | None) -> ChatSource:
+    from ..train.chat import ChatSource
+
+    path, colon, size = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return ChatSource(Path(text), max_bytes)
+    try:
+        return ChatSource(Path(path), int(float(size)))
+    except ValueError:
+        raise InputError(f"--source takes FILE or FILE:BYTES, such as chats.jsonl:2e6, not '{text}'") from None
+
+
+def _licences(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--licences {path} cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise InputError(f"--licences {path} must be a JSON object of a licence for each source's name")
+    return found

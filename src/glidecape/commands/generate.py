@@ -28,6 +28,9 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="A text file (one prompt) or .jsonl with a prompt column.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to emit at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
@@ -128,7 +131,7 @@ def generate(
             model, drafter, [model.encode(text) for text in read_prompts(None, svip_fit)], params[0]
         )
         print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
-    show(model, drafter, prompts, params, batch, method, as_json)
+    show(model, drafter, prompts, params, batch, method, as_json, chat)
 
 
 def _bias(items: list[str]) -> dict[int, float]:

@@ -39,7 +39,7 @@ def train(
     preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
-    layers: Annotated[int, typer.Option(min=1, max=2, help="Of a GliDe draft.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="Of the draft; GliDe has 1 or 2.")] = 1,
     read: Annotated[
         str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
     ] = "last",
@@ -119,7 +119,7 @@ def _budget(tokens: float | None, minutes: float | None) -> Any:
 
 
 def train_target(
-    data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data pysource`.")],
+    data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data`.")],
     out: Annotated[Path, typer.Option(help="Model folder; an interrupted run there goes on.")],
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 2e7.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
@@ -130,6 +130,9 @@ def train_target(
     kv_heads: int = 6,
     context: Annotated[int, typer.Option(help="Longest sequence that the model declares.")] = 8192,
     rope_theta: Annotated[float, typer.Option(help="Base of the rotary embedding.")] = 1e5,
+    architecture: Annotated[str, typer.Option(help="llama, or qwen3: normalised queries and keys.")] = "llama",
+    window: Annotated[int, typer.Option(min=0, help="Tokens that a layer with a window sees (qwen3); 0: all.")] = 0,
+    full_every: Annotated[int, typer.Option(min=1, help="Layers from one without window to the next.")] = 4,
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 512,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     long_length: Annotated[int, typer.Option(help="Window at the end of the run.")] = 2048,
@@ -147,16 +150,16 @@ def train_target(
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
-    """Train a small Llama-architecture target from scratch, for a machine without any model."""
+    """Train a small target from scratch, for a machine without any model."""
     import torch
 
     from ..train import target as recipes
 
     if threads:
         torch.set_num_threads(threads)
-    if width % heads or heads % kv_heads:
-        raise InputError(f"width {width} must be a multiple of heads {heads}, and heads of kv-heads {kv_heads}")
-    shape = recipes.TargetShape(layers, width, ffn, heads, kv_heads, context, rope_theta)
+    shape = recipes.TargetShape(
+        layers, width, ffn, heads, kv_heads, context, rope_theta, architecture, window, full_every
+    )
     windowing = recipes.Windowing(length, rows, long_length, long_share)
     budget = _budget(tokens, minutes)
     draft = _draft_beside(draft_recipe, seed) if with_draft else None

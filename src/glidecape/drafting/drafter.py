@@ -213,10 +213,9 @@ class ModelDrafter:
     def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
         self._trust(state, tree, paths)
         if state.draft.lengths is not None:
-            deepest = tree.depth.masked_fill(~tree.valid, 0).amax(1).tolist()
             state.draft.lengths = [
                 min(self.cap, self.stop.next_length(length, len(path) - 1 == end))  # type: ignore[attr-defined]
-                for length, path, end in zip(state.draft.lengths, paths, deepest, strict=True)
+                for length, path, end in zip(state.draft.lengths, paths, tree.deepest.tolist(), strict=True)
             ]
 
     def _trust(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:

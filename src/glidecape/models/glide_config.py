@@ -95,7 +95,7 @@ class GlideConfig:
         if layers not in (1, 2):
             raise UnsupportedError(f"a GliDe draft has 1 or 2 layers, not {layers}")
         reads, mix = _reads(target, layers, read)
-        kinds = getattr(config, "layer_types", None) or [""] * len(target.shapes)
+        kinds = target.layer_kinds
         alike = {(kinds[layer], *target.shapes[layer]) for own in reads for layer in own}
         if len(alike) > 1:
             raise UnsupportedError(f"layers {read} of this target differ in kind or heads: read layers of one kind")
@@ -123,7 +123,7 @@ class GlideConfig:
 
 def _reads(target: Target, layers: int, read: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
     """For each draft layer the target layers that it reads, and whether as a learned mean."""
-    kinds = getattr(target.text_config, "layer_types", None) or ["full_attention"] * len(target.shapes)
+    kinds = target.layer_kinds
     # Our cache keeps every layer's whole context, windowed ones too, but a windowed layer's keys were only ever
     # trained to be read within its window: take the last ones that read everything, if there are any.
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))

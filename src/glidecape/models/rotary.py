@@ -28,7 +28,9 @@ class TargetRotary:
     """
 
     def __init__(self, target: Target, layer: int) -> None:
-        self.rotary = next((m for n, m in target.model.named_modules() if n.split(".")[-1] == "rotary_emb"), None)
+        # Not those of a composite model's other parts: pictures rotate, too.
+        parts = target.model.get_decoder().named_modules()
+        self.rotary = next((m for n, m in parts if n.split(".")[-1] == "rotary_emb"), None)
         kinds = getattr(target.text_config, "layer_types", None)
         self.by_kind = {"layer_type": kinds[layer]} if kinds and self._needs_kind(target) else {}
         self.head_dim = target.shapes[layer][1]

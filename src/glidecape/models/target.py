@@ -143,7 +143,7 @@ class Target:
     def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True, pack: bool | torch.dtype = False) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.text_config = model.config.get_text_config()
-        _refuse_by_config(self.text_config)
+        refuse_by_config(self.text_config)
         _register()
         model.set_attn_implementation(ATTENTION)
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -247,6 +247,12 @@ class Target:
         return getattr(self.text_config, "max_position_embeddings", None) or 2**31 - 1
 
     @property
+    def layer_kinds(self) -> list[str]:
+        """ "full_attention", "sliding_attention" or "chunked_attention" for each layer that keeps keys and values."""
+        kinds = getattr(self.text_config, "layer_types", None) or ["full_attention"] * len(self.shapes)
+        return list(kinds)[: len(self.shapes)]
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         found = getattr(self.model.generation_config, "eos_token_id", None)
         found = self.config.eos_token_id if found is None else found
@@ -308,7 +314,8 @@ class Target:
                 position_ids=positions.clamp(max=self.context - 1),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=logits_to_keep,
+                # Asked for few logits, layers that share keys leave the other tokens out: no hidden states of them.
+                logits_to_keep=logits_to_keep if cache.hidden is None else 0,
             )
         finally:
             _LAYOUT.reset(token)
@@ -353,7 +360,7 @@ def _first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _refuse_by_config(config: Any) -> None:
+def refuse_by_config(config: Any) -> None:
     """Architectures that no mask can make into a tree decoder."""
     kind = getattr(config, "model_type", "unknown")
     layers = set(getattr(config, "layer_types", None) or [])
@@ -367,8 +374,6 @@ def _refuse_by_config(config: Any) -> None:
         raise UnsupportedError(f"{kind} keeps a compressed (MLA) cache, which GlideCape does not read yet")
     if getattr(config, "alibi", False) or kind in {"bloom", "mpt"}:
         raise UnsupportedError(f"{kind} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedError(f"{kind} shares keys and values between layers, which GlideCape does not support yet")
 
 
 def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
@@ -398,8 +403,8 @@ def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
         ) from None
     finally:
         _LAYOUT.reset(token)
-    if sorted(seen) != list(range(config.num_hidden_layers)):
-        raise UnsupportedError(
-            f"{config.model_type} wrote keys and values for layers {sorted(seen)} of {config.num_hidden_layers}"
-        )
+    # The last layers of some models have no keys of their own: they read those of an earlier layer.
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if sorted(seen) != list(range(own)):
+        raise UnsupportedError(f"{config.model_type} wrote keys and values for layers {sorted(seen)} of {own}")
     return [seen[i] for i in sorted(seen)]

@@ -30,7 +30,7 @@ class Beside:
     """A draft and its lessons from a target in training.
 
     The target's forward is taken again without gradients, through our cache, so that the draft sees what it will see in
-    decoding; that costs about a third of a step of the target.
+    decoding.
 
     Args:
         model: the causal LM in training.

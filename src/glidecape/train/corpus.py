@@ -22,7 +22,9 @@ import numpy as np
 
 from ..errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+MARKS = (END_OF_TEXT, END_OF_TURN, *(f"<|{role}|>" for role in ROLES))  # the special tokens of a corpus of chats
 MIN_BYTES, MAX_BYTES = 400, 200_000
 
 
@@ -58,7 +60,7 @@ def read_sources(roots: list[Path]) -> Iterator[Source]:
                 yield Source(path.relative_to(root).parts[0].removesuffix(".py"), text)
 
 
-def _rank(*parts: str) -> str:
+def rank(*parts: str) -> str:
     """A reproducible shuffle key."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -104,14 +106,14 @@ def build_pysource(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    sources = sorted(read_sources(roots or default_roots()), key=lambda s: _rank(s.package, s.text))
+    sources = sorted(read_sources(roots or default_roots()), key=lambda s: rank(s.package, s.text))
     if not sources:
         raise DataError(f"no Python sources below {roots or default_roots()}: name folders with --root")
     size: dict[str, int] = {}
     for source in sources:
         size[source.package] = size.get(source.package, 0) + len(source.text)
     total, held = sum(size.values()), set(hold_out) & size.keys()
-    for package in sorted(size, key=lambda p: _rank("hold out", p)):
+    for package in sorted(size, key=lambda p: rank("hold out", p)):
         share = sum(size[p] for p in held) / total
         if share < valid_share and size[package] < total * valid_share:
             held.add(package)

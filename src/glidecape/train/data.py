@@ -1,6 +1,6 @@
 """Token windows to train on, from whatever text a user has.
 
-Accepted by `load_streams`: a folder written by `glidecape data pysource` (when the target shares its tokenizer), a
+Accepted by `load_streams`: a folder written by `glidecape data` (when the target shares its tokenizer), a
 `.jsonl` or `.jsonl.gz` file (columns: see `rows.pieces_of`), a text file, or a folder of such files.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .corpus import MARKS
 from .rows import check_completion, pieces_of
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
@@ -194,11 +195,9 @@ def _split(whole: Stream) -> dict[str, Stream]:
 
 
 def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:
-    """The streams of a folder written by `corpus.build_pysource`."""
+    """The streams of a folder written by `corpus.build_pysource` or `chat.build_chat`."""
     from transformers import AutoTokenizer
 
-    if loss_on == "completion":
-        raise DataError(f"{path} is a corpus of plain text: there is no completion in it, so leave --loss-on all")
     if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
@@ -209,7 +208,19 @@ def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) ->
             raise DataError(
                 f"{path}/{name}.bin holds token {tokens.max()}, outside the target's vocabulary of {vocab_size}"
             )
-    return {name: Stream(tokens) for name, tokens in found.items()}
+    if loss_on == "all":
+        return {name: Stream(tokens) for name, tokens in found.items()}
+    if not set(MARKS) <= tokenizer.get_vocab().keys():
+        raise DataError(f"{path} is a corpus of plain text: there is no completion in it, so leave --loss-on all")
+    return {name: Stream(tokens, answered(tokens, tokenizer)) for name, tokens in found.items()}
+
+
+def answered(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Which tokens of a corpus of chats an assistant said, the end of its turn among them; bool, same length."""
+    marks = np.flatnonzero(np.isin(tokens, tokenizer.convert_tokens_to_ids(list(MARKS))))
+    last = np.searchsorted(marks, np.arange(len(tokens))) - 1  # the mark before each token
+    assistant = tokenizer.convert_tokens_to_ids(MARKS[-1])
+    return np.asarray((last >= 0) & (tokens[marks[last]] == assistant))
 
 
 def load_tokens(path: Path, tokenizer: Any, split: str = "train", max_tokens: int | None = None) -> np.ndarray:

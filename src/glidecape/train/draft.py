@@ -44,7 +44,7 @@ class DraftRecipe:
     """How a draft is trained.
 
     Attributes:
-        kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM of one layer).
+        kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM).
         preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
             lags="block" besides.
         loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`features.eagle_loss`). "" takes
@@ -57,10 +57,10 @@ class DraftRecipe:
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
         accumulate: batches of `rows` windows whose gradients make one step.
         clip: largest norm of a step's gradient; 0: none.
-        layers: of GliDe, 1 or 2.
+        layers: of GliDe, 1 or 2; of an LM, any number.
         read: which target layers GliDe reads (`GlideConfig.for_target`).
         glimpse: GliDe with the target's last hidden state.
-        width: of GliDe, as a multiple of the target's; its heads grow and shrink with it.
+        width: of the draft, as a multiple of the target's; its heads grow and shrink with it.
         window: tokens that GliDe's self-attention looks back; 0: all.
         embedding: "shared" with the target and frozen, "own", or "" as the preset says.
         norm: before the cross-attention: "on", "off", or "" as the preset says.
@@ -151,14 +151,15 @@ def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = No
         from transformers import LlamaConfig, LlamaForCausalLM
 
         c = target.text_config
+        heads, head_dim = max(1, round(c.num_attention_heads * recipe.width)), c.hidden_size // c.num_attention_heads
         config = LlamaConfig(
             vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_attention_heads,
-            head_dim=c.hidden_size // c.num_attention_heads,
+            hidden_size=heads * head_dim,
+            intermediate_size=round(c.intermediate_size * recipe.width),
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=head_dim,
             max_position_embeddings=target.context,
             tie_word_embeddings=True,
             bos_token_id=c.bos_token_id,

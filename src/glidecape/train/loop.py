@@ -117,6 +117,22 @@ def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.o
     return made
 
 
+def differences(saved: dict[str, Any], wanted: dict[str, Any], within: str = "") -> list[str]:
+    """What a run was begun with that is now wanted otherwise, in words. What was not saved is taken for equal.
+
+    >>> differences({"rate": 0.1, "recipe": {"loss": "kl", "rows": 2}}, {"rate": 0.1, "recipe": {"loss": "tv", "rows": 2}})
+    ['recipe.loss kl, not tv']
+    """
+    found: list[str] = []
+    for name, value in wanted.items():
+        there = saved.get(name, value)
+        if isinstance(there, dict) and isinstance(value, dict):
+            found += differences(there, value, f"{within}{name}.")
+        elif there != value:
+            found.append(f"{within}{name} {there}, not {value}")
+    return found
+
+
 def load_state(
     folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], identity: dict[str, Any] | None = None
 ) -> Clock:
@@ -136,12 +152,7 @@ def load_state(
         saved = state.get("identity", {})
     except Exception as error:
         raise _cannot_resume(path, error) from None
-    other = [
-        f"{name} {saved[name]}, not {value}"
-        for name, value in (identity or {}).items()
-        if saved.get(name, value) != value
-    ]
-    if other:
+    if other := differences(saved, identity or {}):
         raise CheckpointError(
             f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --out"
         )

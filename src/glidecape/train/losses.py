@@ -74,9 +74,8 @@ def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, 
         elif part == "tv":
             value = (p.exp() - q.exp()).abs().sum() / 2
         elif part == "nla":
-            value = (
-                -torch.minimum(p, q).logsumexp(-1).sum()
-            )  # not 1 - tv: that is rounded to 0 where they hardly overlap
+            # Not by way of 1 - tv, which is rounded to 0 where they hardly overlap.
+            value = -torch.minimum(p, q).logsumexp(-1).sum()
         elif part == "lk_hybrid":
             distance = (p.exp() - q.exp()).abs().sum(-1) / 2
             share = (-3 * (1 - distance)).exp().detach()

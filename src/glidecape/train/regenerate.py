@@ -27,6 +27,7 @@ from ..files import write_atomic
 from ..models.target import Target
 from ..sampling import SamplingParams
 from .data import load_streams, read_rows
+from .loop import differences
 from .rows import pieces_of, prompt_of
 
 
@@ -210,9 +211,7 @@ def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int
         raise CheckpointError(
             f"{out} is there and no {card.name} says what it holds: remove it, or name another --out"
         ) from None
-    if other := [
-        f"{name} {saved.get(name)}, not {value}" for name, value in identity.items() if saved.get(name) != value
-    ]:
+    if other := differences(saved, identity):
         raise CheckpointError(f"{out} was begun with {'; '.join(other)}: give the same options, or name another --out")
     content = out.read_bytes()
     whole = content.rfind(b"\n") + 1

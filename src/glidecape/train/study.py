@@ -7,7 +7,6 @@ weights that `train_draft` would have given its recipe alone.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,19 +27,13 @@ from ..stats import Stats, merged
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
-from .loop import STATE_FILE, WRITTEN, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
 from .teacher import Teacher, reads_hidden
 
 BASELINE, RESULT = "baseline", "row.json"
-SHARED = (
-    "length",
-    "rows",
-    "seed",
-    "loss_on",
-    "accumulate",
-    "clip",
-)  # what decides batches and steps, so is every row's
+# What decides batches and steps, so is every row's.
+SHARED = ("length", "rows", "seed", "loss_on", "accumulate", "clip")
 MEASURED = {"chain": ("+chain", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
 TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 
@@ -89,18 +82,17 @@ def factor_rows(factor: str, target_layers: int) -> dict[str, dict[str, Any]]:
 
 
 def changes_of(text: str) -> dict[str, Any]:
-    """The changes in "field:value,field:value", each value as its field's type; a part without a colon belongs to the
-    value before it.
+    """The changes in "field:value,field:value", each value as its field's type.
 
     Raises:
         InputError: no such field, or a value of another type.
 
-    >>> changes_of("loss:kl+tv,read:3,5,muon:true")
-    {'loss': 'kl+tv', 'read': '3,5', 'muon': True}
+    >>> changes_of("loss:kl+tv,read:3+5,muon:true")
+    {'loss': 'kl+tv', 'read': '3+5', 'muon': True}
     """
     kinds = get_type_hints(DraftRecipe)
     changes: dict[str, Any] = {}
-    for part in re.split(r",(?=[^,]*:)", text):
+    for part in text.split(","):
         name, _, value = part.strip().partition(":")
         name = name.replace("-", "_")
         if name not in kinds:
@@ -277,10 +269,9 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
         there, figures = saved["identity"], saved["figures"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
-    other = [key for key in identity if there.get(key) != identity[key]]
-    if other:
+    if other := differences(there, identity):
         raise CheckpointError(
-            f"{folder / name} holds a row of that name with another {' and '.join(other)}: name the row or --out otherwise"
+            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --out otherwise"
         )
     return figures
 

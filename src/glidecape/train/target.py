@@ -1,4 +1,4 @@
-"""Train a small Llama-architecture target from scratch, so that a fresh machine has a real model with no download."""
+"""Train a small target from scratch, Llama's or Qwen3's architecture, so that a fresh machine has a model with no download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import DataError
+from ..errors import DataError, InputError
 from .beside import Beside
 from .data import Windows
 from .draft import DraftRecipe
@@ -21,7 +21,11 @@ from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_
 
 @dataclass(frozen=True)
 class TargetShape:
-    """The size of a Llama-architecture target; the defaults make 12 M parameters with a 4k vocabulary."""
+    """The size of a target; the defaults make a Llama of 12 M parameters with a 4k vocabulary.
+
+    `architecture` is "llama", or "qwen3": queries and keys are normalised, and with a `window` (tokens) a layer attends to
+    so many only, but for each `full_every`-th counted from the last, which stays full.
+    """
 
     layers: int = 6
     width: int = 384
@@ -30,6 +34,54 @@ class TargetShape:
     kv_heads: int = 6
     context: int = 8192
     rope_theta: float = 100_000.0
+    architecture: str = "llama"
+    window: int = 0
+    full_every: int = 4
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which kind of attention each layer has, in transformers' words."""
+        last = self.layers - 1
+        full = [not self.window or (last - i) % self.full_every == 0 for i in range(self.layers)]
+        return ["full_attention" if one else "sliding_attention" for one in full]
+
+
+def new_model(shape: TargetShape, tokenizer: Any) -> Any:
+    """A transformers causal LM of that shape with fresh weights.
+
+    Raises:
+        InputError: an unknown architecture, or sizes that don't divide.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    if shape.architecture not in ("llama", "qwen3"):
+        raise InputError(f"unknown architecture '{shape.architecture}': choose llama or qwen3")
+    if shape.width % shape.heads or shape.heads % shape.kv_heads:
+        raise InputError(
+            f"width {shape.width} must be a multiple of heads {shape.heads}, and heads of kv-heads {shape.kv_heads}"
+        )
+    if shape.window and shape.architecture == "llama":
+        raise InputError("llama has no window: choose --architecture qwen3, or leave --window 0")
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.width // shape.heads,
+        "max_position_embeddings": shape.context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if shape.architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common))
+    windows: dict[str, Any] = {"layer_types": shape.layer_types}
+    if shape.window:
+        windows |= {"use_sliding_window": True, "sliding_window": shape.window, "max_window_layers": 0}
+    return Qwen3ForCausalLM(Qwen3Config(**common, **windows))
 
 
 @dataclass(frozen=True)
@@ -79,7 +131,7 @@ def train_target(
     draft_out: Path | None = None,
     prompts: int = 16,
 ) -> dict[str, Any]:
-    """Train on a corpus folder (`glidecape data pysource`) and write a Hugging Face model folder to `out`.
+    """Train on a corpus folder (`glidecape data`) and write a Hugging Face model folder to `out`.
 
     An interrupted run goes on from `out/training.pt`. Weights are written in bfloat16.
 
@@ -93,29 +145,15 @@ def train_target(
         DataError: no corpus folder at `data`.
         CheckpointError: `out` holds a run that cannot be resumed.
     """
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     if not (data / "train.bin").is_file():
-        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`")
+        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
     tokenizer = AutoTokenizer.from_pretrained(data)
     windows = Windows(np.fromfile(data / "train.bin", dtype=np.uint16), seed)
     valid = np.fromfile(data / "valid.bin", dtype=np.uint16)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width // shape.heads,
-        max_position_embeddings=shape.context,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config).to(device)
+    model = new_model(shape, tokenizer).to(device)
     made = optimizers(model, rate, muon=True)
     beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
     trained: list[torch.nn.Module] = [model]

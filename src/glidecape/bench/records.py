@@ -1,0 +1,231 @@
+"""What a run leaves in its folder, written as it goes: a killed run goes on where it was.
+
+- `run.json`: format, identity (all that records depend on), provenance of every session, suites, fitted thresholds, costs.
+- `prompts.jsonl`: a line a prompt and turn, with its token ids, category, and whether plain decoding's continuation loops.
+- `outputs.jsonl`: a line a prompt: the tokens of plain decoding, which every method must emit.
+- `records.jsonl`: a line a (job, repeat, method); with `--batch 1` a job is one prompt. Counts and times of each round.
+- `watched.jsonl`: a line a (prompt, draft): the draft's law at each position, see `watch`.
+- `summary.json`: the figures made of all that, see `metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, InputError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, or one turn of a conversation, as token ids.
+
+    Attributes:
+        number: its place in the run.
+        id: suite and name of the prompt, and "#2" for its second turn.
+        category: what it is reported under.
+        kind: "steady", or "looping": plain decoding's greedy continuation loops.
+        chat: a chat template was applied.
+        job: the items that are decoded side by side share a job.
+        ids: the prompt.
+    """
+
+    number: int
+    id: str
+    category: str
+    kind: str
+    chat: bool
+    job: int
+    ids: tuple[int, ...]
+
+
+@dataclass
+class Counts:
+    """One prompt's rounds, a list entry each; see `RoundStats`."""
+
+    drafted: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    tested: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where an output parts from plain decoding's: the item, the number of the new token, and the two tokens there (-1: an
+    output that ended before)."""
+
+    item: int
+    at: int
+    expected: int
+    got: int
+
+
+@dataclass
+class Record:
+    """One method on one job, once.
+
+    Attributes:
+        rows: counts, one a prompt of the job, in the order of its items.
+        draft_us, verify_us, round_us: microseconds of each round: drafting, the target's forward, all of it.
+        prefill_us: reading the prompt, the draft's part included.
+        peak_bytes: most memory in use while it ran: the device's, or the process's; None where that is not known.
+        differs: outputs that are not plain decoding's.
+        peer: another library: one entry of `emitted` and `round_us` a prompt, for the tokens after the first.
+    """
+
+    job: int
+    repeat: int
+    method: str
+    rows: list[Counts]
+    draft_us: list[int] = field(default_factory=list)
+    verify_us: list[int] = field(default_factory=list)
+    round_us: list[int] = field(default_factory=list)
+    prefill_us: int = 0
+    peak_bytes: int | None = None
+    differs: list[Difference] = field(default_factory=list)
+    peer: bool = False
+
+    @property
+    def emitted(self) -> int:
+        return sum(sum(row.emitted) for row in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.round_us) / 1e6
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Record:
+        return cls(
+            **{
+                **line,
+                "rows": [Counts(**row) for row in line["rows"]],
+                "differs": [Difference(**one) for one in line["differs"]],
+            }
+        )
+
+
+class JsonLines:
+    """A .jsonl file that grows a whole line at a time; a line torn by a kill is dropped when it is opened again.
+
+    Raises:
+        DataError: a line before the last is not JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path.is_file():
+            text = path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    self.lines.append(json.loads(line))
+                except json.JSONDecodeError:
+                    raise DataError(
+                        f"{path}, line {number} is not JSON: the file was changed by hand; use another --out"
+                    ) from None
+            if len(whole) < len(text):
+                os.truncate(path, len(whole))
+
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        self.lines += map(dict, lines)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+
+    def keep_only(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the other lines."""
+        kept = [line for line in self.lines if wanted(line)]
+        if len(kept) < len(self.lines):
+            self.lines = []
+            self.path.unlink()
+            self.append(*kept)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+class RunFolder:
+    """The folder of one run, opened to go on or to be read.
+
+    Args:
+        path: made if it is missing.
+        identity: of the run that goes on; None: only read.
+
+    Raises:
+        InputError: the folder holds a run with another identity, or none to read.
+        DataError: it is torn, or of a newer format.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        header = path / "run.json"
+        if header.is_file():
+            try:
+                self.header: dict[str, Any] = json.loads(header.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                raise DataError(f"{header} is not JSON: the folder is torn; use another --out") from None
+            if self.header.get("format") != FORMAT:
+                raise DataError(f"{header} is of format {self.header.get('format')}; this version reads {FORMAT}")
+            if identity is not None:
+                _refuse_other(path, self.header["identity"], json.loads(json.dumps(identity)))
+        elif identity is None:
+            raise InputError(f"no benchmark run in {path}: make one with glidecape bench --out {path}")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.glob("*.jsonl")):
+                raise InputError(f"{path} holds .jsonl files but no run.json: use an empty folder for --out")
+            self.header = {"format": FORMAT, "identity": json.loads(json.dumps(identity)), "sessions": []}
+        self.prompts, self.outputs = JsonLines(path / "prompts.jsonl"), JsonLines(path / "outputs.jsonl")
+        self.measured, self.watched = JsonLines(path / "records.jsonl"), JsonLines(path / "watched.jsonl")
+
+    def save(self) -> None:
+        write_json(self.path / "run.json", self.header)
+
+    def keep(self, **parts: Any) -> None:
+        """Put parts into the header and save it."""
+        self.header |= parts
+        self.save()
+
+    def add(self, record: Record) -> None:
+        self.measured.append(asdict(record))
+
+    @property
+    def items(self) -> list[Item]:
+        return [Item(**{**line, "ids": tuple(line["ids"])}) for line in self.prompts.lines]
+
+    @property
+    def records(self) -> list[Record]:
+        return [Record.of(line) for line in self.measured.lines]
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        """Plain decoding's output by number of the item."""
+        return {line["item"]: line["tokens"] for line in self.outputs.lines}
+
+
+def _refuse_other(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name in (*there, *ours):
+        if there.get(name) != ours.get(name):
+            was, now = there.get(name), ours.get(name)
+            if isinstance(was, Mapping) and isinstance(now, Mapping):
+                name = next(k for k in (*was, *now) if was.get(k) != now.get(k))
+                was, now = was.get(name), now.get(name)
+            raise InputError(
+                f"{path} holds a run with {name} {_short(was)}, not {_short(now)}: use another --out, or delete it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,25 @@
+"""`glidecape report`: a page and Markdown tables from the folders of `glidecape bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --out, finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where report.html and report.md go; default: the first folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page and Markdown tables of one or several runs."""
+    from ..bench.plots import have_matplotlib
+    from ..bench.report import write_report
+
+    page, text = write_report(folders, out or folders[0])
+    if not have_matplotlib():
+        print("no plots: they need matplotlib, pip install 'glidecape[plots]'")
+    print(page)
+    print(text)

@@ -1,0 +1,119 @@
+"""What a round costs, in units of a plain target step: c a draft step, v(n) the verification of n nodes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from ..decode import run_round, start
+from ..errors import InputError
+from ..models.target import Target
+from ..sampling import SamplingParams
+from ..state import DecodeState
+from ..stats import Stats
+from ..tree import TokenTree
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 24, 33, 48)
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Times over a plain target step.
+
+    Attributes:
+        draft: c, of one more depth drafted.
+        sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
+            the last it goes on with the last slope.
+
+    >>> RoundCosts(0.1, (1, 3), (1.0, 1.4)).of(2, 1)
+    1.4
+    """
+
+    draft: float
+    sizes: tuple[int, ...]
+    verification: tuple[float, ...]
+
+    def verify(self, nodes: int) -> float:
+        """v(nodes), the root counted."""
+        points = list(zip(self.sizes, self.verification, strict=True))
+        if len(points) == 1 or nodes <= points[0][0]:
+            return points[0][1]
+        (low, at_low), (high, at_high) = next((pair for pair in pairwise(points) if nodes <= pair[1][0]), points[-2:])
+        return at_low + (at_high - at_low) * (nodes - low) / (high - low)
+
+    def of(self, depths: int, nodes: int) -> float:
+        """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
+        return self.draft * depths + self.verify(1 + nodes)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """v(n) at `sizes` (the root counted), and the seconds of a plain step."""
+
+    sizes: tuple[int, ...]
+    ratios: tuple[float, ...]
+    step_s: float
+
+
+class _Sized:
+    """Proposes `length` copies of the root, so that verification of any size can be timed in the loop itself."""
+
+    reads_hidden = False
+
+    def __init__(self, most: int) -> None:
+        self.length, self.budget = 0, 1 + most
+
+    def admit(self, state: DecodeState) -> None:
+        state.draft = None
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        tree = TokenTree(state.roots)
+        above = torch.zeros(tree.batch, 1, dtype=torch.long, device=tree.tokens.device)
+        for _ in range(self.length):
+            above = tree.add(above, state.roots[:, None], torch.zeros(tree.batch, 1, device=tree.tokens.device))
+        return tree
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        return None
+
+
+def verification_ratios(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    sizes: Sequence[int] = SIZES,
+    repeats: int = 15,
+) -> Verification:
+    """v(n) for each of `sizes`; medians, sizes taking turns round by round.
+
+    `prompts` is the batch that is decoded meanwhile. All of a round but drafting counts: the target's forward, each node's
+    law (noise or arg-max), the walk, the cache. Differs from `bench.costs`, which times forwards alone.
+
+    Raises:
+        InputError: sizes that do not begin with 1, or a prompt too long for the rounds that are timed.
+    """
+    if list(sizes)[:1] != [1]:
+        raise InputError("v(n) is a ratio over one node: let the sizes begin with 1")
+    drafter, longest = _Sized(max(sizes) - 1), max(map(len, prompts))
+    room = min(target.context - longest, (1 + repeats) * sum(sizes))
+    state = start(target, drafter, prompts, SamplingParams(params.temperature, max_new_tokens=room, ignore_eos=True))
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(1 + repeats):
+        for size in sizes:
+            if any(row.finish or row.budget <= size for row in state.rows):
+                break
+            drafter.length, one = size - 1, Stats()
+            run_round(target, drafter, state, one)
+            if turn:  # the first is a warm-up
+                times[size].append(one.total_s - one.draft_s)
+    if not all(times.values()):
+        raise InputError(
+            f"prompts of {longest} tokens leave no room to time verification in {target.context}: cut them"
+        )
+    step = statistics.median(times[1])
+    ratios = tuple(round(statistics.median(times[size]) / step, 4) for size in sizes)
+    return Verification(tuple(sizes), ratios, step)

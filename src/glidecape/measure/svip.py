@@ -1,0 +1,165 @@
+"""SVIP against constant and heuristic draft lengths, and all of them against the oracle, under one measured cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
+from ..drafting.expansion import Expansion
+from ..drafting.stop import Entropy, FixedLength, Heuristic
+from ..errors import InputError
+from ..fit import Costs, Recorded, best_threshold, record
+from ..models.target import Target
+from ..sampling import NOISE, SamplingParams
+from .costs import RoundCosts, Verification
+from .oracle import Expected, Round, distance, expected, joined, oracle
+from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged, run
+from .table import Table
+
+RELEASED = 0.3  # threshold of the released code
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What is tried.
+
+    Attributes:
+        constant: lengths; those past the draft's max lag are left out.
+        start: the heuristic's first length.
+        threshold: SVIP's, beside the fitted one.
+        cap: of the heuristic, of SVIP and of the oracle.
+    """
+
+    constant: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+    start: int = 5
+    threshold: float = RELEASED
+    cap: int = 40
+
+
+def study_svip(
+    target: Target,
+    draft: DraftModel,
+    expansion: Expansion,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    calibration: Sequence[Sequence[int]],
+    params: SamplingParams,
+    verification: Verification,
+    lengths: Lengths | None = None,
+    repeats: int = 1,
+) -> tuple[Table, RoundCosts]:
+    """A row a way to choose the draft's length, the oracle's last.
+
+    `expected` is tokens for their cost under the cost model, over plain decoding; `behind_oracle` how much more time a
+    token takes than the oracle's, under that model; `off_oracle` the mean of |drafted - accepted| in depths, at the roots
+    of drafts that never stop. `over_plain` is what was measured, beside it.
+
+    Args:
+        calibration: prompts on which SVIP's threshold is fitted; not those that are measured.
+        verification: v(n) of this target at this temperature, see `verification_ratios`.
+
+    Raises:
+        InputError: the residual rule above temperature 0, where the oracle is not defined; prompts that are calibration
+            prompts, too; or none.
+    """
+    lengths = lengths or Lengths()
+    if params.temperature > 0 and params.sampling != NOISE:
+        raise InputError(
+            "the oracle knows what will be accepted: under the residual rule nobody does; use shared noise"
+        )
+    if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
+        raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")
+    cap = min(lengths.cap, draft.max_lag)
+    sizes, ratios = verification.sizes, verification.ratios
+    slope = max(0.0, (ratios[-1] - 1) / (sizes[-1] - 1)) if len(sizes) > 1 else 0.0
+    fitted_on = record(target, draft, calibration, params, expansion, cap)
+    drafters = _drafters(draft, expansion, lengths, cap)
+    # The longest drafts cost a decode of the calibration prompts: a first guess of c for the fit.
+    guess = _draft_cost(target, draft, expansion, cap, calibration[:2], params, verification.step_s)
+    fit = best_threshold(fitted_on, Costs(guess, slope)) if fitted_on else None
+    if fit is not None:
+        drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
+    watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": ModelDrafter(draft, expansion, FixedLength(cap))}
+    seen = {n: Watched(d) for n, d in (watched | drafters).items()}
+    runs = interleaved(target, seen, [[p] for p in prompts], params, repeats)
+    rounds = {n: _rounds(n, seen[n], runs) for n in seen}
+    costs = RoundCosts(_cost_of_depth(runs["longest"][0], rounds["longest"], runs[PLAIN][0]), sizes, ratios)
+    best = oracle(rounds["longest"], costs)
+    roots = record(target, draft, prompts, params, expansion, cap)
+    table = Table(f"{name}, T={params.temperature:g}, {len(prompts)} prompts, c = {costs.draft:.3f}")
+    for method in (PLAIN, *drafters):
+        model = expected(rounds[method], costs)
+        off = None if method == PLAIN else _off(drafters[method], roots, cap)
+        table.rows.append(_row(method, runs, model, best, off))
+    table.rows.append(
+        {
+            "method": "oracle",
+            "depths": round(best.depths, 2),
+            "acceptance_length": round(best.acceptance_length, 3),
+            "expected": round(best.speedup, 3),
+            "behind_oracle": 0.0,
+            "off_oracle": 0.0,
+        }
+    )
+    return table, costs
+
+
+def _drafters(draft: DraftModel, expansion: Expansion, lengths: Lengths, cap: int) -> dict[str, Drafter]:
+    made: dict[str, Drafter] = {
+        f"constant {n}": ModelDrafter(draft, expansion, FixedLength(n))
+        for n in lengths.constant
+        if n <= min(draft.max_lag, lengths.cap)
+    }
+    made["heuristic"] = ModelDrafter(draft, expansion, Heuristic(lengths.start, cap))
+    made[f"svip {lengths.threshold:g}"] = ModelDrafter(draft, expansion, Entropy(lengths.threshold, cap))
+    return made
+
+
+def _row(method: str, runs: Runs, model: Expected, best: Expected, off: float | None) -> dict[str, object]:
+    row = figures(method, runs)
+    kept = ("tokens_per_s", "over_plain", "over_plain_95", "acceptance_length", "nodes", "equal")
+    shown: dict[str, object] = {"method": method} | {key: row[key] for key in kept if key in row}
+    shown |= {"depths": round(model.depths, 2), "expected": round(model.speedup, 3)}
+    shown["behind_oracle"] = round(best.speedup / model.speedup - 1, 4)
+    return shown if off is None else shown | {"off_oracle": round(off, 3)}
+
+
+def _rounds(name: str, watched: Watched, runs: Runs) -> list[Round]:
+    """The rounds of all measured runs; those of the warm-up came first."""
+    stats = [r for batches in runs[name] for one in batches for r in one.rounds]
+    return joined(watched.nodes[len(watched.nodes) - len(stats) :], stats)
+
+
+def _cost_of_depth(longest: Sequence[Run], rounds: Sequence[Round], plain: Sequence[Run]) -> float:
+    """c: seconds a drafted depth over those of a plain step."""
+    drafted, step = merged(longest), merged(plain)
+    depths = sum(len(r.nodes) for r in rounds[: drafted.rounds])
+    return round(drafted.draft_s / depths / ((step.total_s - step.draft_s) / step.rounds), 4)
+
+
+def _draft_cost(
+    target: Target,
+    draft: DraftModel,
+    expansion: Expansion,
+    cap: int,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    step_s: float,
+) -> float:
+    watched = Watched(ModelDrafter(draft, expansion, FixedLength(cap)))
+    each = [run(target, watched, [p], params) for p in prompts]
+    return merged(each).draft_s / sum(map(len, watched.nodes)) / step_s
+
+
+def _off(drafter: Drafter, roots: Sequence[Recorded], cap: int) -> float | None:
+    """Mean distance from the oracle's lengths, where the drafter's own can be told from the root alone."""
+    assert isinstance(drafter, ModelDrafter)
+    stop = drafter.stop
+    if isinstance(stop, Entropy):
+        own = [r.length(stop.threshold) for r in roots]
+    elif isinstance(stop, FixedLength):
+        own = [min(stop.cap, len(r.nodes)) for r in roots]
+    else:
+        return None
+    return distance(own, [r.accepted for r in roots]) if roots else None
