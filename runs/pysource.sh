@@ -15,14 +15,20 @@ for root in ${ROOTS:-}; do roots+=(--root "$root"); done
 [ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus ${roots[@]+"${roots[@]}"} --hold-out rich,networkx,flask
 [ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" --layers 8 \
     --minutes "$minutes" --compile --threads "$threads"
-# One thread each, side by side: three single-threaded runs get further than one with three threads.
-for kind in glide glide-no-cross lm; do
-    [ -f "$out/$kind/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$kind" \
-        --kind "$kind" --tokens "$tokens" --length 320 --rows 8 --max-lag 6 --optimizer muon --threads 1 &
-done
+# One thread each, side by side: single-threaded runs get further together than one with all threads.
+draft() {
+    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$1" \
+        --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
+}
+draft glide --kind glide --max-lag 6 &
+draft glide-no-glimpse --kind glide --glimpse off --max-lag 6 &
+draft glide-no-cross --kind glide-no-cross --max-lag 6 &
+wait
+draft eagle --kind eagle &
+draft lm --kind lm &
 wait
 mkdir -p models/pysource
-for part in target glide glide-no-cross lm; do
+for part in target glide glide-no-glimpse glide-no-cross eagle lm; do
     mkdir -p "models/pysource/$part"
     find "$out/$part" -maxdepth 1 -type f ! -name training.pt -exec cp {} "models/pysource/$part/" \;
 done

@@ -8,10 +8,10 @@ out=runs/out/studies
 tokens=${TOKENS:-1e6}
 study() {
     [ -f "$out/$1/study.json" ] || "$bin"/glidecape study --target models/pysource/target --data corpus --out "$out/$1" \
-        --tokens "$tokens" --length 320 --rows 8 --threads 1 --base max_lag:6 --prompts 24 "${@:2}"
+        --tokens "$tokens" --length 320 --rows 8 --threads 1 --base max_lag:6,glimpse:off --prompts 24 "${@:2}"
 }
 # What the draft sees of its target; three seeds.
-study sees --factor cross --factor glimpse --seeds 0,1,2 &
+study sees --factor cross --row joined=glimpse:on --row alone=glimpse:on,kind:glide-no-cross --seeds 0,1,2 &
 # How it learns.
 study learns --factor loss --factor lags --factor max-lag &
 # What it is made of.

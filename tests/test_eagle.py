@@ -296,7 +296,7 @@ def test_a_checkpoint_of_an_unknown_kind_is_refused(target, tmp_path):
     ("options", "message"),
     [
         ({"kind": "hydra"}, "unknown kind of draft 'hydra'"),
-        ({"kind": "eagle", "glimpse": True}, "glimpse is an option of GliDe, not of a draft of kind eagle"),
+        ({"kind": "eagle", "glimpse": "on"}, "glimpse is an option of GliDe, not of a draft of kind eagle"),
         ({"kind": "medusa", "draft_vocab": 100}, "draft-vocab is an option of GliDe"),
         ({"kind": "glide", "loss": "feature"}, "the loss 'feature' is EAGLE's"),
         ({"kind": "eagle", "noise": -1.0}, "noise on features must not be negative"),

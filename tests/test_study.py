@@ -21,7 +21,7 @@ BUDGET = Budget(tokens=5 * 2 * 64)
 GIVEN = [
     "other=loss:kl+tv,lags:shift,max_lag:3,muon:no,draft_vocab:200",
     "lm=kind:lm",
-    "wide=glimpse:yes,read:0+1,layers:2",
+    "wide=glimpse:on,read:0+1,layers:2",
 ]
 TRIAL = Trial(prompts=2, prompt_tokens=24, new_tokens=16)
 

@@ -105,19 +105,20 @@ def test_a_torn_training_state_is_refused(world, tmp_path):
         train_draft(load(world), world["corpus"], tmp_path, DraftRecipe(), Budget(tokens=1), prompts=0)
 
 
+PLAIN = {"glimpse": False}
 VARIANTS = {
-    "one layer": {},
-    "two layers": {"layers": 2},
-    "glimpse": {"glimpse": True},
-    "two layers, glimpse": {"layers": 2, "glimpse": True},
-    "glimpse alone": {"glimpse": True, "cross_attention": False},
-    "window": {"window": 7},
-    "two layers, window": {"layers": 2, "window": 5},
-    "narrow": {"width": 16, "heads": 2, "ffn": 24, "glimpse": True},
-    "wide, own embedding": {"width": 80, "share_embedding": False, "cross_norm": False, "glimpse": True},
-    "two target layers": {"read": "0+1"},
-    "mix": {"read": "mix"},
-    "reduced vocabulary": {"draft_vocab": 60},
+    "one layer": PLAIN,
+    "two layers": PLAIN | {"layers": 2},
+    "glimpse": {},
+    "two layers, glimpse": {"layers": 2},
+    "glimpse alone": {"cross_attention": False},
+    "window": PLAIN | {"window": 7},
+    "two layers, window": PLAIN | {"layers": 2, "window": 5},
+    "narrow": {"width": 16, "heads": 2, "ffn": 24},
+    "wide, own embedding": {"width": 80, "share_embedding": False, "cross_norm": False},
+    "two target layers": PLAIN | {"read": "0+1"},
+    "mix": PLAIN | {"read": "mix"},
+    "reduced vocabulary": PLAIN | {"draft_vocab": 60},
 }
 
 

@@ -43,7 +43,9 @@ def train(
     read: Annotated[
         str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
     ] = "last",
-    glimpse: Annotated[bool, typer.Option("--glimpse", help="It takes the target's last hidden state, too.")] = False,
+    glimpse: Annotated[
+        str, typer.Option(help="on: it takes the target's last hidden state, too; or off; default: the preset's.")
+    ] = "",
     width: Annotated[float, typer.Option(help="Its width over the target's.")] = 1.0,
     window: Annotated[int, typer.Option(help="Tokens that its self-attention looks back; 0: all.")] = 0,
     embedding: Annotated[str, typer.Option(help="shared with the target or own; default: the preset's.")] = "",

@@ -8,7 +8,7 @@ Source: GliDe paper, section 4.1. Differs in the default preset, as LongSpec rep
 cross-attention, embedding and head shared with the target and frozen, the first block's cross-attention is zero. The
 preset "paper" takes those three back (but keeps the target's own rotary base, where the official code fixes 10,000).
 
-Beyond the paper, with `glimpse`: the target's last hidden state at the newest verified position joins the root's
+Beyond the paper, and by default, a `glimpse`: the target's last hidden state at the newest verified position joins the root's
 embedding; a deeper node takes the draft's own last hidden state at its parent instead. It joins the queries, not the
 keys and values, so that those of a first layer stay functions of token and position alone.
 """
@@ -172,6 +172,10 @@ class GlideModel(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        if config.glimpse:
+            # Hidden states are ten times as large as embeddings: at random weights they would drown them (dev/LOG.md).
+            nn.init.zeros_(self.look.weight)
+            nn.init.zeros_(self.recall.weight)
         if config.share_embedding and (final := _final_norm(target)) is not None and final.shape[0] == config.width:
             # The head expects the scale of the target's last hidden state.
             with torch.no_grad():

@@ -80,7 +80,7 @@ class GlideConfig:
         """The configuration that fits a target: its width and heads, reading its last full-attention layers.
 
         Args:
-            preset: "default" or "paper" (see `models.glide`).
+            preset: "default", with a glimpse, or "paper" (see `models.glide`).
             layers: of the draft, 1 or 2. Draft layer m of n reads the n - m'th target layer from the top.
             read: "last"; the number of a target layer; several joined by +, one for each layer of the draft or all
                 for its only one; or "mix", a learned mean of four layers over the target's whole depth.
@@ -116,7 +116,9 @@ class GlideConfig:
             "hidden_size": target.hidden_size,
             "eps": getattr(config, "rms_norm_eps", 1e-6),
         }
-        if preset == "paper":
+        if preset == "default":
+            fields["glimpse"] = True
+        else:
             fields |= {"cross_norm": False, "share_embedding": False, "max_lag": 5}
         return cls(**(fields | changes))
 

@@ -59,7 +59,8 @@ class DraftRecipe:
         clip: largest norm of a step's gradient; 0: none.
         layers: of GliDe, 1 or 2; of an LM, any number.
         read: which target layers GliDe reads (`GlideConfig.for_target`).
-        glimpse: GliDe with the target's last hidden state.
+        glimpse: GliDe with the target's last hidden state, "on", "off", or "" as the preset says; the ablation has none by
+            itself.
         width: of the draft, as a multiple of the target's; its heads grow and shrink with it.
         window: tokens that GliDe's self-attention looks back; 0: all.
         embedding: "shared" with the target and frozen, "own", or "" as the preset says.
@@ -82,7 +83,7 @@ class DraftRecipe:
     clip: float = 1.0
     layers: int = 1
     read: str = "last"
-    glimpse: bool = False
+    glimpse: str = ""
     width: float = 1.0
     window: int = 0
     embedding: str = ""
@@ -105,10 +106,11 @@ class DraftRecipe:
             raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
         if self.accumulate < 1 or self.clip < 0:
             raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
-        if self.embedding not in ("", "shared", "own") or self.norm not in ("", "on", "off"):
-            raise InputError(
-                f"--embedding takes shared or own, not '{self.embedding}'; --norm on or off, not '{self.norm}'"
-            )
+        if self.embedding not in ("", "shared", "own"):
+            raise InputError(f"--embedding takes shared or own, not '{self.embedding}'")
+        for name in ("norm", "glimpse"):
+            if getattr(self, name) not in ("", "on", "off"):
+                raise InputError(f"--{name} takes on or off, not '{getattr(self, name)}'")
         if not 0 < self.width <= 16 or self.window < 0 or self.draft_vocab < 0:
             raise InputError(
                 f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
@@ -195,7 +197,6 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
     heads = max(1, round(plain.heads * recipe.width))
     changes: dict[str, Any] = {
         "cross_attention": recipe.kind == "glide",
-        "glimpse": recipe.glimpse,
         "window": recipe.window,
         "draft_vocab": recipe.draft_vocab,
         "heads": heads,
@@ -208,6 +209,8 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
         changes["share_embedding"] = recipe.embedding == "shared"
     if recipe.norm:
         changes["cross_norm"] = recipe.norm == "on"
+    if recipe.glimpse or recipe.kind == "glide-no-cross":
+        changes["glimpse"] = recipe.glimpse == "on"
     return replace(plain, **changes)
 
 

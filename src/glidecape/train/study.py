@@ -40,7 +40,7 @@ TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
-    "glimpse": {"joined": {"glimpse": True}, "alone": {"glimpse": True, "kind": "glide-no-cross"}},
+    "glimpse": {"off": {"glimpse": "off"}, "alone": {"glimpse": "on", "kind": "glide-no-cross"}},
     "layers": {"2": {"layers": 2}},
     "read": {"first": {"read": "0"}, "mix": {"read": "mix"}},  # and each quarter, see `factor_rows`
     "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
