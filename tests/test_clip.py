@@ -99,7 +99,7 @@ def test_one_new_token_is_counted_once_even_when_more_were_accepted() -> None:
     """One token left: a draft of one is verified, its token is emitted and the bonus token after it is not."""
     method = "chain, always right"
     _, events, _ = run_checked(target(), METHODS[method](), [PROMPT], SamplingParams(max_new_tokens=1))
-    assert [event.stats for event in events] == [RoundStats(drafted=1, accepted=1, emitted=1, tested=1)]
+    assert [event.stats for event in events] == [RoundStats(drafted=1, accepted=1, emitted=1, tested=1, depth=1)]
     assert events[0].origins == ["chain"]
 
 
@@ -107,7 +107,7 @@ def test_accepted_tokens_after_a_stop_token_are_not_counted() -> None:
     _, events, _ = run_checked(
         target(), METHODS["chain, always right"](), [PROMPT], SamplingParams(stop_token_ids=(4,))
     )
-    assert [event.stats for event in events] == [RoundStats(drafted=5, accepted=3, emitted=3, tested=3)]
+    assert [event.stats for event in events] == [RoundStats(drafted=5, accepted=3, emitted=3, tested=3, depth=5)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,7 +28,7 @@ def reference_of(folder):
 
 def check(target, reference, drafts, texts):
     prompts = [target.encode(text) for text in texts]
-    expected = [reference_tokens(reference, prompt) for prompt in prompts]
+    expected = [reference_tokens(reference, prompt, max_new_tokens=NEW) for prompt in prompts]
     margin = min(m for _, m in expected)
     params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     for method in METHODS:

@@ -96,7 +96,11 @@ class DraftRecipe:
             raise InputError(f"unknown kind of draft '{self.kind}': choose one of {', '.join(KINDS)}")
         if not self.loss:
             object.__setattr__(self, "loss", FEATURE if self.kind == "eagle" else "kl")
-        if self.kind not in GLIDE_KINDS and (given := [n for n in OF_GLIDE if getattr(self, n) != _default(n)]):
+        fits = ("layers", "width") if self.kind == "lm" else ()
+        alone = [name for name in OF_GLIDE if name not in fits]
+        if self.kind not in GLIDE_KINDS and (
+            given := [name for name in alone if getattr(self, name) != _default(name)]
+        ):
             raise InputError(f"{given[0].replace('_', '-')} is an option of GliDe, not of a draft of kind {self.kind}")
         if self.noise < 0:
             raise InputError(f"noise on features must not be negative, as {self.noise} is")
