@@ -86,6 +86,10 @@ def test_equal_scores_go_to_the_shallower_node_and_a_sure_child_never_outlives_i
     chain = grown(EagleTree(3, 4), [[sure], [sure], [sure]])
     assert paths_of(chain) == {(0,), (0, 0), (0, 0, 0)}
     assert chain.parents.tolist() == [[-1, 0, 1, 2]]
+    full, root = EagleTree(3, 2), torch.tensor([[0]])
+    tree, law = TokenTree(torch.tensor([9])), torch.tensor([[sure]]).log()
+    below = full.grow(tree, root, DraftLaw(law, law, root))
+    assert full.grow(tree, below, DraftLaw(law, law, below)).shape == (1, 0)  # as good as its parent, and too late
 
 
 def test_a_draft_that_is_sure_of_nothing_stops_early() -> None:
@@ -166,6 +170,9 @@ def test_a_static_tree_takes_the_choices_of_its_shape() -> None:
     tree = proposal(StaticTree(3, 9, 3), rule, 32, 3)
     assert paths_of(tree) == {tuple(1 + i + k for i, k in enumerate(p)) for p in static_paths(3, 9, 3)}
     assert tree.nodes == StaticTree(3, 9, 3).budget(3) == 9
+    # Nodes with children that don't come first of their depth; they alone are run.
+    wide = proposal(StaticTree(3, 40, 4), rule, 32, 4)
+    assert paths_of(wide) == {tuple(1 + i + k for i, k in enumerate(p)) for p in static_paths(3, 40, 4)}
     shallow = proposal(StaticTree(3, 9, 3), rule, 32, 1)
     assert paths_of(shallow) == {path for path in paths_of(tree) if len(path) == 1}
     narrow = proposal(StaticTree(10, 60, 3), scripted_rule([[0, 1]] * 20, 2), 2, 3)
