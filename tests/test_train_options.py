@@ -91,14 +91,15 @@ def test_figures_by_lag_are_the_obvious_ones(world, target):
     assert found["lags"] == list(range(1, 9))
     assert found["positions"] == 16
     batch = torch.from_numpy(tokens[:24].astype(np.int64))[None]
-    teacher = Teacher(target, 1, 24)
+    teacher = Teacher(target, 1, 24, hidden=True)
     p = teacher(batch)[0].softmax(-1)
     for lag in (1, 8):
         overlap, same = [], []
         for j in range(8, 24):  # one query at a time
             with torch.no_grad():
-                visible = torch.full((1, 24), j + 1 - lag)
-                q = draft_logits(module, batch, teacher.positions, teacher.cache, visible)[0, j].softmax(-1)
+                visible = teacher.positions.clone()
+                visible[0, j + 1 - lag : j + 1] = j + 1 - lag  # one round, which ends with the query
+                q = draft_logits(module, batch, teacher.positions, teacher.cache, visible, lag)[0, j].softmax(-1)
             overlap.append(torch.minimum(p[j], q).sum().item())
             same.append(float(p[j].argmax() == q.argmax()))
         assert found["overlap_by_lag"][lag - 1] == pytest.approx(np.mean(overlap), abs=1e-4)

@@ -221,7 +221,7 @@ def test_a_draft_overfitted_to_one_sample_reaches_the_acceptance_length_that_imp
         optimizer.step()
     target.model.eval().requires_grad_(False)
     module = GlideModel(GlideConfig.for_target(target), target)
-    teacher = Teacher(target, 1, 64)
+    teacher = Teacher(target, 1, 64, hidden=True)
     taught = teacher(ids)
     made = torch.optim.AdamW(module.parameters(), lr=3e-3)
     for step in range(120):

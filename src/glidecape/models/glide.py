@@ -173,7 +173,7 @@ class GlideModel(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         if config.glimpse:
-            # Hidden states are ten times as large as embeddings: at random weights they would drown them (dev/LOG.md).
+            # It begins as the draft without a glimpse: hidden states are ten times as large as embeddings.
             nn.init.zeros_(self.look.weight)
             nn.init.zeros_(self.recall.weight)
         if config.share_embedding and (final := _final_norm(target)) is not None and final.shape[0] == config.width:
