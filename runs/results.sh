@@ -1,26 +1,23 @@
 #!/usr/bin/env bash
-# Every table of docs/results.md, about half an hour on four quiet cores. Each run has a folder in runs/out/results.
+# The tables of docs/results.md: every method on the shipped pair, greedy and at T=1, other libraries in the same run. A quarter of
+# an hour on four quiet cores. Each run has a folder in runs/out/results. llama.cpp takes part where `make peers` was run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 pair=models/pysource
-common=(--target "$pair/target" --suite own,stdlib:400 --prompt-tokens 192 --limit "${LIMIT:-24}"
-    --threads "${THREADS:-4}" --repeats "${REPEATS:-2}"
-    --draft "glide=$pair/glide" --draft "nocross=$pair/glide-no-cross" --draft "vanilla=$pair/lm")
+peers=transformers,transformers+draft
+[ -x .venv-peers/bin/llama-server ] || [ -n "${GLIDECAPE_PEERS:-}" ] && peers+=,llama.cpp
+methods=plain,lookup,vanilla,nocross:glide,noglimpse:glide,glide,glide+cape,glide+svip@threshold=0.45
+methods+=,glide+cape+svip@threshold=0.45,glide+beam,eagle+chain,eagle@top=4@total=12
+common=(--target "$pair/target" --methods "$methods" --peers "$peers" --draft-length 5 --cape-bins small
+    --suite own,stdlib:400 --prompt-tokens 192 --limit "${LIMIT:-8}" --threads "${THREADS:-4}" --repeats "${REPEATS:-2}"
+    --draft "glide=$pair/glide" --draft "noglimpse=$pair/glide-no-glimpse" --draft "nocross=$pair/glide-no-cross"
+    --draft "vanilla=$pair/lm" --draft "eagle=$pair/eagle")
 bench() { "$bin"/glidecape bench "${common[@]}" "${@:2}" --out "runs/out/results/$1"; }
 
-# gamma 5, few siblings: every method on the same prompts.
-all=plain,vanilla,glide,nocross:glide,glide+cape,glide+svip,glide+cape+svip
-bench g5-t0 --methods $all --temperature 0 --draft-length 5 --cape-bins small --looping 8
-bench g5-t1 --methods $all --temperature 1 --draft-length 5 --cape-bins small
-# gamma 4, a looser threshold, and the beam: what suits a small target on a CPU.
-ours=plain,glide,glide+cape,glide+cape+svip,glide+beam
-bench g4-t0 --methods $ours --temperature 0 --draft-length 4 --cape-bins small --svip-threshold 0.45 --looping 0 --watch 0
-bench g4-t1 --methods $ours --temperature 1 --draft-length 4 --cape-bins small --svip-threshold 0.45 --watch 0
-# The paper's bins.
-bench paper-t0 --methods plain,glide,glide+cape --temperature 0 --draft-length 5 --looping 0 --repeats 1 --watch 0
-bench paper-t1 --methods plain,glide,glide+cape --temperature 1 --draft-length 5 --repeats 1 --watch 0
+bench t0 --temperature 0 --looping 4
+bench t1 --temperature 1
 
-"$bin"/python runs/tables.py runs/out/results/*/ > runs/out/results/tables.md
-"$bin"/python runs/picture.py runs/out/results/g5-t0 runs/out/results/g4-t1 docs/speed.svg
-"$bin"/glidecape report runs/out/results/g5-t0 runs/out/results/g5-t1 --out runs/out/results
+"$bin"/python runs/tables.py runs/out/results/t0 runs/out/results/t1 > runs/out/results/tables.md
+"$bin"/python runs/picture.py runs/out/results/t0 runs/out/results/t1 docs/speed.svg
+"$bin"/glidecape report runs/out/results/t0 runs/out/results/t1 --out runs/out/results
