@@ -1,6 +1,6 @@
 """docs/speed.svg from folders of `glidecape bench`: tokens a second of each method, greedy and at T=1.
 
-.venv/bin/python runs/picture.py runs/out/results/g5-t0 runs/out/results/g4-t1 docs/speed.svg
+.venv/bin/python runs/picture.py runs/out/results/t0 runs/out/results/t1 docs/speed.svg
 """
 
 import sys
@@ -10,7 +10,7 @@ from glidecape.bench.metrics import summarise
 from glidecape.bench.records import RunFolder
 
 WIDTH, ROW, LEFT, TOP = 720, 26, 190, 34
-COLOURS = {"plain": "#8a8f98", "transformers": "#c9ccd1"}
+COLOURS = {"plain": "#8a8f98", "transformers": "#c9ccd1", "llama.cpp": "#c9ccd1"}
 
 
 def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
@@ -20,7 +20,7 @@ def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
     y = top + TOP
     for row in sorted(rows, key=lambda r: r["tokens_per_s"]):
         length = (WIDTH - LEFT - 150) * row["tokens_per_s"] / most
-        colour = COLOURS.get(row["method"], "#2f7d4f")
+        colour = COLOURS.get(row["method"].split("+")[0], "#2f7d4f")
         over = row["over"].get("plain", {"ratio": 1.0})["ratio"]
         note = f"{row['tokens_per_s']:.0f} tokens/s, {over:.2f}x"
         parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{row["method"]}</text>')
