@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..decode import run_round, start
-from ..drafting.drafter import DraftModel, ModelDrafter
+from ..drafting.drafter import Around, DraftModel, ModelDrafter
 from ..drafting.expansion import Chain
 from ..drafting.law import DraftLaw
 from ..drafting.stop import FixedLength
@@ -69,23 +69,10 @@ class _Noting(Chain):
         return super().grow(tree, frontier, law)
 
 
-class _Unspoken:
+class _Unspoken(Around):
     """Drafts as another drafter does, and proposes nothing."""
 
-    def __init__(self, inner: ModelDrafter) -> None:
-        self.inner = inner
-        self.tree: TokenTree | None = None
-
-    @property
-    def reads_hidden(self) -> bool:
-        return self.inner.reads_hidden
-
-    @property
-    def budget(self) -> int:
-        return self.inner.budget
-
-    def admit(self, state: DecodeState) -> None:
-        self.inner.admit(state)
+    tree: TokenTree | None = None
 
     def propose(self, state: DecodeState) -> TokenTree:
         self.tree = self.inner.propose(state)

@@ -91,6 +91,30 @@ class NoDraft:
         return None
 
 
+class Around:
+    """Passes everything on to another drafter: a base for drafters that watch one, or change one thing of it."""
+
+    def __init__(self, inner: Drafter) -> None:
+        self.inner = inner
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.inner.reads_hidden
+
+    @property
+    def budget(self) -> int:
+        return self.inner.budget
+
+    def admit(self, state: DecodeState) -> None:
+        self.inner.admit(state)
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        return self.inner.propose(state)
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        self.inner.commit(state, tree, paths)
+
+
 @dataclass
 class DraftState:
     """The draft's cache. Its committed length is the trusted one: tokens past it are run again at the next round.

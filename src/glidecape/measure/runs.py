@@ -19,7 +19,7 @@ from ..bench.methods import read_methods
 from ..bench.settings import Settings
 from ..bench.suites import Suite
 from ..decode import decode
-from ..drafting.drafter import Drafter
+from ..drafting.drafter import Around, Drafter
 from ..drafting.methods import AnyDraft
 from ..errors import InputError
 from ..models.target import Target
@@ -27,6 +27,7 @@ from ..sampling import SamplingParams
 from ..significance import bootstrap_ratio
 from ..state import DecodeState
 from ..stats import RoundStats, Stats
+from ..stats import merged as merged_stats
 from ..tree import TokenTree
 
 PLAIN = "plain"
@@ -139,42 +140,24 @@ def paces(runs: Runs, method: str) -> list[float]:
 
 def merged(each: Sequence[Run]) -> Stats:
     """Counts and times of several runs together."""
-    total = Stats()
-    for one in each:
-        for name, value in vars(one.stats).items():
-            setattr(total, name, getattr(total, name) + value)
-    return total
+    return merged_stats(one.stats for one in each)
 
 
 def _speed(each: Sequence[Run]) -> float:
     return merged(each).tokens_per_s
 
 
-class Watched:
+class Watched(Around):
     """A drafter that remembers the trees it proposed: for each round of row 0, nodes down to each depth, root excluded."""
 
     def __init__(self, inner: Drafter) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.nodes: list[tuple[int, ...]] = []
-
-    @property
-    def reads_hidden(self) -> bool:
-        return self.inner.reads_hidden
-
-    @property
-    def budget(self) -> int:
-        return self.inner.budget
-
-    def admit(self, state: DecodeState) -> None:
-        self.inner.admit(state)
 
     def propose(self, state: DecodeState) -> TokenTree:
         tree = self.inner.propose(state)
         self.nodes.append(tuple(tree.depth[0][tree.valid[0]].bincount().cumsum(0).sub(1)[1:].tolist()))
         return tree
-
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        self.inner.commit(state, tree, paths)
 
 
 def drafters_of(methods: Sequence[str], drafts: Mapping[str, AnyDraft], settings: Settings) -> dict[str, Drafter]:
