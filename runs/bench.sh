@@ -10,11 +10,11 @@ pair=${PAIR:-models/pysource}
 suites_dir=${SUITES_DIR:-../shared/data/eval}
 commit=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo local)
 
-methods=plain,lookup,vanilla,nocross:glide,glide,glide+beam,glide+cape,glide+svip,glide+cape+svip
+methods=plain,lookup,vanilla,nocross:glide,glide,glide+beam,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
 # SVIP's threshold is fitted on cuts of the library that are not tested.
 common=(--target "$pair/target" --methods "$methods" --threads "${THREADS:-0}" --draft-length 4 --cape-bins small
     --svip-fit stdlib:1-6 --prompt-tokens 192)
-for draft in glide=glide nocross=glide-no-cross vanilla=lm; do
+for draft in glide=glide nocross=glide-no-cross vanilla=lm eagle=eagle; do
     common+=(--draft "${draft%%=*}=$pair/${draft#*=}")
 done
 suite=own,stdlib:7-300
