@@ -258,7 +258,7 @@ def finished(world, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out, watch=1)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = out / "records.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 200
     while not (records.is_file() and records.read_bytes().count(b"\n") >= 5):
         assert time.monotonic() < until
         assert process.poll() is None, "it ended before it could be killed"
