@@ -178,6 +178,6 @@ def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[st
         if name in figures:
             right.plot(figures["lags"], figures[name], marker="o", label=label)
     right.set(xlabel="lag (tokens)", ylabel="on held-out text", ylim=(0, 1))
-    if right.get_legend_handles_labels()[0]:
+    if "lags" in figures:
         right.legend()
     write_atomic(folder / PICTURE, lambda path: picture.savefig(path, format="png", dpi=120))
