@@ -187,6 +187,28 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
     assert deepest >= 2
 
 
+def test_a_prompt_read_token_by_token_leaves_the_keys_of_one_read_at_once():
+    """With two layers: the second one's keys and values depend on what the first one saw of the target."""
+    target = build("llama")[0]
+    torch.manual_seed(0)
+    draft = GlideDraft(GlideModel(GlideConfig.for_target(target, layers=2), target))
+    for p in draft.module.parameters():
+        torch.nn.init.normal_(p, std=0.12)
+    ids, positions = torch.tensor([[7, 11, 13, 17, 19, 23]]), torch.arange(6)[None]
+    cache = target.new_cache(1, 8, hidden=True)
+    found = []
+    with torch.no_grad():
+        target.forward(ids, positions, cache)
+        cache.commit([6])
+        for width in (6, 1):
+            own = draft.new_cache(1, 8)
+            for at in range(0, 6, width):
+                draft.catch_up(ids[:, at : at + width], positions[:, at : at + width], own, cache)
+                own.commit([width])
+            found.append(own.keys[1][:, :, :6].clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
 def test_layers_that_cannot_be_read_are_refused():
     target = build("gemma3_text")[0]
     for read, message in {"0+3": "layers of one kind", "9": "no layer 9", "first": "last, mix, or numbers"}.items():

@@ -69,8 +69,8 @@ class GlideDraft:
 
     def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | int:
         lengths = target_cache.lengths
-        if self.config.layers > 1 and positions.shape[1] > 1:
-            # Tokens that are caught up with have lag 1, for the second layer's keys and values depend on it.
+        if self.config.layers > 1:
+            # Tokens caught up with, even a single one, have lag 1: the second layer's keys and values depend on it.
             most = torch.tensor(lengths, device=positions.device)[:, None]
             return torch.minimum(lag_one_visible(positions), most)
         if len(set(lengths)) == 1:

@@ -30,7 +30,7 @@ def quantize(model: nn.Module, name: str) -> None:
         ) from None
     try:
         quantize_(model, Int8WeightOnlyConfig())
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(
             f"torchao cannot quantize this model: {(str(error).splitlines() or ['no reason'])[0]}"
         ) from None
