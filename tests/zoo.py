@@ -73,7 +73,7 @@ OWN: dict[str, dict] = {
     "blenderbot-small": {"bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
 }
-WINDOW, NEW, MOST = 12, 48, 20_000_000
+WINDOW, NEW, MOST = 12, 64, 20_000_000
 PROMPTS = [[7, 11, 13, 17, 19], list(range(10, 27))]
 
 

@@ -125,6 +125,9 @@ def train_target(
     out: Annotated[Path, typer.Option(help="Model folder; an interrupted run there goes on.")],
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, such as 2e7.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Model folder to train further; sizes are then its own, --data any text.")
+    ] = None,
     layers: int = 6,
     width: int = 384,
     ffn: int = 1024,
@@ -152,7 +155,7 @@ def train_target(
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
-    """Train a small target from scratch, for a machine without any model."""
+    """Train a small target from nothing, for a machine without any model, or a model you have further."""
     import torch
 
     from ..train import target as recipes
@@ -168,7 +171,19 @@ def train_target(
     if draft_recipe and draft is None:
         raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
     recipes.train_target(
-        data, out, shape, budget, windowing, rate, compile_model, device, seed, command_line(), save_every, draft
+        data,
+        out,
+        shape,
+        budget,
+        windowing,
+        rate,
+        compile_model,
+        device,
+        seed,
+        command_line(),
+        save_every,
+        draft,
+        start_from=start_from,
     )
 
 

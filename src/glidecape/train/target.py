@@ -1,4 +1,5 @@
-"""Train a small target from scratch, Llama's or Qwen3's architecture, so that a fresh machine has a model with no download."""
+"""Train a small target, Llama's or Qwen3's architecture, so that a fresh machine has a model with no download; or train any
+causal LM further."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import DataError, InputError
+from ..errors import CheckpointError, DataError, InputError
 from .beside import Beside
-from .data import Windows
+from .data import Windows, load_streams
 from .draft import DraftRecipe
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 
@@ -84,6 +85,20 @@ def new_model(shape: TargetShape, tokenizer: Any) -> Any:
     return Qwen3ForCausalLM(Qwen3Config(**common, **windows))
 
 
+def known_model(folder: Path) -> tuple[Any, Any]:
+    """A saved causal LM in float32, all its weights trainable, and its tokenizer.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model to start from at {folder}: {error}") from None
+
+
 @dataclass(frozen=True)
 class Windowing:
     """Tokens a training window, windows a step; the last `long_share` of the run sees `long_length` instead.
@@ -130,6 +145,7 @@ def train_target(
     draft: DraftRecipe | None = None,
     draft_out: Path | None = None,
     prompts: int = 16,
+    start_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train on a corpus folder (`glidecape data`) and write a Hugging Face model folder to `out`.
 
@@ -138,22 +154,28 @@ def train_target(
     Args:
         draft: of a draft that is trained beside it on the same batches, and written to `draft_out` (default: `out/draft`),
             with an evaluation on `prompts` held-out prompts. The target's weights are the same with and without.
+        start_from: a model folder, trained further instead of a new model of `shape`; `data` may then also be text as
+            `train_draft` takes it, in that model's tokens.
 
     Returns:
         Figures: steps, tokens, seconds, train_loss, valid_loss (nats a token); draft: those of `train_draft`.
     Raises:
         DataError: no corpus folder at `data`.
-        CheckpointError: `out` holds a run that cannot be resumed.
+        CheckpointError: `out` holds a run that cannot be resumed, or `start_from` no model.
     """
     from transformers import AutoTokenizer
 
-    if not (data / "train.bin").is_file():
+    if start_from is not None:
+        model, tokenizer = known_model(start_from)
+    elif not (data / "train.bin").is_file():
         raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
-    tokenizer = AutoTokenizer.from_pretrained(data)
-    windows = Windows(np.fromfile(data / "train.bin", dtype=np.uint16), seed)
-    valid = np.fromfile(data / "valid.bin", dtype=np.uint16)
-    torch.manual_seed(seed)
-    model = new_model(shape, tokenizer).to(device)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(data)
+        torch.manual_seed(seed)
+        model = new_model(shape, tokenizer)
+    model.to(device)
+    streams = load_streams(data, tokenizer, model.config.get_text_config().vocab_size)
+    windows, valid = Windows(streams["train"].tokens, seed), streams["valid"].tokens
     made = optimizers(model, rate, muon=True)
     beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
     trained: list[torch.nn.Module] = [model]
@@ -164,6 +186,7 @@ def train_target(
     out.mkdir(parents=True, exist_ok=True)
     identity: dict[str, Any] = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
     identity |= {"draft": asdict(draft) if draft is not None else None, "compile": compile_model}
+    identity["start_from"] = str(start_from) if start_from is not None else None
     clock = load_state(out, state, made, identity)
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
@@ -198,7 +221,7 @@ def train_target(
     }
     card = {
         "command": command,
-        "shape": asdict(shape),
+        "shape": asdict(shape) if start_from is None else {"start_from": str(start_from)},
         "windowing": asdict(windowing),
         "seed": seed,
         "figures": figures,
