@@ -16,12 +16,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import zoo
 
-LIMIT = 300
+LIMIT = 400
 HEAD = """# Models
 
 Every model type that transformers {version} lists for causal language modelling, built at tiny size with random weights and
-compared with transformers' own `generate`: plain decoding, a chain, CaPE and GliDe with CaPE, alone and in a ragged batch,
-{new} greedy tokens in float32, past any window of {window}. Made by `runs/models.py`.
+compared with transformers' own `generate`: plain decoding, a chain, CaPE, beam, and GliDe with CaPE, alone and in a ragged
+batch, {new} greedy tokens in float32, past any window of {window}. Made by `runs/models.py`.
 
 **{passes} pass**, {refused} are refused at load with the reason, {wrong} are wrong, {other} were not built by this recipe
 (their sizes go by other names, or they need more than token ids). What is not built here is probed when you load it, like any

@@ -1,5 +1,6 @@
 """Targets in bfloat16 and with int8 weights: every method runs, and a draft of the full-precision target is taken."""
 
+import json
 import sys
 import warnings
 
@@ -89,6 +90,34 @@ def test_the_command_quantizes(world, capfd, monkeypatch):
     words = ["certify", "--target", world["target"], "--dtype", "float32", "--quantize", "int8", "--max-new-tokens", 8]
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "plain,lookup")
     assert (code, "verdict: equal" in out) == (0, True)
+
+
+def test_the_benchmark_measures_a_quantized_target(world, capfd, monkeypatch):
+    needs_torchao()
+    words = [
+        "bench",
+        *pair(world),
+        "--quantize",
+        "int8",
+        "--methods",
+        "plain,glide",
+        "--suite",
+        "own:2",
+        "--limit",
+        1,
+        "--json",
+    ]
+    words += ["--looping", 1, "--repeats", 1, "--watch", 0, "--max-new-tokens", 8, "--prompt-tokens", 32]
+    code, out, err = run(capfd, monkeypatch, *words)
+    assert (code, "note: the draft" in err) == (0, True)
+    assert json.loads(out)["circumstances"]["dtype"] == "float32, int8 weights"
+
+
+def test_other_libraries_beside_a_quantized_target_are_refused(world, capfd, monkeypatch):
+    needs_torchao()
+    words = ["bench", *pair(world), "--quantize", "int8", "--suite", "own:2", "--peers", "transformers"]
+    code, _, err = run(capfd, monkeypatch, *words)
+    assert (code, "leave --peers out" in err) == (2, True)
 
 
 def test_a_quantizer_that_is_unknown_or_not_installed_is_refused(world, capfd, monkeypatch):

@@ -163,7 +163,7 @@ def expected_tokens(reference, prompt):
 
 
 def check(kind):
-    """Plain, chain and CaPE, alone and in a ragged batch, with a draft that is often right, and with GliDe."""
+    """Plain, chain, CaPE and beam, alone and in a ragged batch, with a draft that is often right, and GliDe with CaPE."""
     try:
         model = build(kind)
         reference = copy.deepcopy(model)
@@ -179,7 +179,7 @@ def check(kind):
             if p.ndim > 1:
                 p.data += 0.004 * torch.randn_like(p)
         drafters = {"plain": NoDraft()}
-        for method in ("vanilla", "vanilla+cape"):
+        for method in ("vanilla", "vanilla+cape", "vanilla+beam"):
             drafters[method] = make_drafter(method, StandaloneDraft(Target(noisy)))
         note = ""
         try:

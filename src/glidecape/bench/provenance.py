@@ -55,7 +55,8 @@ def circumstances(target: Target) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": processor(target.device),
         "device": str(target.device),
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": str(target.dtype).removeprefix("torch.")
+        + (f", {target.quantized} weights" if target.quantized else ""),
         "threads": torch.get_num_threads(),
     }
 

@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from ..errors import OutputError
+from ..errors import InputError, OutputError
 from .shared import (
     Device,
     Dtype,
+    Quantize,
     Revision,
     TargetName,
     Threads,
@@ -72,7 +73,9 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed repeats; medians are reported.")] = 3,
     peers: Annotated[
         str | None,
-        typer.Option(help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1."),
+        typer.Option(
+            help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized."
+        ),
     ] = None,
     draft_length: int = 5,
     cape_bins: Annotated[str, typer.Option(help="paper, small, or numbers like 7,5,3,1.")] = "paper",
@@ -98,6 +101,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     threads: Threads = 0,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -147,12 +151,14 @@ def bench(
     names = [name for name in (*suite.split(","), *prompts.split(",")) if name.strip()]
     read = read_suites(names, suites, fetch)
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
+    model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
     folders = named_folders(draft or [])
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     if peers is None:
-        peers = "transformers" if batch == 1 else ""
+        peers = "transformers" if batch == 1 and quantize is None else ""
+    elif quantize is not None and peers:
+        raise InputError("other libraries would run the full weights: leave --peers out where --quantize is given")
     asked = [name for name in peers.split(",") if name.strip()]
     others = make_peers(asked, PeerSource(target, model, folders, draft_length))
     plan = Plan(model, drafts, digests, chosen, read, settings, others, calibration)

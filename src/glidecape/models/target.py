@@ -148,6 +148,7 @@ class Target:
         model.set_attn_implementation(ATTENTION)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._digest: str | None = None
+        self.quantized: str | None = None  # by whom, where it was done here
         self.packed = bool(pack) and self._pack(None if pack is True else pack)
         self.shapes = _kv_shapes(model, self.text_config)
         if probe:
@@ -203,7 +204,9 @@ class Target:
             raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
         if quantize is not None:
             quantize_layers(model, quantize)
-        return cls(model.to(device), tokenizer, probe, pack)
+        target = cls(model.to(device), tokenizer, probe, pack)
+        target.quantized = quantize
+        return target
 
     def _pack(self, products: Any) -> bool:
         digest = self.weights_digest  # packed weights are in no state_dict
