@@ -131,6 +131,18 @@ def test_ten_thousand_random_trees_have_the_outcomes_of_the_obvious_rule(case) -
     check(case)
 
 
+def test_no_law_is_made_of_rounding_errors() -> None:
+    """p equals q, which the tree holds as logarithms, so a rejection leaves nothing; q could not draw this token."""
+    law = torch.tensor([4 / 9, 0.0, 4 / 9, 1 / 9], dtype=torch.float64)
+    tree = TokenTree(torch.zeros(1, dtype=torch.long))
+    tree.add(torch.tensor([[0]]), torch.tensor([[1]]), torch.zeros(1, 1), sampled_from=law.log()[None, None])
+    assert (law - law.log().exp()).clamp(min=0).sum() > 0
+    weights = {0: [4, 0, 4, 1], 1: [1, 1, 1, 1]}
+    root = Node(0, 0, False)
+    root.children.append(Node(1, 1, True))
+    check((tree, [root], [weights], [weights]))
+
+
 def test_a_wrong_residual_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check sees faults: p minus q where it should be p minus the point mass."""
     right = DenseLaw.without

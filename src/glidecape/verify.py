@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .tree import TokenTree
 
+# d comes from its logarithm, which leaves a residual of some 1e-15 even where it equals p.
+ROUNDING = 1e-14
+
 
 class Chance(Protocol):
     """Where randomness comes from; the exactness test enumerates it."""
@@ -73,7 +76,7 @@ class DenseLaw:
             rest = (self.p - drawn_from).clamp(min=0.0)
         mass = rest.sum()
         # Nothing left: p equals d, so this rejection has probability 0; keep p as it was.
-        return DenseLaw(rest / mass) if mass > 0 else self
+        return DenseLaw(rest / mass) if mass > ROUNDING else self
 
     def draw(self, chance: Chance) -> int:
         return chance.categorical(self.p)
