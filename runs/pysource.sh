@@ -26,9 +26,10 @@ draft glide-no-cross --kind glide-no-cross --max-lag 6 &
 wait
 draft eagle --kind eagle &
 draft lm --kind lm &
+draft medusa --kind medusa --max-lag 5 --tokens 1.6e6 &
 wait
 mkdir -p models/pysource
-for part in target glide glide-no-glimpse glide-no-cross eagle lm; do
+for part in target glide glide-no-glimpse glide-no-cross eagle medusa lm; do
     mkdir -p "models/pysource/$part"
     find "$out/$part" -maxdepth 1 -type f ! -name training.pt -exec cp {} "models/pysource/$part/" \;
 done
