@@ -1,20 +1,68 @@
 #!/usr/bin/env bash
-# Every table of docs/drafts.md. One thread each, three at a time; TOKENS a row (default 1e6; 4e6 is better), about two hours on
-# four quiet cores. Restartable: a study goes on where it stopped.
+# Every table of docs/drafts.md: studies of one thread each, side by side; TOKENS a row (default 1e6; 4e6 is better). About two and a
+# half hours on four quiet cores at 1e6. Restartable: what is done is left as it is. `runs/studies.sh learns made` runs only those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 out=runs/out/studies
 tokens=${TOKENS:-1e6}
+pair=models/pysource
+data=(--data corpus --tokens "$tokens" --length 320 --rows 8 --threads 1)
+export OMP_NUM_THREADS=1
+wanted() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
+only="$*"
 study() {
-    [ -f "$out/$1/study.json" ] || "$bin"/glidecape study --target models/pysource/target --data corpus --out "$out/$1" \
-        --tokens "$tokens" --length 320 --rows 8 --threads 1 --base max_lag:6,glimpse:off --prompts 24 "${@:2}"
+    ! wanted "$1" || [ -f "$out/$1/study.json" ] ||
+        "$bin"/glidecape study --target "${target:-$pair/target}" "${data[@]}" --out "$out/$1" --prompts 24 "${@:2}"
 }
-# What the draft sees of its target; three seeds.
-study sees --factor cross --row joined=glimpse:on --row alone=glimpse:on,kind:glide-no-cross --seeds 0,1,2 &
+bench() {
+    "$bin"/glidecape bench --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 64 --limit 16 --looping 0 --repeats 1 --watch 0 \
+        --peers "" --temperature "$1" --threads 1 "${@:2}"
+}
+
+# What the draft sees of its target: seeds as far as there is time.
+study sees --base max_lag:6,glimpse:off --factor cross --row joined=glimpse:on --row alone=glimpse:on,kind:glide-no-cross \
+    --seeds "${SEEDS:-0,1,2}" &
 # How it learns.
-study learns --factor loss --factor lags --factor max-lag &
+study learns --base max_lag:6,glimpse:off --factor loss --factor lags --factor max-lag &
 # What it is made of.
-study made --factor read --row read-5+7=read:5+7 --factor layers --factor width --factor norm --factor embedding \
-    --factor window --factor draft-vocab &
+study made --base max_lag:6,glimpse:off --factor layers --factor width --factor norm --factor embedding --factor window \
+    --factor draft-vocab &
+# Where it looks.
+study reads --base max_lag:6,glimpse:off --factor read --row read-5+7=read:5+7 &
 wait
+
+# Independent drafts, a small one and a large one.
+study lms --base kind:lm,width:0.25 --row large=kind:lm,width:1,layers:4 &
+# A draft trained beside its target, of 4 M parameters, and one trained afterwards.
+if wanted beside; then
+    [ -f "$out/small/model.safetensors" ] || "$bin"/glidecape train-target "${data[@]}" --out "$out/small" --layers 4 --width 256 \
+        --ffn 704 --heads 4 --kv-heads 4 --long-share 0 --with-draft --draft-recipe max_lag:6,muon:true
+fi
+target=$out/small study after --base max_lag:6 --factor cross
+if wanted beside; then
+    for temperature in 0 1; do
+        bench $temperature --target "$out/small" --draft "beside=$out/small/draft" --draft "after=$out/after/seed-0/baseline" \
+            --methods plain,beside:glide,after:glide --out "$out/beside-t$temperature"
+    done
+fi
+wait
+
+# The shipped drafts on copies of their target: trained further on other code, and in 8 bits (where torchao is installed).
+if wanted changed; then
+    if [ -d "${SHARED:-../shared}/data/train" ]; then
+        [ -f "$out/tuned/model.safetensors" ] || "$bin"/glidecape train-target --start-from $pair/target \
+            --data "${SHARED:-../shared}/data/train/code_docstring.jsonl.gz" --out "$out/tuned" --tokens 3e5 --rate 1e-3 --length 320 --rows 8 \
+            --long-share 0 --threads 1
+    fi
+    for temperature in 0 1; do
+        for copy in full tuned int8; do
+            where=$pair/target more=()
+            [ $copy != tuned ] || where=$out/tuned
+            [ $copy != int8 ] || more=(--quantize int8)
+            [ -d "$where" ] && { [ $copy != int8 ] || "$bin"/python -c "import torchao"; } || continue
+            bench $temperature --target "$where" --draft glide=$pair/glide --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
+                --methods plain,glide,nocross:glide,eagle+chain ${more[@]+"${more[@]}"} --out "$out/changed-$copy-t$temperature"
+        done
+    done
+fi
