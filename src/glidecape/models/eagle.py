@@ -71,7 +71,7 @@ class EagleConfig:
         ffn = getattr(config, "intermediate_size", None)
         fields: dict[str, Any] = {
             "ffn": ffn if isinstance(ffn, int) and ffn else 4 * target.hidden_size,
-            "heads": max(1, config.num_attention_heads),
+            "heads": target.query_heads(full[-1]),
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "layer": full[-1],

@@ -100,7 +100,7 @@ class GlideConfig:
         if len(alike) > 1:
             raise UnsupportedError(f"layers {read} of this target differ in kind or heads: read layers of one kind")
         _, kv_heads, head_dim = alike.pop()
-        heads, ffn = max(1, config.num_attention_heads), getattr(config, "intermediate_size", None)
+        heads, ffn = target.query_heads(reads[-1][-1]), getattr(config, "intermediate_size", None)
         fields: dict[str, Any] = {
             "width": config.hidden_size,
             "ffn": ffn if isinstance(ffn, int) and ffn else 4 * config.hidden_size,

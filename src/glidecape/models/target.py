@@ -255,6 +255,12 @@ class Target:
         kinds = getattr(self.text_config, "layer_types", None) or ["full_attention"] * len(self.shapes)
         return list(kinds)[: len(self.shapes)]
 
+    def query_heads(self, layer: int) -> int:
+        """How many query heads a draft should have to read the keys and values of a layer: a multiple of theirs."""
+        kv_heads, heads = self.shapes[layer][0], self.text_config.num_attention_heads or 0
+        # The configuration of an encoder and decoder counts the encoder's.
+        return heads if heads and heads % kv_heads == 0 else kv_heads
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         found = getattr(self.model.generation_config, "eos_token_id", None)
