@@ -8,11 +8,13 @@ pair=models/pysource
 peers=transformers,transformers+draft
 [ -x .venv-peers/bin/llama-server ] || [ -n "${GLIDECAPE_PEERS:-}" ] && peers+=,llama.cpp
 methods=plain,lookup,vanilla,nocross:glide,noglimpse:glide,glide,glide+cape,glide+svip@threshold=0.45
-methods+=,glide+cape+svip@threshold=0.45,glide+beam,eagle+chain,eagle@top=4@total=12
+methods+=,glide+cape+svip@threshold=0.45,glide+beam,eagle+chain,eagle@top=4@total=12,medusa@top=4@total=12
+# SVIP by level, the three ways to read a frontier's entropy.
+for over in best mean min; do methods+=,eagle+svip@top=4@total=12@threshold=0.45@over=$over; done
 common=(--target "$pair/target" --methods "$methods" --peers "$peers" --draft-length 5 --cape-bins small
     --suite own,stdlib:400 --prompt-tokens 192 --limit "${LIMIT:-8}" --threads "${THREADS:-4}" --repeats "${REPEATS:-2}"
     --draft "glide=$pair/glide" --draft "noglimpse=$pair/glide-no-glimpse" --draft "nocross=$pair/glide-no-cross"
-    --draft "vanilla=$pair/lm" --draft "eagle=$pair/eagle")
+    --draft "vanilla=$pair/lm" --draft "eagle=$pair/eagle" --draft "medusa=$pair/medusa")
 bench() { "$bin"/glidecape bench "${common[@]}" "${@:2}" --out "runs/out/results/$1"; }
 
 bench t0 --temperature 0 --looping 4

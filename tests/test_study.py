@@ -174,8 +174,8 @@ def test_rows_that_cannot_be_are_refused(name):
 def test_every_named_factor_is_a_recipe():
     for factor in study.FACTORS:
         assert len(study_rows(DraftRecipe(), [factor])) >= 2
-    read = study_rows(DraftRecipe(read="7"), ["read"], (), 8)
-    assert [recipe.read for recipe in read.values()] == ["7", "0", "mix", "2", "4", "5"]
+    read = study_rows(DraftRecipe(), ["read"], (), 8)
+    assert [recipe.read for recipe in read.values()] == ["", "0", "last", "mix", "2", "4"]
     assert changes_of("max-lag:5,rate:1e-3") == {"max_lag": 5, "rate": 1e-3}
 
 

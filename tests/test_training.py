@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
 from glidecape.decode import decode, generate
 from glidecape.drafting.methods import make_drafter
 from glidecape.errors import CheckpointError, DataError, MismatchError, UnsupportedError
@@ -209,9 +210,22 @@ def test_a_prompt_read_token_by_token_leaves_the_keys_of_one_read_at_once():
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
+def test_the_upper_layer_is_three_quarters_of_the_way_up():
+    of, target = GlideConfig.for_target, Target(zoo.build("llama", num_hidden_layers=8), probe=False)
+    assert of(target).reads == of(target, read="upper").reads == ((5,),)
+    assert of(target, layers=2).reads == ((4,), (5,))
+    assert of(target, "paper").reads == of(target, read="last").reads == ((7,),)
+    windowed = build("gemma3_text")[0]
+    assert windowed.layer_kinds[of(windowed).reads[0][0]] == "full_attention"
+
+
 def test_layers_that_cannot_be_read_are_refused():
     target = build("gemma3_text")[0]
-    for read, message in {"0+3": "layers of one kind", "9": "no layer 9", "first": "last, mix, or numbers"}.items():
+    for read, message in {
+        "0+3": "layers of one kind",
+        "9": "no layer 9",
+        "first": "last, upper, mix, or numbers",
+    }.items():
         with pytest.raises(UnsupportedError, match=message):
             GlideConfig.for_target(target, read=read)
     with pytest.raises(UnsupportedError, match="1 or 2 layers"):

@@ -41,8 +41,12 @@ def train(
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
     layers: Annotated[int, typer.Option(min=1, help="Of the draft; GliDe has 1 or 2.")] = 1,
     read: Annotated[
-        str, typer.Option(help="Target layers that it reads: last, numbers joined by +, or mix: a learned mean.")
-    ] = "last",
+        str,
+        typer.Option(
+            help="Target layers that it reads: last; upper, three quarters of the way up; numbers joined by +; or mix: a "
+            "learned mean. Default: the preset's."
+        ),
+    ] = "",
     glimpse: Annotated[
         str, typer.Option(help="on: it takes the target's last hidden state, too; or off; default: the preset's.")
     ] = "",

@@ -75,15 +75,16 @@ class GlideConfig:
 
     @classmethod
     def for_target(
-        cls, target: Target, preset: str = "default", layers: int = 1, read: str = "last", **changes: Any
+        cls, target: Target, preset: str = "default", layers: int = 1, read: str = "", **changes: Any
     ) -> GlideConfig:
         """The configuration that fits a target: its width and heads, reading its last full-attention layers.
 
         Args:
             preset: "default", with a glimpse, or "paper" (see `models.glide`).
             layers: of the draft, 1 or 2. Draft layer m of n reads the n - m'th target layer from the top.
-            read: "last"; the number of a target layer; several joined by +, one for each layer of the draft or all
-                for its only one; or "mix", a learned mean of four layers over the target's whole depth.
+            read: "last"; "upper", three quarters of the way up; the number of a target layer; several joined by +, one
+                for each layer of the draft or all for its only one; or "mix", a learned mean of four layers over the
+                target's whole depth. "" is the preset's: "upper", of the paper "last".
             changes: single fields.
 
         Raises:
@@ -94,7 +95,7 @@ class GlideConfig:
             raise UnsupportedError(f"no preset '{preset}': there are 'default' and 'paper'")
         if layers not in (1, 2):
             raise UnsupportedError(f"a GliDe draft has 1 or 2 layers, not {layers}")
-        reads, mix = _reads(target, layers, read)
+        reads, mix = _reads(target, layers, read or ("last" if preset == "paper" else "upper"))
         kinds = target.layer_kinds
         alike = {(kinds[layer], *target.shapes[layer]) for own in reads for layer in own}
         if len(alike) > 1:
@@ -129,8 +130,9 @@ def _reads(target: Target, layers: int, read: str) -> tuple[tuple[tuple[int, ...
     # Our cache keeps every layer's whole context, windowed ones too, but a windowed layer's keys were only ever
     # trained to be read within its window: take the last ones that read everything, if there are any.
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))
-    if read == "last":
-        top = full[-layers:]
+    if read in ("last", "upper"):
+        end = len(full) if read == "last" else round(3 * (len(full) - 1) / 4) + 1
+        top = full[:end][-layers:]
         return tuple((layer,) for layer in ([top[0]] * (layers - len(top)) + top)), False
     if read == "mix":
         spread = tuple(sorted({full[round(part * (len(full) - 1) / 3)] for part in range(4)}))
@@ -138,7 +140,7 @@ def _reads(target: Target, layers: int, read: str) -> tuple[tuple[tuple[int, ...
     try:
         numbers = tuple(int(part) for part in read.split("+"))
     except ValueError:
-        raise UnsupportedError(f"layers to read are last, mix, or numbers joined by +, not '{read}'") from None
+        raise UnsupportedError(f"layers to read are last, upper, mix, or numbers joined by +, not '{read}'") from None
     if wrong := [n for n in numbers if not 0 <= n < len(target.shapes)]:
         raise UnsupportedError(f"this target has no layer {wrong[0]}: its layers are 0 to {len(target.shapes) - 1}")
     if layers == 1:

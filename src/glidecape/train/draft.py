@@ -58,7 +58,7 @@ class DraftRecipe:
         accumulate: batches of `rows` windows whose gradients make one step.
         clip: largest norm of a step's gradient; 0: none.
         layers: of GliDe, 1 or 2; of an LM, any number.
-        read: which target layers GliDe reads (`GlideConfig.for_target`).
+        read: which target layers GliDe reads (`GlideConfig.for_target`); "" as the preset says.
         glimpse: GliDe with the target's last hidden state, "on", "off", or "" as the preset says; the ablation has none by
             itself.
         width: of the draft, as a multiple of the target's; its heads grow and shrink with it.
@@ -82,7 +82,7 @@ class DraftRecipe:
     accumulate: int = 1
     clip: float = 1.0
     layers: int = 1
-    read: str = "last"
+    read: str = ""
     glimpse: str = ""
     width: float = 1.0
     window: int = 0

@@ -42,7 +42,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
     "glimpse": {"off": {"glimpse": "off"}, "alone": {"glimpse": "on", "kind": "glide-no-cross"}},
     "layers": {"2": {"layers": 2}},
-    "read": {"first": {"read": "0"}, "mix": {"read": "mix"}},  # and each quarter, see `factor_rows`
+    "read": {"first": {"read": "0"}, "last": {"read": "last"}, "mix": {"read": "mix"}},  # and quarters, see `factor_rows`
     "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
     "norm": {"off": {"norm": "off"}},
     "embedding": {"own": {"embedding": "own"}},
@@ -76,7 +76,7 @@ def factor_rows(factor: str, target_layers: int) -> dict[str, dict[str, Any]]:
         raise InputError(f"unknown factor '{factor}': choose from {', '.join(FACTORS)}")
     rows = dict(FACTORS[factor])
     if factor == "read":
-        for part, name in enumerate(("quarter", "half", "three-quarters"), 1):
+        for part, name in enumerate(("quarter", "half"), 1):
             rows[name] = {"read": str(round(part * (target_layers - 1) / 4))}
     return rows
 
