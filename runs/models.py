@@ -21,7 +21,7 @@ HEAD = """# Models
 
 Every model type that transformers {version} lists for causal language modelling, built at tiny size with random weights and
 compared with transformers' own `generate`: plain decoding, a chain, CaPE, beam, and GliDe with CaPE, alone and in a ragged
-batch, {new} greedy tokens in float32, past any window of {window}. Made by `runs/models.py`.
+batch, {new} greedy tokens in float32; sliding windows are {window} tokens wide, less than any output. Made by `runs/models.py`.
 
 **{passes} pass**, {refused} are refused at load with the reason, {wrong} are wrong, {other} were not built by this recipe
 (their sizes go by other names, or they need more than token ids). What is not built here is probed when you load it, like any

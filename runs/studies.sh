@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of docs/drafts.md: studies of one thread each, side by side; TOKENS a row (default 1e6; 4e6 is better). About two and a
+# The studies of docs/drafts.md: studies of one thread each, side by side; TOKENS a row (default 1e6; 4e6 is better). About two and a
 # half hours on four quiet cores at 1e6. Restartable: what is done is left as it is. `runs/studies.sh learns made` runs only those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ study() {
         "$bin"/glidecape study --target "${target:-$pair/target}" "${data[@]}" --out "$out/$1" --prompts 24 "${@:2}"
 }
 bench() {
-    "$bin"/glidecape bench --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 64 --limit 16 --looping 0 --repeats 1 --watch 0 \
+    "$bin"/glidecape bench --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 64 --limit "${LIMIT:-16}" --looping 0 --repeats 1 --watch 0 \
         --peers "" --temperature "$1" --threads 1 "${@:2}"
 }
 
@@ -61,7 +61,7 @@ if wanted changed; then
             [ $copy != tuned ] || where=$out/tuned
             [ $copy != int8 ] || more=(--quantize int8)
             [ -d "$where" ] && { [ $copy != int8 ] || "$bin"/python -c "import torchao"; } || continue
-            bench $temperature --target "$where" --draft glide=$pair/glide --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
+            bench $temperature --target "$where" --draft glide=$pair/glide-no-glimpse --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
                 --methods plain,glide,nocross:glide,eagle+chain ${more[@]+"${more[@]}"} --out "$out/changed-$copy-t$temperature"
         done
     done

@@ -71,6 +71,7 @@ OWN: dict[str, dict] = {
     },
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "blenderbot-small": {"bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
 }
 WINDOW, NEW, MOST = 12, 64, 20_000_000

@@ -35,7 +35,7 @@ def bench(
         str,
         typer.Option(
             help="Joined by commas; NAME:method uses the draft of that name, method@length=8 sets an option "
-            "(length, bins, threshold, cap, over, beams, ngram) for it alone."
+            "(length, bins, threshold, cap, over, beams, ngram, top, total) for it alone."
         ),
     ] = "plain,glide",
     suite: Annotated[

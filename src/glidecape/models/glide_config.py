@@ -77,7 +77,7 @@ class GlideConfig:
     def for_target(
         cls, target: Target, preset: str = "default", layers: int = 1, read: str = "", **changes: Any
     ) -> GlideConfig:
-        """The configuration that fits a target: its width and heads, reading its last full-attention layers.
+        """The configuration that fits a target: its width and heads, reading layers with full attention.
 
         Args:
             preset: "default", with a glimpse, or "paper" (see `models.glide`).

@@ -42,7 +42,11 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
     "glimpse": {"off": {"glimpse": "off"}, "alone": {"glimpse": "on", "kind": "glide-no-cross"}},
     "layers": {"2": {"layers": 2}},
-    "read": {"first": {"read": "0"}, "last": {"read": "last"}, "mix": {"read": "mix"}},  # and quarters, see `factor_rows`
+    "read": {
+        "first": {"read": "0"},
+        "last": {"read": "last"},
+        "mix": {"read": "mix"},
+    },  # and quarters, see `factor_rows`
     "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
     "norm": {"off": {"norm": "off"}},
     "embedding": {"own": {"embedding": "own"}},
