@@ -21,8 +21,8 @@ draft() {
         --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
 }
 draft glide --kind glide --max-lag 6 &
-draft glide-no-glimpse --kind glide --glimpse off --read last --max-lag 6 &
-draft glide-no-cross --kind glide-no-cross --max-lag 6 &
+draft glide-no-glimpse --kind glide --glimpse off --read last --window 0 --max-lag 6 &
+draft glide-no-cross --kind glide-no-cross --window 0 --max-lag 6 &
 wait
 draft eagle --kind eagle &
 draft lm --kind lm &

@@ -21,15 +21,15 @@ bench() {
 }
 
 # What the draft sees of its target: seeds as far as there is time.
-study sees --base max_lag:6,glimpse:off,read:last --factor cross --row joined=glimpse:on --row alone=glimpse:on,kind:glide-no-cross \
+study sees --base max_lag:6,glimpse:off,read:last,window:0 --factor cross --row joined=glimpse:on --row alone=glimpse:on,kind:glide-no-cross \
     --seeds "${SEEDS:-0,1,2}" &
 # How it learns.
-study learns --base max_lag:6,glimpse:off,read:last --factor loss --factor lags --factor max-lag &
+study learns --base max_lag:6,glimpse:off,read:last,window:0 --factor loss --factor lags --factor max-lag &
 # What it is made of.
-study made --base max_lag:6,glimpse:off,read:last --factor layers --factor width --factor norm --factor embedding --factor window \
+study made --base max_lag:6,glimpse:off,read:last,window:0 --factor layers --factor width --factor norm --factor embedding --row window-64=window:64 \
     --factor draft-vocab &
 # Where it looks.
-study reads --base max_lag:6,glimpse:off,read:last --factor read --row read-three-quarters=read:5 --row read-5+7=read:5+7 &
+study reads --base max_lag:6,glimpse:off,read:last,window:0 --factor read --row read-three-quarters=read:5 --row read-5+7=read:5+7 &
 wait
 
 # Independent drafts, a small one and a large one.

@@ -2,6 +2,7 @@
 
 import gzip
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import zoo
 from glidecape.decode import decode, generate
 from glidecape.drafting.methods import make_drafter
 from glidecape.errors import CheckpointError, DataError, MismatchError, UnsupportedError
-from glidecape.masks import block_visible
+from glidecape.masks import block_visible, tree_mask
 from glidecape.models import checkpoint
 from glidecape.models.checkpoint import load_draft
 from glidecape.models.glide import GlideModel
@@ -208,6 +209,30 @@ def test_a_prompt_read_token_by_token_leaves_the_keys_of_one_read_at_once():
                 own.commit([width])
             found.append(own.keys[1][:, :, :6].clone())
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_window_over_one_text_is_read_as_its_newest_slots(layers):
+    """What one query sees without a mask it sees with the window's mask, too."""
+    target = build("llama")[0]
+    torch.manual_seed(0)
+    draft = GlideDraft(GlideModel(GlideConfig.for_target(target, layers=layers, window=5), target))
+    for p in draft.module.parameters():
+        torch.nn.init.normal_(p, std=0.12)
+    ids, positions = torch.arange(3, 15)[None], torch.arange(12)[None]
+    found = []
+    with torch.no_grad():
+        for window, masked in ((5, False), (5, True), (0, False)):
+            draft.config = replace(draft.config, window=window)
+            cache, own = target.new_cache(1, 16, hidden=True), draft.new_cache(1, 16)
+            target.forward(ids[:, :11], positions[:, :11], cache)
+            cache.commit([11])
+            draft.catch_up(ids[:, :11], positions[:, :11], own, cache)
+            own.commit([11])
+            mask = tree_mask(own.lengths, None, 1, 12) if masked else None
+            found.append(draft.step(ids[:, 11:], positions[:, 11:], own, mask, cache, positions[:, 11:]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
 
 
 def test_the_upper_layer_is_three_quarters_of_the_way_up():

@@ -51,7 +51,9 @@ def train(
         str, typer.Option(help="on: it takes the target's last hidden state, too; or off; default: the preset's.")
     ] = "",
     width: Annotated[float, typer.Option(help="Its width over the target's.")] = 1.0,
-    window: Annotated[int, typer.Option(help="Tokens that its self-attention looks back; 0: all.")] = 0,
+    window: Annotated[
+        int, typer.Option(min=-1, help="Tokens that its self-attention looks back; 0: all; -1: the preset's, 64.")
+    ] = -1,
     embedding: Annotated[str, typer.Option(help="shared with the target or own; default: the preset's.")] = "",
     norm: Annotated[str, typer.Option(help="on or off, before the cross-attention; default: the preset's.")] = "",
     draft_vocab: Annotated[int, typer.Option(help="Propose only so many frequent tokens; 0: all.")] = 0,

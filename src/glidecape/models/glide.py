@@ -8,6 +8,9 @@ Source: GliDe paper, section 4.1. Differs in the default preset, as LongSpec rep
 cross-attention, embedding and head shared with the target and frozen, the first block's cross-attention is zero. The
 preset "paper" takes those three back (but keeps the target's own rotary base, where the official code fixes 10,000).
 
+It reads the target layer three quarters of the way up and looks back 64 tokens itself, where the paper's reads the last layer
+and looks back to the beginning: both accept more (docs/drafts.md).
+
 Beyond the paper, and by default, a `glimpse`: the target's last hidden state at the newest verified position joins the root's
 embedding; a deeper node takes the draft's own last hidden state at its parent instead. It joins the queries, not the
 keys and values, so that those of a first layer stay functions of token and position alone.
@@ -117,6 +120,7 @@ class GlideLayer(nn.Module):
         own: KVCache | None,
         own_mask: Tensor | None,
         glimpse: Tensor | None = None,
+        recent: int = 0,
     ) -> Tensor:
         """The residual stream `(batch, queries, width)` after the layer; `glimpse` joins all of it but keys and values."""
         normed = self.self_norm(x)
@@ -127,6 +131,7 @@ class GlideLayer(nn.Module):
         q = rotate(split_heads(self.q(normed), self.heads), *rotary)
         if own is not None:
             k, v = own.write(self.number, k, v)
+            k, v = k[:, :, -recent:], v[:, :, -recent:]  # 0: all
         x = x + self.self_out(attend(q, k, v, own_mask, self.scale, causal=own is None and own_mask is None))
         if self.cross is not None and not read.empty:
             x = x + self.cross(x, cross_rotary, read)
@@ -234,6 +239,7 @@ class GlideModel(nn.Module):
         own: KVCache | None = None,
         own_mask: Tensor | None = None,
         glimpse: Tensor | None = None,
+        recent: int = 0,
     ) -> Tensor:
         """Last hidden states `(batch, queries, width)`, after the final norm.
 
@@ -244,6 +250,7 @@ class GlideModel(nn.Module):
             own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
                 queries are whole sequences from position 0.
             own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
+            recent: where one query sees every slot, the newest slots that its window holds; 0: all.
             glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
         """
         x = self._embed(tokens)
@@ -252,7 +259,7 @@ class GlideModel(nn.Module):
             own_mask = window_mask(positions, positions, self.config.window)
         read = Readable(target_kv if self.config.cross_attention else {}, visible)
         for layer in self.layers:
-            x = layer(x, rotary, cross_rotary, read, own, own_mask, glimpse)
+            x = layer(x, rotary, cross_rotary, read, own, own_mask, glimpse, recent)
             glimpse = None
         return self.norm(x)
 

@@ -54,14 +54,16 @@ class GlideDraft:
         logits: bool = True,
     ) -> Tensor:
         """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
+        mask, recent = self._window(own_mask, positions, own, scratch_positions)
         hidden = self.module.hidden(
             tokens,
             positions,
             {layer: target_cache.committed(layer) for layer in self.config.layers_read},
             self._visible(positions, target_cache),
             own,
-            self._own_mask(own_mask, positions, own, scratch_positions),
+            mask,
             self._glimpse(positions, own, target_cache, parents) if self.config.glimpse else None,
+            recent,
         )
         if own.hidden is not None:
             own.write_hidden(hidden)
@@ -77,12 +79,17 @@ class GlideDraft:
             return lengths[0]
         return torch.tensor(lengths, device=positions.device)[:, None].expand_as(positions)
 
-    def _own_mask(self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor) -> Tensor | None:
-        keys = max(own.lengths) + scratch.shape[1]
-        if not self.config.window or keys <= self.config.window:
-            return mask
-        seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), self.config.window)
-        return seen if mask is None else seen & mask
+    def _window(
+        self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor
+    ) -> tuple[Tensor | None, int]:
+        """The window of the self-attention, as a mask, or where one query sees every slot as a number of slots."""
+        window, keys = self.config.window, max(own.lengths) + scratch.shape[1]
+        if not window or keys <= window:
+            return mask, 0
+        if mask is None and positions.shape[1] == 1:
+            return None, window
+        seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), window)
+        return (seen if mask is None else seen & mask), 0
 
     def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
         if parents is None:

@@ -62,7 +62,7 @@ class DraftRecipe:
         glimpse: GliDe with the target's last hidden state, "on", "off", or "" as the preset says; the ablation has none by
             itself.
         width: of the draft, as a multiple of the target's; its heads grow and shrink with it.
-        window: tokens that GliDe's self-attention looks back; 0: all.
+        window: tokens that GliDe's self-attention looks back; 0: all; -1: as the preset says.
         embedding: "shared" with the target and frozen, "own", or "" as the preset says.
         norm: before the cross-attention: "on", "off", or "" as the preset says.
         draft_vocab: propose only so many tokens, the most frequent of the training text; 0: all.
@@ -85,7 +85,7 @@ class DraftRecipe:
     read: str = ""
     glimpse: str = ""
     width: float = 1.0
-    window: int = 0
+    window: int = -1
     embedding: str = ""
     norm: str = ""
     draft_vocab: int = 0
@@ -115,7 +115,7 @@ class DraftRecipe:
         for name in ("norm", "glimpse"):
             if getattr(self, name) not in ("", "on", "off"):
                 raise InputError(f"--{name} takes on or off, not '{getattr(self, name)}'")
-        if not 0 < self.width <= 16 or self.window < 0 or self.draft_vocab < 0:
+        if not 0 < self.width <= 16 or self.window < -1 or self.draft_vocab < 0:
             raise InputError(
                 f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
                 f"vocabulary {self.draft_vocab} must not be negative"
@@ -201,12 +201,13 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
     heads = max(1, round(plain.heads * recipe.width))
     changes: dict[str, Any] = {
         "cross_attention": recipe.kind == "glide",
-        "window": recipe.window,
         "draft_vocab": recipe.draft_vocab,
         "heads": heads,
         "width": round(plain.width * recipe.width) if recipe.width != 1 else plain.width,
         "ffn": round(plain.ffn * recipe.width),
     }
+    if recipe.window >= 0:
+        changes["window"] = recipe.window
     if recipe.max_lag:
         changes["max_lag"] = recipe.max_lag
     if recipe.embedding:

@@ -50,7 +50,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "width": {"0.5": {"width": 0.5}, "2": {"width": 2.0}},
     "norm": {"off": {"norm": "off"}},
     "embedding": {"own": {"embedding": "own"}},
-    "window": {"64": {"window": 64}},
+    "window": {"all": {"window": 0}, "16": {"window": 16}, "256": {"window": 256}},
     "draft-vocab": {"1024": {"draft_vocab": 1024}},
     "loss": {name: {"loss": name} for name in ("kl", "rkl", "tv", "ce", "kl+tv", "nla", "lk_hybrid")},
     "lags": {name: {"lags": name} for name in ("block-random", "block", "balanced", "shift")},
