@@ -18,6 +18,7 @@ def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
     most = max(row["tokens_per_s"] for row in rows)
     parts = [f'<text x="8" y="{top + 16}" font-weight="bold">{title}</text>']
     y = top + TOP
+    rows = [row for row in rows if len(row["method"]) < 32]  # variants with many options are left to the tables
     for row in sorted(rows, key=lambda r: r["tokens_per_s"]):
         length = (WIDTH - LEFT - 150) * row["tokens_per_s"] / most
         colour = COLOURS.get(row["method"].split("+")[0], "#2f7d4f")
