@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from glidecape.errors import CheckpointError
-from glidecape.files import remove_leftovers, write_folder
+from glidecape.files import only_writer, remove_leftovers, write_folder
 from glidecape.models.checkpoint import CARD, WEIGHTS
 from glidecape.models.target import Target
 from glidecape.train.draft import DraftRecipe, train_draft
@@ -216,3 +216,23 @@ def test_another_recipe_or_other_data_is_refused_and_a_larger_budget_is_not(worl
     with pytest.raises(CheckpointError, match="data"):
         train(small, 2, tmp_path / "other.txt")
     assert train(small, 3)["steps"] == 3
+
+
+def test_two_writers_of_one_folder_don_t_meet_and_a_killed_one_frees_it(tmp_path):
+    out = tmp_path / "runs" / "draft"
+    code = "import sys, time; from pathlib import Path; from glidecape.files import only_writer\n"
+    code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True); time.sleep(600)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen([sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "in\n"
+        with pytest.raises(CheckpointError, match="another run is writing to .*draft"), only_writer(out):
+            pass
+        with only_writer(tmp_path / "runs" / "other"):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with only_writer(out):
+        assert not out.exists()
+    assert not list(out.parent.iterdir())

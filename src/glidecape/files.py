@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
 
@@ -47,6 +50,31 @@ def write_folder(folder: Path, write: Callable[[Path], object], last: str) -> No
         raise _not_written(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """While it lasts, no other process that asks here writes to the file or folder `out`. A killed one frees it.
+
+    Raises:
+        CheckpointError: another process does already, or the folder above is not writable.
+    """
+    path = out.absolute().with_name(f".{out.absolute().name}.lock")
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"another run is writing to {out}: wait until it has ended, or name another --out"
+        ) from None
+    except OSError as error:
+        raise _not_written(out, error) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:

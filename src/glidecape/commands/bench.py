@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, OutputError
+from ..files import only_writer
 from .shared import (
     Device,
     Dtype,
@@ -162,7 +163,7 @@ def bench(
     asked = [name for name in peers.split(",") if name.strip()]
     others = make_peers(asked, PeerSource(target, model, folders, draft_length))
     plan = Plan(model, drafts, digests, chosen, read, settings, others, calibration)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, only_writer(out or Path(scratch) / "run"):
         folder = RunFolder(out or Path(scratch) / "run", plan.identity())
         try:
             run(plan, folder, command_line())

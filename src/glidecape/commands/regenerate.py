@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..files import only_writer
 from .shared import Device, Dtype, Revision, Threads, Trust, command_line, load_target
 
 
@@ -47,4 +48,5 @@ def regenerate(
     model = load_target(target, dtype, device, threads, revision, trust_remote_code)
     loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
-    run(model, data, out, plan, make_drafter(method, loaded, draft_length), batch, command_line())
+    with only_writer(out):
+        run(model, data, out, plan, make_drafter(method, loaded, draft_length), batch, command_line())

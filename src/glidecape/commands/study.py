@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..files import only_writer
 from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
 from .train import _budget, _is_muon
 
@@ -59,5 +60,6 @@ def study(
     trial = Trial(prompts, prompt_tokens, new_tokens)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
-    result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
+    with only_writer(out):
+        result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
     show_study(result["table"])

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..files import only_writer
 from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
 
 
@@ -98,7 +99,10 @@ def train(
     if budget is None:
         _show(preview_data(model, data, recipe))
         return
-    train_draft(model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model)
+    with only_writer(out):
+        train_draft(
+            model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
+        )
 
 
 def _show(preview: Any) -> None:
@@ -176,21 +180,22 @@ def train_target(
     draft = _draft_beside(draft_recipe, seed) if with_draft else None
     if draft_recipe and draft is None:
         raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
-    recipes.train_target(
-        data,
-        out,
-        shape,
-        budget,
-        windowing,
-        rate,
-        compile_model,
-        device,
-        seed,
-        command_line(),
-        save_every,
-        draft,
-        start_from=start_from,
-    )
+    with only_writer(out):
+        recipes.train_target(
+            data,
+            out,
+            shape,
+            budget,
+            windowing,
+            rate,
+            compile_model,
+            device,
+            seed,
+            command_line(),
+            save_every,
+            draft,
+            start_from=start_from,
+        )
 
 
 def _draft_beside(changes: str, seed: int) -> Any:
