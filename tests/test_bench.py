@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from glidecape import cli
 from glidecape.bench import runner
-from glidecape.bench.draw import draw, encode, in_jobs, pad
+from glidecape.bench.draw import Drawn, draw, encode, in_jobs, pad
 from glidecape.bench.methods import read_methods
 from glidecape.bench.peers import PEERS
 from glidecape.bench.plots import have_matplotlib
@@ -434,7 +435,12 @@ def test_thresholds_are_fitted_on_prompts_that_are_not_the_tests(world, prompts,
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "def split_queue(queue, size=2):"}\n')
     argv = words(
-        world, prompts, tmp_path / "run", methods="glide+svip,glide+cape+svip", repeats=1, **{"svip-fit": other}
+        world,
+        prompts,
+        tmp_path / "run",
+        methods="glide+svip,glide+svip@threshold=0.1,glide+cape+svip",
+        repeats=1,
+        **{"svip-fit": other},
     )
     code, out, err = run_cli(monkeypatch, capfd, argv)
     assert code == 0, err
@@ -443,11 +449,31 @@ def test_thresholds_are_fitted_on_prompts_that_are_not_the_tests(world, prompts,
     assert f"threshold fitted, {fits['glide+svip']['threshold']}" in out
     for bad, methods, message in (
         (prompts, "glide+svip", "fit on other prompts"),
-        (other, "glide", "no SVIP threshold"),
+        (other, "glide,glide+svip@threshold=0.1", "no SVIP threshold"),
     ):
         argv = words(world, prompts, None, methods=methods, **{"svip-fit": bad})
         code, _, err = run_cli(monkeypatch, capfd, argv)
         assert (code, message in err) == (2, True), err
+
+
+def test_greedily_the_fit_leaves_out_calibration_prompts_that_loop(
+    world, prompts, tmp_path, monkeypatch, capfd
+) -> None:
+    other, seen = tmp_path / "other.jsonl", []
+    other.write_text('{"prompt": "def split_queue(queue, size=2):"}\n{"prompt": "def join_queues(a, b):"}\n')
+    fit, draw_all = runner.with_fitted_threshold, runner.draw
+    monkeypatch.setattr(runner, "with_fitted_threshold", lambda *args: seen.append(len(args[2])) or fit(*args))
+    for kinds, kept in ((("looping", "steady"), 1), (("looping", "looping"), 2)):
+
+        def drawn(*args, kinds=kinds) -> Drawn:
+            items = draw_all(*args).items
+            assert len(items) == 2
+            return Drawn([replace(item, kind=kind) for item, kind in zip(items, kinds, strict=True)])
+
+        monkeypatch.setattr(runner, "draw", drawn)
+        argv = words(world, prompts, tmp_path / f"run{kept}", methods="glide+svip", repeats=1, **{"svip-fit": other})
+        code, _, err = run_cli(monkeypatch, capfd, argv)
+        assert (code, seen.pop()) == (0, kept), err
 
 
 def test_peers_run_beside_the_methods(world, prompts, monkeypatch, capfd) -> None:

@@ -226,7 +226,7 @@ def test_two_writers_of_one_folder_don_t_meet_and_a_killed_one_frees_it(tmp_path
     child = subprocess.Popen([sys.executable, "-c", code, str(out)], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "in\n"
-        with pytest.raises(CheckpointError, match="another run is writing to .*draft"), only_writer(out):
+        with pytest.raises(CheckpointError, match=r"another run is writing to .*draft"), only_writer(out):
             pass
         with only_writer(tmp_path / "runs" / "other"):
             pass

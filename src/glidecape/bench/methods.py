@@ -45,8 +45,9 @@ class Method:
     settings: Settings
 
     @property
-    def uses_svip(self) -> bool:
-        return "svip" in parse_method(self.method)[1]
+    def open_threshold(self) -> bool:
+        """Does it stop by SVIP, with no threshold of its own?"""
+        return "svip" in parse_method(self.method)[1] and "@threshold=" not in self.name
 
     def drafter(self, drafts: Mapping[str, AnyDraft], threshold: float | None = None) -> Drafter:
         """Its drafter; `threshold`: a fitted one.

@@ -25,7 +25,7 @@ from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
 from ..stats import Stats
 from .costs import measure_costs
-from .draw import categories_of, draw_category, encode, in_jobs
+from .draw import categories_of, draw, draw_category, in_jobs
 from .methods import Method
 from .peers import Peer
 from .provenance import Peak, circumstances, session
@@ -43,7 +43,8 @@ class Plan:
 
     Attributes:
         drafts: draft models by name; `digests` identifies their weights.
-        calibration: prompts that SVIP's threshold is fitted on, for every method with svip; None: no fitting.
+        calibration: prompts that SVIP's threshold is fitted on, for every method with svip and no threshold of its own; None:
+            no fitting.
     """
 
     target: Target
@@ -123,7 +124,7 @@ def _draw(plan: Plan, folder: RunFolder, bar: Progress) -> None:
 def _refuse_seen(plan: Plan) -> None:
     if plan.calibration is None:
         return
-    if not any(one.uses_svip for one in plan.methods):
+    if not any(one.open_threshold for one in plan.methods):
         raise InputError("there is no SVIP threshold to fit: name a method with +svip, or leave --svip-fit out")
     tested = {turn: prompt.id for suite in plan.suites for prompt in suite.prompts for turn in prompt.turns}
     for prompt in plan.calibration.prompts:
@@ -133,26 +134,29 @@ def _refuse_seen(plan: Plan) -> None:
             )
 
 
+def _calibration(plan: Plan) -> list[list[int]]:
+    """Token ids of the calibration prompts; greedily of those that don't loop, as what is tested, unless all do."""
+    assert plan.calibration is not None
+    items = draw(plan.target, [plan.calibration], replace(plan.settings, batch=1)).items
+    return [list(item.ids) for item in items if item.kind == "steady"] or [list(item.ids) for item in items]
+
+
 def _drafters(plan: Plan, folder: RunFolder, bar: Progress) -> dict[str, Drafter]:
     """A drafter a method, SVIP's threshold fitted where that is asked for; a fit is made once a run."""
     fits: dict[str, Any] = dict(folder.header.get("fits", {}))
+    fitted = [one.name for one in plan.methods if plan.calibration is not None and one.open_threshold]
+    task = bar.add_task("fitting thresholds", total=len(fitted), completed=len(fits), visible=bool(fitted))
+    prompts = _calibration(plan) if set(fitted) - fits.keys() else []
     made: dict[str, Drafter] = {}
-    task = bar.add_task("fitting thresholds", total=len(plan.methods), visible=plan.calibration is not None)
     for one in plan.methods:
-        bar.advance(task)
-        if plan.calibration is None or not one.uses_svip:
-            made[one.name] = one.drafter(plan.drafts)
+        made[one.name] = one.drafter(plan.drafts)
+        if one.name not in fitted:
             continue
         if one.name not in fits:
-            settings = plan.settings
-            ids = [encode(plan.target, prompt, settings)[0] for prompt in plan.calibration.prompts]
-            ids = [i[: settings.prompt_tokens] if settings.prompt_tokens else i for i in ids]
-            ids = [i for i in ids if len(i) + settings.max_new_tokens <= plan.target.context]
-            _, fit = with_fitted_threshold(
-                plan.target, one.drafter(plan.drafts), ids, settings.params("calibration", chat=False)
-            )
-            fits[one.name] = asdict(fit)
+            params = plan.settings.params("calibration", chat=False)
+            fits[one.name] = asdict(with_fitted_threshold(plan.target, made[one.name], prompts, params)[1])
             folder.keep(fits=fits)
+            bar.advance(task)
         made[one.name] = one.drafter(plan.drafts, fits[one.name]["threshold"])
     bar.remove_task(task)
     return made

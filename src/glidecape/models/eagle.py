@@ -12,14 +12,14 @@ differences only), and the first token of a text has a feature of zeros before i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
 from .borrowed import Borrowed
-from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
+from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, side_by_side, split_heads
 from .packed import draft_products, pack
 from .rotary import TargetRotary
 
@@ -87,8 +87,9 @@ class EagleLayer(nn.Module):
     def __init__(self, c: EagleConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.scale = c.heads, c.kv_heads, c.head_dim**-0.5
-        self.q = linear(c.hidden_size, c.heads * c.head_dim)
+        self.q: nn.Linear | None = linear(c.hidden_size, c.heads * c.head_dim)
         self.kv = linear(c.hidden_size, 2 * c.kv_heads * c.head_dim)
+        self.qkv: nn.Linear | None = None
         self.out = linear(c.heads * c.head_dim, c.hidden_size)
         self.ffn_norm = RMSNorm(c.hidden_size, c.eps)
         self.ffn = GatedFeedForward(c.hidden_size, c.ffn)
@@ -98,10 +99,22 @@ class EagleLayer(nn.Module):
         k, v = self.kv(x).chunk(2, dim=-1)
         return rotate(split_heads(k, self.kv_heads), *rotary), split_heads(v, self.kv_heads)
 
+    def serve(self) -> None:
+        """One product for queries, keys and values while decoding: there a product of few rows costs its call."""
+        assert self.q is not None
+        self.qkv, self.q = side_by_side(self.q, self.kv), None
+
+    def _queries_keys_values(self, x: Tensor, rotary: KV) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is None:
+            assert self.q is not None
+            return rotate(split_heads(self.q(x), self.heads), *rotary), *self.keys_values(x, rotary)
+        heads = split_heads(self.qkv(x), self.heads + 2 * self.kv_heads)
+        turned = rotate(heads[:, : -self.kv_heads], *rotary)
+        return turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+
     def forward(self, x: Tensor, rotary: KV, own: KVCache | None, own_mask: Tensor | None) -> Tensor:
         """The residual stream `(batch, queries, hidden_size)` after the layer."""
-        k, v = self.keys_values(x, rotary)
-        q = rotate(split_heads(self.q(x), self.heads), *rotary)
+        q, k, v = self._queries_keys_values(x, rotary)
         if own is not None:
             k, v = own.write(0, k, v)
         x = x + self.out(attend(q, k, v, own_mask, self.scale, causal=own is None))
@@ -138,6 +151,7 @@ class EagleModel(nn.Module):
     def serve(self) -> EagleModel:
         """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
         self.eval().requires_grad_(False)
+        cast("EagleLayer", self.layers[0]).serve()
         products = draft_products(self.dtype)
         pack(self, products)
         self._borrowed.serve(products)

@@ -19,7 +19,7 @@ keys and values, so that those of a first layer stay functions of token and posi
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..cache import KVCache
 from ..masks import visible_mask, window_mask
 from .borrowed import Borrowed
 from .glide_config import GlideConfig
-from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, split_heads
+from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, side_by_side, split_heads
 from .packed import draft_products, pack
 from .rotary import TargetRotary
 
@@ -99,8 +99,9 @@ class GlideLayer(nn.Module):
         inner = c.heads * c.head_dim
         self.number, self.heads, self.scale = number, c.heads, c.head_dim**-0.5
         self.self_norm = RMSNorm(c.width, c.eps)
-        self.q = linear(c.width, inner)
+        self.q: nn.Linear | None = linear(c.width, inner)
         self.kv = linear(c.width, 2 * inner)
+        self.qkv: nn.Linear | None = None
         self.self_out = linear(inner, c.width)
         self.cross = CrossAttention(c, c.reads[number]) if c.cross_attention else None
         self.ffn_norm = RMSNorm(c.width, c.eps)
@@ -110,6 +111,26 @@ class GlideLayer(nn.Module):
         """The draft's own keys and values, `(batch, heads, tokens, head_dim)`."""
         k, v = self.kv(normed).chunk(2, dim=-1)
         return rotate(split_heads(k, self.heads), cos, sin), split_heads(v, self.heads)
+
+    def serve(self) -> None:
+        """One product for queries, keys and values while decoding: there a product of few rows costs its call."""
+        assert self.q is not None
+        self.qkv, self.q = side_by_side(self.q, self.kv), None
+
+    def _queries_keys_values(self, x: Tensor, seen: Tensor, rotary: KV) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `seen`, which is `x` or has the glimpse added to it; keys and values of `x`."""
+        if self.qkv is None:
+            assert self.q is not None
+            normed = self.self_norm(x)
+            q = split_heads(self.q(normed if seen is x else self.self_norm(seen)), self.heads)
+            return rotate(q, *rotary), *self.keys_values(normed, *rotary)
+        made, count = self.qkv(self.self_norm(x if seen is x else torch.cat([seen, x], 1))), x.shape[1]
+        size = made.shape[-1] // 3
+        turned = made[..., : 2 * size]
+        if seen is not x:
+            turned = torch.cat([made[:, :count, :size], made[:, count:, size : 2 * size]], -1)
+        q, k = rotate(split_heads(turned, 2 * self.heads), *rotary).chunk(2, dim=1)
+        return q, k, split_heads(made[:, -count:, 2 * size :], self.heads)
 
     def forward(
         self,
@@ -123,16 +144,12 @@ class GlideLayer(nn.Module):
         recent: int = 0,
     ) -> Tensor:
         """The residual stream `(batch, queries, width)` after the layer; `glimpse` joins all of it but keys and values."""
-        normed = self.self_norm(x)
-        k, v = self.keys_values(normed, *rotary)
-        if glimpse is not None:
-            x = x + glimpse
-            normed = self.self_norm(x)
-        q = rotate(split_heads(self.q(normed), self.heads), *rotary)
+        seen = x if glimpse is None else x + glimpse
+        q, k, v = self._queries_keys_values(x, seen, rotary)
         if own is not None:
             k, v = own.write(self.number, k, v)
             k, v = k[:, :, -recent:], v[:, :, -recent:]  # 0: all
-        x = x + self.self_out(attend(q, k, v, own_mask, self.scale, causal=own is None and own_mask is None))
+        x = seen + self.self_out(attend(q, k, v, own_mask, self.scale, causal=own is None and own_mask is None))
         if self.cross is not None and not read.empty:
             x = x + self.cross(x, cross_rotary, read)
         return x + self.ffn(self.ffn_norm(x))
@@ -218,6 +235,8 @@ class GlideModel(nn.Module):
     def serve(self) -> GlideModel:
         """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
         self.eval().requires_grad_(False)
+        for layer in self.layers:
+            cast("GlideLayer", layer).serve()
         products = draft_products(self.dtype)
         pack(self, products)
         if self._borrowed is not None:
