@@ -35,24 +35,36 @@ if [ ! -f "$out/corpus/sources.json" ]; then
 fi
 [ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data "$out/corpus" --out "$out/target" \
     --architecture qwen3 --window 256 --layers 8 --kv-heads 2 --minutes "$minutes" --compile --threads "$threads" --save-every 120
-# One thread each, side by side: three single-threaded runs get further than one with three threads.
-for kind in glide glide-no-cross lm; do
-    [ -f "$out/$kind/card.json" ] || "$bin"/glidecape train --target "$out/target" --data "$out/corpus" --out "$out/$kind" \
-        --kind "$kind" --tokens "$tokens" --length 320 --rows 8 --max-lag 6 --optimizer muon --threads 1 &
-done
+# One thread each, side by side: single-threaded runs get further together than one with all threads.
+draft() {
+    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data "$out/corpus" --out "$out/$1" \
+        --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
+}
+draft glide --kind glide --max-lag 6 &
+draft glide-no-glimpse --kind glide --glimpse off --read last --window 0 --max-lag 6 &
+draft glide-no-cross --kind glide-no-cross --window 0 --max-lag 6 &
+draft lm --kind lm --max-lag 6 &
 wait
+draft eagle --kind eagle
 
 if [ ! -d "$shared/eval" ]; then
     echo "no suites at $shared/eval: the target and its drafts are in $out, without figures" >&2
     exit 2
 fi
-# Conversations end where the target ends them.
+# Conversations end where the target ends them. SVIP's threshold is fitted on the first rows of Spec-Bench's categories.
+suite=spec_bench:4-40,glide_gsm8k:40,glide_finance_alpaca:40,glide_spider:40,glide_code_search_net:40,glide_mt_bench:4-40
+methods=plain,vanilla,lookup,nocross:glide,paper:glide,glide,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
+drafts=(--target "$out/target" --threads "$threads")
+for draft in glide=glide paper=glide-no-glimpse nocross=glide-no-cross vanilla=lm eagle=eagle; do
+    drafts+=(--draft "${draft%%=*}=$out/${draft#*=}")
+done
 for temperature in 0 1; do
-    "$bin"/glidecape bench --target "$out/target" --draft "glide=$out/glide" --draft "nocross=$out/glide-no-cross" \
-        --draft "vanilla=$out/lm" --methods plain,vanilla,lookup,glide,nocross:glide,glide+cape,glide+cape+svip \
-        --suite spec_bench:24,glide:24 --suites "$shared/eval" --temperature $temperature --max-new-tokens 96 --draft-length 5 \
-        --cape-bins small --svip-threshold 0.45 --limit 4 --looping 2 --repeats 1 --watch 0 --peers "" --threads "$threads" \
+    "$bin"/glidecape bench "${drafts[@]}" --methods "$methods" --suite "$suite" --svip-fit spec_bench:1-3 \
+        --suites "$shared/eval" --temperature $temperature --max-new-tokens 96 --draft-length 5 --cape-bins small \
+        --limit "${LIMIT:-5}" --looping 2 --repeats "${REPEATS:-3}" --watch 0 --peers transformers,transformers+draft \
         --out "$out/bench-t$temperature"
 done
 "$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
+"$bin"/glidecape measure svip "${drafts[@]}" --methods vanilla,glide,glide+cape,eagle,eagle+chain --lengths 1-16 --suite spec_bench:20 \
+    --suites "$shared/eval" --max-new-tokens 96 --limit 2 --out "$out/svip.json"
 "$bin"/glidecape certify --target "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"

@@ -219,14 +219,17 @@ class ModelDrafter:
         ran = slots.clamp(min=0)
         depths = tree.depth.gather(1, ran)
         keys = max(own.lengths) + ran.shape[1]
-        if ran.shape[1] == len(state.draft.ran):  # width 1 throughout: a chain, every slot is an ancestor
+        chain = ran.shape[1] == len(state.draft.ran)  # width 1 throughout: every slot is an ancestor
+        if chain:
             mask = tree_mask(own.lengths, None, 1, keys) if len(set(own.lengths)) > 1 else None
         else:
             above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
             above = above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
             mask = tree_mask(own.lengths, above, at.shape[1], keys)
         parents = None
-        if own.hidden is not None:  # a parent was run before its children, the root in slot 0
+        if own.hidden is not None and chain:
+            parents = at.new_full(at.shape, ran.shape[1] - 2)
+        elif own.hidden is not None:  # a parent was run before its children, the root in slot 0
             parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         scratch = roots[:, None] + depths
         positions = roots[:, None] + tree.depth.gather(1, at)
