@@ -40,8 +40,8 @@ draft() {
     [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data "$out/corpus" --out "$out/$1" \
         --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
 }
-draft glide --kind glide --max-lag 6 &
-draft glide-no-glimpse --kind glide --glimpse off --read last --window 0 --max-lag 6 &
+draft glide --kind glide --glimpse on --max-lag 6 &
+draft glide-last --kind glide --read last --window 0 --max-lag 6 &
 draft glide-no-cross --kind glide-no-cross --window 0 --max-lag 6 &
 draft lm --kind lm --max-lag 6 &
 wait
@@ -53,9 +53,9 @@ if [ ! -d "$shared/eval" ]; then
 fi
 # Conversations end where the target ends them. SVIP's threshold is fitted on the first rows of Spec-Bench's categories.
 suite=spec_bench:4-40,glide_gsm8k:40,glide_finance_alpaca:40,glide_spider:40,glide_code_search_net:40,glide_mt_bench:4-40
-methods=plain,vanilla,lookup,nocross:glide,paper:glide,glide,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
+methods=plain,vanilla,lookup,nocross:glide,last:glide,glide,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
 drafts=(--target "$out/target" --threads "$threads")
-for draft in glide=glide paper=glide-no-glimpse nocross=glide-no-cross vanilla=lm eagle=eagle; do
+for draft in glide=glide last=glide-last nocross=glide-no-cross vanilla=lm eagle=eagle; do
     drafts+=(--draft "${draft%%=*}=$out/${draft#*=}")
 done
 for temperature in 0 1; do

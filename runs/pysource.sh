@@ -20,8 +20,8 @@ draft() {
     [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$1" \
         --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
 }
-draft glide --kind glide --max-lag 6 &
-draft glide-no-glimpse --kind glide --glimpse off --read last --window 0 --max-lag 6 &
+draft glide --kind glide --max-lag 16 --compile &
+draft glide-last --kind glide --read last --window 0 --max-lag 6 &
 draft glide-no-cross --kind glide-no-cross --window 0 --max-lag 6 &
 wait
 draft eagle --kind eagle &
@@ -29,7 +29,7 @@ draft lm --kind lm &
 draft medusa --kind medusa --max-lag 5 --tokens 1.6e6 &
 wait
 mkdir -p models/pysource
-for part in target glide glide-no-glimpse glide-no-cross eagle medusa lm; do
+for part in target glide glide-last glide-no-cross eagle medusa lm; do
     mkdir -p "models/pysource/$part"
     find "$out/$part" -maxdepth 1 -type f ! -name training.pt -exec cp {} "models/pysource/$part/" \;
 done

@@ -61,7 +61,7 @@ if wanted changed; then
             [ $copy != tuned ] || where=$out/tuned
             [ $copy != int8 ] || more=(--quantize int8)
             [ -d "$where" ] && { [ $copy != int8 ] || "$bin"/python -c "import torchao"; } || continue
-            bench $temperature --target "$where" --draft glide=$pair/glide-no-glimpse --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
+            bench $temperature --target "$where" --draft glide=$pair/glide-last --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
                 --methods plain,glide,nocross:glide,eagle+chain ${more[@]+"${more[@]}"} --out "$out/changed-$copy-t$temperature"
         done
     done

@@ -107,20 +107,21 @@ def test_a_torn_training_state_is_refused(world, tmp_path):
         train_draft(load(world), world["corpus"], tmp_path, DraftRecipe(), Budget(tokens=1), prompts=0)
 
 
-PLAIN = {"glimpse": False}
+SEES = {"glimpse": True}
 VARIANTS = {
-    "one layer": PLAIN,
-    "two layers": PLAIN | {"layers": 2},
-    "glimpse": {},
-    "two layers, glimpse": {"layers": 2},
-    "glimpse alone": {"cross_attention": False},
-    "window": PLAIN | {"window": 7},
-    "two layers, window": PLAIN | {"layers": 2, "window": 5},
-    "narrow": {"width": 16, "heads": 2, "ffn": 24},
-    "wide, own embedding": {"width": 80, "share_embedding": False, "cross_norm": False},
-    "two target layers": PLAIN | {"read": "0+1"},
-    "mix": PLAIN | {"read": "mix"},
-    "reduced vocabulary": PLAIN | {"draft_vocab": 60},
+    "one layer": {},
+    "two layers": {"layers": 2},
+    "glimpse": SEES,
+    "two layers, glimpse": SEES | {"layers": 2},
+    "glimpse alone": SEES | {"cross_attention": False},
+    "window": {"window": 7},
+    "window, glimpse": SEES | {"window": 7},
+    "two layers, window": {"layers": 2, "window": 5},
+    "narrow": SEES | {"width": 16, "heads": 2, "ffn": 24},
+    "wide, own embedding": SEES | {"width": 80, "share_embedding": False, "cross_norm": False},
+    "two target layers": {"read": "0+1"},
+    "mix": {"read": "mix"},
+    "reduced vocabulary": {"draft_vocab": 60},
 }
 
 

@@ -200,7 +200,7 @@ def plan(
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     recipe: Annotated[
-        str, typer.Option(help="More of the recipe, as field:value,field:value, such as glimpse:off,layers:2.")
+        str, typer.Option(help="More of the recipe, as field:value,field:value, such as glimpse:on,layers:2.")
     ] = "",
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,

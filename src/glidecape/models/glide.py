@@ -11,9 +11,9 @@ preset "paper" takes those three back (but keeps the target's own rotary base, w
 It reads the target layer three quarters of the way up and looks back 64 tokens itself, where the paper's reads the last layer
 and looks back to the beginning: both accept more (docs/drafts.md).
 
-Beyond the paper, and by default, a `glimpse`: the target's last hidden state at the newest verified position joins the root's
-embedding; a deeper node takes the draft's own last hidden state at its parent instead. It joins the queries, not the
-keys and values, so that those of a first layer stay functions of token and position alone.
+Beyond the paper, where it is asked for, a `glimpse`: the target's last hidden state at the newest verified position joins
+the root's embedding; a deeper node takes the draft's own last hidden state at its parent instead. It joins the queries, not
+the keys and values, so that those of a first layer stay functions of token and position alone.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class GlideConfig:
         """The configuration that fits a target: its width and heads, reading layers with full attention.
 
         Args:
-            preset: "default", with a glimpse and a window of 64 tokens, or "paper" (see `models.glide`).
+            preset: "default", with a window of 64 tokens, or "paper" (see `models.glide`).
             layers: of the draft, 1 or 2. Draft layer m of n reads the n - m'th target layer from the top.
             read: "last"; "upper", three quarters of the way up; the number of a target layer; several joined by +, one
                 for each layer of the draft or all for its only one; or "mix", a learned mean of four layers over the
@@ -118,7 +118,7 @@ class GlideConfig:
             "eps": getattr(config, "rms_norm_eps", 1e-6),
         }
         if preset == "default":
-            fields |= {"glimpse": True, "window": 64}
+            fields["window"] = 64
         else:
             fields |= {"cross_norm": False, "share_embedding": False, "max_lag": 5}
         return cls(**(fields | changes))

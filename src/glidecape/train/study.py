@@ -40,7 +40,7 @@ TEMPERATURES = {"greedy": 0.0, "t1": 1.0}
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "cross": {"none": {"kind": "glide-no-cross"}},
-    "glimpse": {"off": {"glimpse": "off"}, "alone": {"glimpse": "on", "kind": "glide-no-cross"}},
+    "glimpse": {"on": {"glimpse": "on"}, "alone": {"glimpse": "on", "kind": "glide-no-cross"}},
     "layers": {"2": {"layers": 2}},
     "read": {
         "first": {"read": "0"},
