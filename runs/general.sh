@@ -65,6 +65,6 @@ for temperature in 0 1; do
         --out "$out/bench-t$temperature"
 done
 "$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
-"$bin"/glidecape measure svip "${drafts[@]}" --methods vanilla,glide,glide+cape,eagle@top=4@total=12 --lengths 1-8 --suite spec_bench:20 \
+"$bin"/glidecape measure svip "${drafts[@]}" --methods vanilla,glide,glide+cape,eagle@top=4@total=12 --lengths 1-6 --suite spec_bench:20 \
     --suites "$shared/eval" --max-new-tokens 96 --limit 2 --out "$out/svip.json"
 "$bin"/glidecape certify --target "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"

@@ -261,7 +261,7 @@ def test_the_commands_on_a_tiny_world(world, capfd, monkeypatch, tmp_path) -> No
     some = [*pair, "--max-new-tokens", 12, "--temperature", 1]
     commands = {
         "cape": ["--siblings", 2, "--beams", 2, "--bins", "mine=2,1", "--draft-length", 3, "--repeats", 1],
-        "svip": ["--lengths", "1-2,40", "--methods", "glide,glide+cape"],
+        "svip": ["--lengths", "1-2,40", "--methods", "glide,glide+cape@bins=1"],
         "batch": ["--sizes", "1,4", "--methods", "glide"],
         "context": ["--lengths", "48,96", "--methods", "glide+cape", "--limit", 2],
         "long": ["--methods", "glide"],

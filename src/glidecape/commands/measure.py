@@ -232,9 +232,10 @@ def svip(
     options |= {"bins": parse_bins(bins), "threshold": threshold, "cap": cap, "repeats": repeats}
     apart = [one for one in calibration.split(",") if one.strip()]
     opened = _open("svip", target, draft, suite, suites, out, machine, **options)
-    named = {name: read_method(name, opened.settings).drafter(opened.drafts) for name in methods.split(",")}
+    chosen = {name: read_method(name, opened.settings) for name in methods.split(",")}
+    named = {name: one.drafter(opened.drafts) for name, one in chosen.items()}
     for name, drafter in named.items():
-        if not isinstance(drafter, ModelDrafter) or set(parse_method(name.rpartition(":")[2])[1]) & set(STOPS):
+        if not isinstance(drafter, ModelDrafter) or parse_method(chosen[name].method)[1] & set(STOPS):
             raise InputError(f"--methods {name}: name a draft model and an expansion only, such as glide or glide+cape")
     for warmth in temperatures:
         settings = opened.at(warmth)
