@@ -89,16 +89,19 @@ class Cape(Chain):
         return 1 + depth * (1 + self.most)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        part = (law.confidence[:, 0] * len(self.bins)).long().clamp(0, len(self.bins) - 1)
+        siblings = [self.bins[i] for i in part.tolist()]
+        if not any(siblings):
+            return super().grow(tree, frontier, law)
         rank, drawn = law.rank[:, 0], law.drawn
         if drawn is not None:  # a drawn token comes first, whatever its rank
             at = drawn.clamp(min=0)
             rank = rank.scatter(1, at, torch.where(drawn >= 0, float("inf"), rank.gather(1, at)))
-        best = rank.topk(min(1 + self.most, rank.shape[-1]), dim=-1)
-        part = (law.confidence * len(self.bins)).long().clamp(max=len(self.bins) - 1)
-        siblings = torch.tensor(self.bins, device=rank.device)[part]  # (batch, 1)
+        best = rank.topk(min(1 + max(siblings), rank.shape[-1]), dim=-1)
         number = torch.arange(best.indices.shape[1], device=rank.device)
         # A token outside the processed law can never be accepted.
-        valid = (number <= siblings) & (best.values > float("-inf")) & (frontier >= 0)
+        valid = (best.values > float("-inf")) & (frontier >= 0)
+        valid &= number <= torch.tensor(siblings, device=rank.device)[:, None]
         keep = max(1, int(valid.sum(1).max()))  # valid ones come first: the rest would be padding in every row
         tokens = best.indices[:, :keep]
         log_prob = law.log_q[:, 0].gather(1, tokens)
