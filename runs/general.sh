@@ -61,7 +61,7 @@ done
 for temperature in 0 1; do
     "$bin"/glidecape bench "${drafts[@]}" --methods "$methods" --suite "$suite" --svip-fit spec_bench:1-3 \
         --suites "$shared/eval" --temperature $temperature --max-new-tokens 96 --draft-length 5 --cape-bins small \
-        --limit "${LIMIT:-5}" --looping 2 --repeats "${REPEATS:-3}" --watch 0 --peers transformers,transformers+draft \
+        --limit "${LIMIT:-5}" --looping "${LOOPING:-1}" --repeats "${REPEATS:-3}" --watch 0 --peers transformers,transformers+draft \
         --out "$out/bench-t$temperature"
 done
 "$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
