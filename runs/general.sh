@@ -66,5 +66,5 @@ for temperature in 0 1; do
 done
 "$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
 "$bin"/glidecape measure svip "${drafts[@]}" --methods vanilla,glide,glide+cape,eagle@top=4@total=12 --lengths 1-6 --suite spec_bench:20 \
-    --suites "$shared/eval" --max-new-tokens 96 --limit 2 --out "$out/svip.json"
+    --suites "$shared/eval" --prompt-tokens 0 --max-new-tokens 96 --limit 2 --out "$out/svip.json"
 "$bin"/glidecape certify --target "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"

@@ -134,11 +134,13 @@ def _refuse_seen(plan: Plan) -> None:
             )
 
 
-def _calibration(plan: Plan) -> list[list[int]]:
-    """Token ids of the calibration prompts; greedily of those that don't loop, as what is tested, unless all do."""
+def _calibration(plan: Plan) -> tuple[list[list[int]], SamplingParams]:
+    """Token ids of the calibration prompts, greedily of those that don't loop, as what is tested, unless all do; and how
+    they are decoded. An answer ends where it ends: what comes after is easy to foretell."""
     assert plan.calibration is not None
     items = draw(plan.target, [plan.calibration], replace(plan.settings, batch=1)).items
-    return [list(item.ids) for item in items if item.kind == "steady"] or [list(item.ids) for item in items]
+    chosen = [item for item in items if item.kind == "steady"] or items
+    return [list(item.ids) for item in chosen], plan.settings.params("calibration", chat=chosen[0].chat)
 
 
 def _drafters(plan: Plan, folder: RunFolder, bar: Progress) -> dict[str, Drafter]:
@@ -146,14 +148,13 @@ def _drafters(plan: Plan, folder: RunFolder, bar: Progress) -> dict[str, Drafter
     fits: dict[str, Any] = dict(folder.header.get("fits", {}))
     fitted = [one.name for one in plan.methods if plan.calibration is not None and one.open_threshold]
     task = bar.add_task("fitting thresholds", total=len(fitted), completed=len(fits), visible=bool(fitted))
-    prompts = _calibration(plan) if set(fitted) - fits.keys() else []
+    prompts, params = _calibration(plan) if set(fitted) - fits.keys() else ([], plan.settings.params("calibration"))
     made: dict[str, Drafter] = {}
     for one in plan.methods:
         made[one.name] = one.drafter(plan.drafts)
         if one.name not in fitted:
             continue
         if one.name not in fits:
-            params = plan.settings.params("calibration", chat=False)
             fits[one.name] = asdict(with_fitted_threshold(plan.target, made[one.name], prompts, params)[1])
             folder.keep(fits=fits)
             bar.advance(task)

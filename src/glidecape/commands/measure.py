@@ -90,6 +90,11 @@ def _open(
     read = read_suites([one for one in suite.split(",") if one.strip()], suites)
     dtype, device, threads, revision, trust = machine
     model = load_target(target, dtype, device, threads, revision, trust)
+    # An answer that is decoded past its end is nothing that anybody asks for, and easy to foretell.
+    chat = bool(getattr(model.tokenizer, "chat_template", None)) and any(
+        p.conversation for s in read for p in s.prompts
+    )
+    settings = replace(settings, stop_at_eos=chat)
     folders = named_folders(draft)
     facts = {"command": command_line()} | circumstances(model)
     facts |= {f"sha256 of {one.name}": one.sha256[:16] for one in read}

@@ -72,8 +72,8 @@ def study_contexts(
 
 
 def params_of(settings: Settings) -> SamplingParams:
-    """One law for all prompts of a study; outputs never end early."""
-    return replace(settings.params("study"), ignore_eos=True)
+    """One law for all prompts of a study. Outputs end early only where `stop_at_eos` is set: a text goes on past its end."""
+    return settings.params("study")
 
 
 def study_long(
