@@ -462,18 +462,20 @@ def test_greedily_the_fit_leaves_out_calibration_prompts_that_loop(
     other, seen = tmp_path / "other.jsonl", []
     other.write_text('{"prompt": "def split_queue(queue, size=2):"}\n{"prompt": "def join_queues(a, b):"}\n')
     fit, draw_all = runner.with_fitted_threshold, runner.draw
-    monkeypatch.setattr(runner, "with_fitted_threshold", lambda *args: seen.append(len(args[2])) or fit(*args))
-    for kinds, kept in ((("looping", "steady"), 1), (("looping", "looping"), 2)):
+    monkeypatch.setattr(
+        runner, "with_fitted_threshold", lambda *args: seen.append((len(args[2]), args[3].ignore_eos)) or fit(*args)
+    )
+    for kinds, kept, chat in ((("looping", "steady"), 1, False), (("looping", "looping"), 2, True)):
 
-        def drawn(*args, kinds=kinds) -> Drawn:
+        def drawn(*args, kinds=kinds, chat=chat) -> Drawn:
             items = draw_all(*args).items
             assert len(items) == 2
-            return Drawn([replace(item, kind=kind) for item, kind in zip(items, kinds, strict=True)])
+            return Drawn([replace(item, kind=kind, chat=chat) for item, kind in zip(items, kinds, strict=True)])
 
         monkeypatch.setattr(runner, "draw", drawn)
         argv = words(world, prompts, tmp_path / f"run{kept}", methods="glide+svip", repeats=1, **{"svip-fit": other})
         code, _, err = run_cli(monkeypatch, capfd, argv)
-        assert (code, seen.pop()) == (0, kept), err
+        assert (code, seen.pop()) == (0, (kept, not chat)), err
 
 
 def test_peers_run_beside_the_methods(world, prompts, monkeypatch, capfd) -> None:
