@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from torch import Tensor
 
@@ -153,7 +154,7 @@ def fit_threshold(
         expansion: the one it is for; None: a chain.
         cap: depths at most; the draft's max lag also holds.
         over: see `Entropy`.
-        costs: None: measured on this machine, with plain decoding of the same prompts beside it.
+        costs: None: measured on this machine, beside plain decoding of each prompt; medians over prompts.
 
     Raises:
         InputError: no prompt, or too few new tokens to draft anything.
@@ -161,17 +162,21 @@ def fit_threshold(
     params = params or SamplingParams()
     if not prompts:
         raise InputError("nothing to fit SVIP's threshold on: give calibration prompts")
-    stats = Stats()
-    rounds = record(target, draft, prompts, params, expansion, cap, over, stats)
-    if costs is None and rounds:
-        plain = Stats()
-        for prompt in prompts:
+    rounds: list[Recorded] = []
+    measured: list[Costs] = []
+    for prompt in prompts:
+        stats, plain = Stats(), Stats()
+        found = record(target, draft, [prompt], params, expansion, cap, over, stats)
+        rounds += found
+        if costs is None and found:  # plain decoding of the same prompt at once: a drifting machine slows both
             for _ in decode(target, NoDraft(), [prompt], params, plain):
                 pass
-        step = plain.verify_s / plain.rounds
-        depths = sum(len(r.nodes) for r in rounds)
-        verification = stats.verify_s / stats.rounds / step
-        costs = Costs(stats.draft_s / depths / step, max(0.0, verification - 1) / (stats.drafted / stats.rounds))
+            step, depths = plain.verify_s / plain.rounds, sum(len(r.nodes) for r in found)
+            verification = stats.verify_s / stats.rounds / step
+            per_node = max(0.0, verification - 1) / (stats.drafted / stats.rounds)
+            measured.append(Costs(stats.draft_s / depths / step, per_node))
+    if costs is None and measured:
+        costs = Costs(median(c.draft for c in measured), median(c.node for c in measured))
     return best_threshold(rounds, costs or Costs(0.0, 0.0))
 
 
