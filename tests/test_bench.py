@@ -478,6 +478,23 @@ def test_greedily_the_fit_leaves_out_calibration_prompts_that_loop(
         assert (code, seen.pop()) == (0, (kept, not chat)), err
 
 
+def test_a_category_that_only_loops_is_left_out_and_a_run_of_nothing_else_is_refused(
+    world, prompts, tmp_path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setattr("glidecape.bench.draw.loops", lambda tokens: True)
+    argv = words(world, prompts, tmp_path / "run", methods="glide", repeats=1, looping=0)
+    code, _, err = run_cli(monkeypatch, capfd, argv)
+    assert (code, "every greedy continuation loops" in err) == (2, True), err
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "def split_queue(queue, size=2):"}\n')
+    verdicts = iter([False] + 99 * [True])  # the first file's only
+    monkeypatch.setattr("glidecape.bench.draw.loops", lambda tokens: next(verdicts))
+    argv = words(world, f"{prompts},{other}", tmp_path / "both", methods="glide", repeats=1, looping=0)
+    code, _, err = run_cli(monkeypatch, capfd, argv)
+    assert code == 0, err
+    assert len(RunFolder(tmp_path / "both").items) == 1
+
+
 def test_peers_run_beside_the_methods(world, prompts, monkeypatch, capfd) -> None:
     class Slow:
         name, version = "slow", "7"

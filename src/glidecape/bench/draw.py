@@ -138,7 +138,7 @@ def draw_category(
             counts[item.kind] += len(taken["steady"]) < settings.limit
             if len(taken[item.kind]) < (settings.limit if item.kind == "steady" else settings.looping):
                 taken[item.kind].append(item)
-    if not any(taken.values()):
+    if not counts["steady"] + counts["looping"]:
         raise InputError(
             f"every prompt of {category} is longer than the target's context of {target.context} leaves room for: "
             "set --prompt-tokens, or emit fewer tokens"

@@ -87,6 +87,10 @@ def run(plan: Plan, folder: RunFolder, command: str = "") -> None:
     folder.keep(sessions=[*folder.header["sessions"], session(command)], suites=suites)
     with _progress() as bar:
         _draw(plan, folder, bar)
+        if not folder.items:
+            raise InputError(
+                "every greedy continuation loops: give more prompts, --looping to measure those, or a temperature above 0"
+            )
         drafters = _drafters(plan, folder, bar)
         _measure(plan, folder, drafters, bar)
         if "costs" not in folder.header:
