@@ -82,7 +82,7 @@ def bench(
     cape_bins: Annotated[str, typer.Option(help="paper, small, or numbers like 7,5,3,1.")] = "paper",
     svip_threshold: float = 0.3,
     svip_fit: Annotated[
-        str, typer.Option(help="Fit every svip method's threshold on these prompts first: a file or a suite.")
+        str, typer.Option(help="Fit svip methods' thresholds on these prompts first, but of those with @threshold: a file or a suite.")
     ] = "",
     svip_cap: int = 40,
     svip_over: Annotated[str, typer.Option(help="best, mean or min of the frontier.")] = "best",
