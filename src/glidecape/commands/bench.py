@@ -82,7 +82,10 @@ def bench(
     cape_bins: Annotated[str, typer.Option(help="paper, small, or numbers like 7,5,3,1.")] = "paper",
     svip_threshold: float = 0.3,
     svip_fit: Annotated[
-        str, typer.Option(help="Fit svip methods' thresholds on these prompts first, but of those with @threshold: a file or a suite.")
+        str,
+        typer.Option(
+            help="Fit svip methods' thresholds (not those with @threshold) on these prompts: a file or suite."
+        ),
     ] = "",
     svip_cap: int = 40,
     svip_over: Annotated[str, typer.Option(help="best, mean or min of the frontier.")] = "best",
