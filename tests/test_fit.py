@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from glidecape import fit as fit_module
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansion import Beam, Cape, Chain
 from glidecape.drafting.stop import Entropy, FixedLength
 from glidecape.errors import InputError
 from glidecape.fit import Costs, Recorded, best_threshold, fit_threshold, record, with_fitted_threshold
-from glidecape.sampling import SamplingParams
+from glidecape.sampling import NOISE, RESIDUAL, SamplingParams
+from glidecape.stats import Stats
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 VOCAB = 64
@@ -37,17 +41,21 @@ def test_a_round_is_cut_after_the_first_uncertain_depth() -> None:
 
 
 def test_the_best_threshold_by_hand() -> None:
-    """Two kinds of rounds. Above 0.2 the second costs 3 draft steps for nothing; below 0.1 the first loses 3 tokens."""
-    rounds = [Recorded((0.1, 0.1, 0.1), (1, 2, 3, 4), 4), Recorded((0.25, 0.1, 0.1), (1, 2, 3, 4), 0)]
-    fit = best_threshold(rounds, Costs(draft=0.1, node=0.0))
+    """A text of six tokens. Above 0.2 the last round costs 3 draft steps for nothing; below 0.1 the first one becomes three."""
+    sure, unsure = Recorded((0.1, 0.1, 0.1), (1, 2, 3, 4), 4), Recorded((0.25, 0.1, 0.1), (1, 2, 3, 4), 0)
+    never = Recorded((9.0, 9.0, 9.0), (1, 2, 3, 4), 0)
+    text = [sure, never, Recorded((0.1,), (1, 2), 1), never, Recorded((0.1,), (1, 2), 0), unsure]
+    fit = best_threshold([text], Costs(draft=0.1, node=0.0))
     assert fit.threshold == pytest.approx(0.1)
-    # 5 + 1 tokens for 1 + 0.4 and 1 + 0.1
+    # Rounds at 0 and 5: 5 + 1 tokens for 1 + 0.4 and 1 + 0.1.
     assert fit.speedup == pytest.approx(6 / 2.5)
     assert (fit.acceptance_length, fit.drafted) == (3.0, 2.5)
     table = dict(fit.table)
     assert table[0.26] == pytest.approx(6 / 2.8)
-    assert table[0.0] == pytest.approx(3 / 2.2)
-    assert best_threshold(rounds, Costs(0.0, 0.1)).speedup == pytest.approx(6 / 2.5)
+    assert table[0.0] == pytest.approx(6 / 4.4)  # rounds at 0, 2, 4 and 5, of one depth each
+    assert best_threshold([text], Costs(0.0, 0.1)).speedup == pytest.approx(6 / 2.5)
+    assert best_threshold([text], Costs(0.1, 0.0, start=0.5)).speedup == pytest.approx(6 / 3.5)
+    assert best_threshold([text, text], Costs(0.1, 0.0)).speedup == pytest.approx(6 / 2.5)
 
 
 def test_drafting_that_costs_nothing_goes_on_and_drafting_that_costs_much_ends_at_once() -> None:
@@ -59,12 +67,31 @@ def test_drafting_that_costs_nothing_goes_on_and_drafting_that_costs_much_ends_a
 
 
 @pytest.mark.parametrize("expansion", [Chain(), Cape((2,)), Beam(3)], ids=["chain", "cape", "beam"])
-def test_what_is_recorded_are_the_rounds_of_drafts_that_never_stop(expansion) -> None:
-    rounds = record(TARGET, DRAFT, [[0]], PARAMS, expansion, cap=6)
-    _, events, _ = run_checked(TARGET, ModelDrafter(DRAFT, expansion, FixedLength(6)), [[0]], PARAMS)
-    long = [event.stats for event in events][: len(rounds)]
-    assert [(r.nodes[-1], r.accepted) for r in rounds] == [(s.drafted, s.accepted) for s in long]
-    assert len(rounds) >= len(events) - 2  # the last rounds may have room for one token only
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_from_the_record_follow_the_rounds_of_any_threshold(expansion, temperature) -> None:
+    """Walk the record as the fit does, and decode with that threshold: the same rounds, to their end."""
+    params = replace(PARAMS, temperature=temperature, seed=3)
+    (text,) = record(TARGET, DRAFT, [[0]], params, expansion, cap=6)
+    assert len(text) == 60
+    lengths = set()
+    for threshold in (0.0, 0.3, 0.6, 99.0):
+        _, events, _ = run_checked(TARGET, ModelDrafter(DRAFT, expansion, Entropy(threshold, 6)), [[0]], params)
+        at, walked = 0, []
+        while at < len(text):
+            length = text[at].length(threshold)
+            walked.append((text[at].nodes[length - 1], min(text[at].accepted, length)))
+            at += walked[-1][1] + 1
+        assert walked == [(event.stats.drafted, event.stats.accepted) for event in events]
+        lengths.add(len(walked))
+    assert len(lengths) > 1, "the thresholds made no difference"
+
+
+def test_under_the_residual_rule_the_record_is_that_of_shared_noise() -> None:
+    made = [
+        record(TARGET, DRAFT, [[0]], replace(PARAMS, temperature=1.0, seed=3, sampling=sampling), cap=4)
+        for sampling in (RESIDUAL, NOISE)
+    ]
+    assert made[0] == made[1]
 
 
 def test_the_fitted_threshold_stops_where_the_draft_is_wrong() -> None:
@@ -78,8 +105,22 @@ def test_the_fitted_threshold_stops_where_the_draft_is_wrong() -> None:
 def test_costs_are_measured_where_none_are_given() -> None:
     fit = fit_threshold(TARGET, DRAFT, [[0]], PARAMS, cap=4)
     assert fit.costs.draft > 0
-    assert fit.costs.node >= 0
+    assert min(fit.costs.node, fit.costs.start) >= 0
     assert fit.speedup > 0
+
+
+def test_costs_lie_on_the_lines_through_short_and_long_drafts() -> None:
+    plain = Stats(rounds=10, emitted=10, total_s=10.0)
+    # A round of the short one: 0.3 for 1 depth, 1.1 for 2 nodes. Of the long one: 0.7 for 5, 1.3 for 10.
+    short = Stats(rounds=4, drafted=8, depths=4, draft_s=1.2, total_s=5.6)
+    long = Stats(rounds=2, drafted=20, depths=10, draft_s=1.4, total_s=4.0)
+    costs = fit_module._from_timed(plain, short, long)
+    assert (costs.draft, costs.node) == (pytest.approx(0.1), pytest.approx(0.025))
+    assert costs.start == pytest.approx(0.2 + 0.05)
+    assert costs.of(1, 2) == pytest.approx(1.4)
+    assert costs.of(5, 10) == pytest.approx(2.0)
+    one = fit_module._from_timed(plain, short, short)
+    assert one.of(1, 2) == pytest.approx(1.4)
 
 
 def test_a_drafter_gets_its_fitted_threshold_and_keeps_the_rest() -> None:

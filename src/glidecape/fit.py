@@ -1,47 +1,63 @@
 """SVIP's threshold for a pair of models, fitted on calibration prompts instead of taken from the paper.
 
-The prompts are decoded once with drafts that never stop early, and each depth's uncertainty is written down. What a
-threshold would have done to each of those rounds is then known: it cuts the draft after the first depth above it, and
-accepted tokens beyond are lost. The threshold with the most emitted tokens for its cost wins.
+The prompts are decoded token by token, and at every token a draft that never stops early is made, thrown away, and
+written down with the uncertainty of each of its depths. The output is the same with any draft, so how much of each draft
+would have been accepted is known at the end, and with it the rounds of every threshold: each begins where the one before
+ended. The threshold with the most tokens for its cost wins.
 
-An approximation: the rounds that are cut are those of the long drafts, where a shorter draft would begin its next round
-elsewhere. The output's law does not depend on the threshold, so a bad fit costs speed only.
+Under the residual rule the output depends on the draft; there the threshold of shared noise is taken. The output's law
+does not depend on the threshold, so a bad fit costs speed only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from torch import Tensor
 
-from .decode import decode, run_round, start
-from .drafting.drafter import Drafter, ModelDrafter, NoDraft
+from .decode import decode
+from .drafting.drafter import Around, Drafter, ModelDrafter, NoDraft
 from .drafting.expansion import Chain, Expansion
 from .drafting.law import DraftLaw
 from .drafting.methods import AnyDraft, joined
-from .drafting.stop import Entropy
+from .drafting.stop import Entropy, FixedLength
 from .errors import InputError
 from .models.target import Target
-from .sampling import SamplingParams
+from .sampling import NOISE, SamplingParams
+from .state import DecodeState
 from .stats import Stats
 from .tree import TokenTree
 
 STEP = 0.02  # between the thresholds that are tried
 
 
+SHORT, LONG = 1, 5  # depths whose rounds are timed: most of SVIP's drafts end between them
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Times in units of a plain target step: `draft` of one more depth, `node` of one more node to verify."""
+    """Times in units of a plain target step: a round of g depths and n nodes takes 1 + start + g draft + n node.
+
+    Attributes:
+        draft: of one more depth drafted.
+        node: of one more node to verify.
+        start: of a round with a draft, whatever its length: catching up, the tree, a target step of more than one token.
+    """
 
     draft: float
     node: float
+    start: float = 0.0
+
+    def of(self, depths: int, nodes: int) -> float:
+        """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
+        return 1 + self.start + self.draft * depths + self.node * nodes
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One round drafted to its end: uncertainty after each depth but the last, nodes down to each depth, accepted."""
+    """A draft made to its end: uncertainty after each depth but the last, nodes down to each depth, accepted depths."""
 
     uncertainty: tuple[float, ...]
     nodes: tuple[int, ...]
@@ -87,6 +103,38 @@ class _Recorder(Entropy):
         return depth < self.cap
 
 
+class _Everywhere(Around):
+    """Drafts at every token and has nothing of it verified: a round emits one token."""
+
+    def __init__(self, inner: Drafter, stop: _Recorder) -> None:
+        super().__init__(inner)
+        self.stop = stop
+        self.made: list[tuple[TokenTree, tuple[float, ...], tuple[int, ...]]] = []
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        self.stop.seen, self.stop.nodes = [], []
+        tree = super().propose(state)
+        drafted = int(tree.num_drafted[0])
+        # A tree that is pruned to its best nodes never verifies more than it does now.
+        nodes = (*(min(n, drafted) for n in self.stop.nodes), drafted)
+        self.made.append((tree, tuple(self.stop.seen), nodes))
+        return TokenTree(state.roots)
+
+    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+        super().commit(state, self.made[-1][0], paths)
+
+
+def _accepted(tree: TokenTree, following: Sequence[int]) -> int:
+    """Depths of the only row's tree that agree with the text after its root."""
+    children, node = tree.children(0), 0
+    for depth, token in enumerate(following):
+        below = (child for child in children[node] if int(tree.tokens[0, child]) == token)
+        node = next(below, -1)
+        if node < 0:
+            return depth
+    return len(following)
+
+
 def record(
     target: Target,
     draft: AnyDraft,
@@ -95,46 +143,91 @@ def record(
     expansion: Expansion | None = None,
     cap: int = 40,
     over: str = "best",
-    stats: Stats | None = None,
-) -> list[Recorded]:
-    """Decode the prompts one by one with drafts of `cap` depths; one record a round that drafted two or more."""
-    stop = _Recorder(cap, over)
-    drafter = joined(draft, expansion or Chain(), stop)
-    rounds = []
+) -> list[list[Recorded]]:
+    """Decode the prompts one by one; for each, one record a token that was emitted: of the draft of `cap` depths that could
+    have begun in its place."""
+    stop, params = _Recorder(cap, over), replace(params, sampling=NOISE)
+    inner = joined(draft, expansion or Chain(), stop)
+    texts = []
     for prompt in prompts:
-        state = start(target, drafter, [prompt], params)
-        while state.rows[0].finish is None and state.rows[0].budget > 0:
-            stop.seen, stop.nodes = [], []
-            (event,) = run_round(target, drafter, state, stats)
-            if stop.seen:
-                # A tree that is pruned to its best nodes never verifies more than it does now.
-                nodes = (*(min(n, event.stats.drafted) for n in stop.nodes), event.stats.drafted)
-                rounds.append(Recorded(tuple(stop.seen), nodes, event.stats.accepted))
-    return rounds
+        everywhere = _Everywhere(inner, stop)
+        text = [token for event in decode(target, everywhere, [prompt], params) for token in event.tokens]
+        texts.append(
+            [
+                Recorded(seen, nodes, _accepted(tree, text[at : at + len(nodes)]))
+                for at, (tree, seen, nodes) in enumerate(everywhere.made[: len(text)])
+            ]
+        )
+    return texts
 
 
-def best_threshold(rounds: Sequence[Recorded], costs: Costs) -> Fit:
+def best_threshold(texts: Sequence[Sequence[Recorded]], costs: Costs) -> Fit:
     """The threshold that would have emitted most for its cost; the smallest of equals.
 
-    A round of length g costs g draft steps and the verification of its nodes, and emits its accepted tokens down to depth
-    g and one more.
+    Args:
+        texts: of each prompt, the drafts at all its tokens.
 
     Raises:
-        InputError: there is no round to fit on.
+        InputError: there is no draft to fit on.
     """
-    if not rounds:
+    highest = max((u for text in texts for one in text for u in one.uncertainty), default=None)
+    if highest is None:
         raise InputError("nothing to fit SVIP's threshold on: give calibration prompts and at least 3 new tokens each")
-    highest = max(max(r.uncertainty) for r in rounds)
-    tried = [round(STEP * i, 4) for i in range(int(highest / STEP) + 2)]
     found = []
-    for threshold in tried:
-        lengths = [r.length(threshold) for r in rounds]
-        emitted = sum(min(r.accepted, g) + 1 for r, g in zip(rounds, lengths, strict=True))
-        cost = sum(1 + costs.draft * g + costs.node * r.nodes[g - 1] for r, g in zip(rounds, lengths, strict=True))
-        found.append((emitted / cost, threshold, emitted / len(rounds), sum(lengths) / len(rounds)))
+    for threshold in (round(STEP * i, 4) for i in range(int(highest / STEP) + 2)):
+        rounds, emitted, depths, cost = 0, 0, 0, 0.0
+        for text in texts:
+            at = 0
+            while at < len(text):
+                length = text[at].length(threshold)
+                cost += costs.of(length, text[at].nodes[length - 1])
+                rounds, depths = rounds + 1, depths + length
+                at += min(text[at].accepted, length) + 1
+            emitted += len(text)
+        found.append((emitted / cost, threshold, emitted / rounds, depths / rounds))
     speedup, threshold, tau, drafted = max(found, key=lambda f: (f[0], -f[1]))
-    table = tuple((f[1], f[0]) for f in found)
-    return Fit(threshold, speedup, tau, drafted, table, costs)
+    return Fit(threshold, speedup, tau, drafted, tuple((f[1], f[0]) for f in found), costs)
+
+
+def measured_costs(
+    target: Target,
+    draft: AnyDraft,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    expansion: Expansion | None = None,
+    cap: int = 40,
+) -> Costs:
+    """Costs on this machine: each prompt is decoded plainly, with short and with long drafts, one right after the other, since
+    a drifting machine slows all three; medians over prompts."""
+    drafted = (joined(draft, expansion or Chain(), FixedLength(min(n, cap))) for n in (SHORT, LONG))
+    drafters: list[Drafter] = [NoDraft(), *drafted]
+    found = []
+    for prompt in prompts:
+        timed = []
+        for drafter in drafters:
+            stats = Stats()
+            for _ in decode(target, drafter, [prompt], params, stats):
+                pass
+            timed.append(stats)
+        found.append(_from_timed(*timed))
+    return Costs(median(c.draft for c in found), median(c.node for c in found), median(c.start for c in found))
+
+
+def _from_timed(plain: Stats, short: Stats, long: Stats) -> Costs:
+    """The straight lines through two lengths' rounds: drafting by depths, the rest by nodes."""
+    step = plain.total_s / plain.rounds
+    drafting = [one.draft_s / one.rounds / step for one in (short, long)]
+    rest = [(one.total_s - one.draft_s) / one.rounds / step - 1 for one in (short, long)]
+    depths = [one.depths / one.rounds for one in (short, long)]
+    nodes = [one.drafted / one.rounds for one in (short, long)]
+    draft = slope(depths, drafting)
+    node = slope(nodes, rest)
+    return Costs(draft, node, max(0.0, drafting[0] - draft * depths[0] + rest[0] - node * nodes[0]))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Through two points, or through the origin if they are one; never downwards."""
+    return max(0.0, (y[1] - y[0]) / (x[1] - x[0]) if x[1] > x[0] else y[1] / x[1])
 
 
 def fit_threshold(
@@ -154,30 +247,16 @@ def fit_threshold(
         expansion: the one it is for; None: a chain.
         cap: depths at most; the draft's max lag also holds.
         over: see `Entropy`.
-        costs: None: measured on this machine, beside plain decoding of each prompt; medians over prompts.
+        costs: None: measured on this machine (`measured_costs`).
 
     Raises:
         InputError: no prompt, or too few new tokens to draft anything.
     """
     params = params or SamplingParams()
-    if not prompts:
-        raise InputError("nothing to fit SVIP's threshold on: give calibration prompts")
-    rounds: list[Recorded] = []
-    measured: list[Costs] = []
-    for prompt in prompts:
-        stats, plain = Stats(), Stats()
-        found = record(target, draft, [prompt], params, expansion, cap, over, stats)
-        rounds += found
-        if costs is None and found:  # plain decoding of the same prompt at once: a drifting machine slows both
-            for _ in decode(target, NoDraft(), [prompt], params, plain):
-                pass
-            step, depths = plain.verify_s / plain.rounds, sum(len(r.nodes) for r in found)
-            verification = stats.verify_s / stats.rounds / step
-            per_node = max(0.0, verification - 1) / (stats.drafted / stats.rounds)
-            measured.append(Costs(stats.draft_s / depths / step, per_node))
-    if costs is None and measured:
-        costs = Costs(median(c.draft for c in measured), median(c.node for c in measured))
-    return best_threshold(rounds, costs or Costs(0.0, 0.0))
+    texts = record(target, draft, prompts, params, expansion, cap, over)
+    if costs is None and any(texts):
+        costs = measured_costs(target, draft, prompts, params, expansion, cap)
+    return best_threshold(texts, costs or Costs(0.0, 0.0))
 
 
 def with_fitted_threshold(

@@ -1,4 +1,4 @@
-"""What a round costs, in units of a plain target step: c a draft step, v(n) the verification of n nodes."""
+"""What a round costs, in units of a plain target step: a start, c a drafted depth, v(n) the verification of n nodes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ class RoundCosts:
         draft: c, of one more depth drafted.
         sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
             the last it goes on with the last slope.
+        start: of a round's drafting, whatever its length; nothing where nothing is drafted.
 
-    >>> RoundCosts(0.1, (1, 3), (1.0, 1.4)).of(2, 1)
-    1.4
+    >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
+    1.65
     """
 
     draft: float
     sizes: tuple[int, ...]
     verification: tuple[float, ...]
+    start: float = 0.0
 
     def verify(self, nodes: int) -> float:
         """v(nodes), the root counted."""
@@ -47,7 +49,7 @@ class RoundCosts:
 
     def of(self, depths: int, nodes: int) -> float:
         """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
-        return self.draft * depths + self.verify(1 + nodes)
+        return (self.start if depths else 0.0) + self.draft * depths + self.verify(1 + nodes)
 
 
 @dataclass(frozen=True)

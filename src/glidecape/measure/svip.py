@@ -9,12 +9,12 @@ from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
 from ..drafting.expansion import Expansion
 from ..drafting.stop import Entropy, FixedLength, Heuristic
 from ..errors import InputError
-from ..fit import Costs, Recorded, best_threshold, record
+from ..fit import Recorded, best_threshold, measured_costs, record, slope
 from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
 from .costs import RoundCosts, Verification
 from .oracle import Expected, Round, distance, expected, joined, oracle
-from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged, run
+from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged
 from .table import Table
 
 RELEASED = 0.3  # threshold of the released code
@@ -52,8 +52,8 @@ def study_svip(
     """A row a way to choose the draft's length, the oracle's last.
 
     `expected` is tokens for their cost under the cost model, over plain decoding; `behind_oracle` how much more time a
-    token takes than the oracle's, under that model; `off_oracle` the mean of |drafted - accepted| in depths, at the roots
-    of drafts that never stop. `over_plain` is what was measured, beside it.
+    token takes than the oracle's, under that model; `off_oracle` the mean of |drafted - accepted| in depths, over all
+    tokens a draft may begin at. `over_plain` is what was measured, beside it.
 
     Args:
         calibration: prompts on which SVIP's threshold is fitted; not those that are measured.
@@ -71,23 +71,23 @@ def study_svip(
     if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
         raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")
     cap = min(lengths.cap, draft.max_lag)
-    sizes, ratios = verification.sizes, verification.ratios
-    slope = max(0.0, (ratios[-1] - 1) / (sizes[-1] - 1)) if len(sizes) > 1 else 0.0
     fitted_on = record(target, draft, calibration, params, expansion, cap)
     drafters = _drafters(draft, expansion, lengths, cap)
-    # The longest drafts cost a decode of the calibration prompts: a first guess of c for the fit.
-    guess = _draft_cost(target, draft, expansion, cap, calibration[:2], params, verification.step_s)
-    fit = best_threshold(fitted_on, Costs(guess, slope)) if fitted_on else None
-    if fit is not None:
+    if any(one.uncertainty for text in fitted_on for one in text):
+        costs_there = measured_costs(target, draft, calibration, params, expansion, cap)
+        fit = best_threshold(fitted_on, costs_there)
         drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
     watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": ModelDrafter(draft, expansion, FixedLength(cap))}
     seen = {n: Watched(d) for n, d in (watched | drafters).items()}
     runs = interleaved(target, seen, [[p] for p in prompts], params, repeats)
     rounds = {n: _rounds(n, seen[n], runs) for n in seen}
-    costs = RoundCosts(_cost_of_depth(runs["longest"][0], rounds["longest"], runs[PLAIN][0]), sizes, ratios)
+    short = next(iter(drafters))  # the shortest constant length, if there is one
+    costs = _costs([(runs[n][0], rounds[n]) for n in (short, "longest")], runs[PLAIN][0], verification)
     best = oracle(rounds["longest"], costs)
-    roots = record(target, draft, prompts, params, expansion, cap)
-    table = Table(f"{name}, T={params.temperature:g}, {len(prompts)} prompts, c = {costs.draft:.3f}")
+    roots = [one for text in record(target, draft, prompts, params, expansion, cap) for one in text]
+    table = Table(
+        f"{name}, T={params.temperature:g}, {len(prompts)} prompts, start {costs.start:.3f}, c = {costs.draft:.3f}"
+    )
     for method in (PLAIN, *drafters):
         model = expected(rounds[method], costs)
         off = None if method == PLAIN else _off(drafters[method], roots, cap)
@@ -131,25 +131,20 @@ def _rounds(name: str, watched: Watched, runs: Runs) -> list[Round]:
     return joined(watched.nodes[len(watched.nodes) - len(stats) :], stats)
 
 
-def _cost_of_depth(longest: Sequence[Run], rounds: Sequence[Round], plain: Sequence[Run]) -> float:
-    """c: seconds a drafted depth over those of a plain step."""
-    drafted, step = merged(longest), merged(plain)
-    depths = sum(len(r.nodes) for r in rounds[: drafted.rounds])
-    return round(drafted.draft_s / depths / ((step.total_s - step.draft_s) / step.rounds), 4)
-
-
-def _draft_cost(
-    target: Target,
-    draft: DraftModel,
-    expansion: Expansion,
-    cap: int,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    step_s: float,
-) -> float:
-    watched = Watched(ModelDrafter(draft, expansion, FixedLength(cap)))
-    each = [run(target, watched, [p], params) for p in prompts]
-    return merged(each).draft_s / sum(map(len, watched.nodes)) / step_s
+def _costs(
+    timed: Sequence[tuple[Sequence[Run], Sequence[Round]]], plain: Sequence[Run], verification: Verification
+) -> RoundCosts:
+    """The cost model, over a plain step: drafting is the straight line through the rounds of two draft lengths."""
+    step = merged(plain)
+    step_s = (step.total_s - step.draft_s) / step.rounds
+    depths, seconds = [], []
+    for each, rounds in timed:
+        stats = merged(each)
+        depths.append(sum(len(r.nodes) for r in rounds[: stats.rounds]) / stats.rounds)
+        seconds.append(stats.draft_s / stats.rounds / step_s)
+    draft = slope(depths, seconds)
+    start = max(0.0, seconds[0] - draft * depths[0])
+    return RoundCosts(round(draft, 4), verification.sizes, verification.ratios, round(start, 4))
 
 
 def _off(drafter: Drafter, roots: Sequence[Recorded], cap: int) -> float | None:
