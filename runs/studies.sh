@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The studies of docs/drafts.md: studies of one thread each, side by side; TOKENS a row (default 1e6; 4e6 is better). About two and a
-# half hours on four quiet cores at 1e6. Restartable: what is done is left as it is. `runs/studies.sh learns made` runs only those.
+# The studies of docs/drafts.md: studies of one thread each, side by side; TOKENS a row (default 1e6; 4e6 is better). About five
+# hours on four quiet cores at 1e6. Restartable: what is done is left as it is. `runs/studies.sh learns made` runs only those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
@@ -66,3 +66,34 @@ if wanted changed; then
         done
     done
 fi
+
+# The defaults at 4 M tokens, with and without cross-attention and the norm before it; and how acceptance grows, up to 16 M.
+study top --tokens 4e6 --factor cross --factor norm --seeds "${SEEDS:-0,1,2}" &
+study more --tokens 16e6 --seeds 0 &
+# Text of the corpus, or what the target makes of its openings.
+if wanted text; then
+    "$bin"/glidecape regenerate $pair/target --data corpus --out "$out/text/regenerated.jsonl" --limit 4000 --prompt-tokens 64 \
+        --max-new-tokens 256 --batch 16 --threads 1
+    for text in corpus "$out/text/regenerated.jsonl"; do
+        name=$(basename "$text" .jsonl)
+        [ -f "$out/text-$name/card.json" ] || "$bin"/glidecape train --target $pair/target --data "$text" --out "$out/text-$name" \
+            --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 --compile
+    done
+    for temperature in 0 1; do
+        bench $temperature --target $pair/target --draft "corpus=$out/text-corpus" --draft "regenerated=$out/text-regenerated" \
+            --methods plain,corpus:glide,regenerated:glide --out "$out/text-t$temperature"
+    done
+fi
+wait
+
+# Targets of about 4, 11 and 25 M parameters and as many layers, 2 M tokens each.
+size() {
+    wanted "size-$1" || return 0
+    [ -f "$out/target-$1/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target-$1" --layers 8 \
+        --width "$2" --ffn "$3" --heads "$4" --kv-heads "$4" --tokens 2e6 --length 512 --rows 8 --long-share 0 --threads 1
+    target=$out/target-$1 study "size-$1" --factor cross
+}
+size 4m 192 528 3 &
+size 11m 320 880 5 &
+size 25m 512 1152 8 &
+wait
