@@ -63,7 +63,10 @@ def test_drafting_that_costs_nothing_goes_on_and_drafting_that_costs_much_ends_a
     assert best_threshold(rounds, Costs(9.0, 0.0)).threshold == 0.0
     assert best_threshold(rounds, Costs(9.0, 0.0)).drafted == pytest.approx(1.0)
     free = best_threshold(rounds, Costs(0.0, 0.0))
-    assert free.speedup == max(s for _, s in free.table) == dict(free.table)[free.table[-1][0]]
+    best = max(s for _, s in free.table)
+    assert best == dict(free.table)[free.table[-1][0]]
+    near = [(t, s) for t, s in free.table if s >= 0.99 * best]
+    assert (free.threshold, free.speedup) == near[0]
 
 
 @pytest.mark.parametrize("expansion", [Chain(), Cape((2,)), Beam(3)], ids=["chain", "cape", "beam"])
