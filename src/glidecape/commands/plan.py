@@ -44,14 +44,13 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     own = sum(p.numel() for p in module.parameters())
     frozen = sum(p.numel() * p.element_size() for p in target.model.parameters())
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
-    # Logits: the target's in its dtype, the draft's and their gradient in autocast's; of all, the rows that count are
-    # gathered again, and a piece of them is widened.
+    # Logits: the target's in its dtype, the draft's and twice their gradient in autocast's; a piece of them is widened.
     from ..models.medusa import MedusaModel
-    from ..train.losses import CHUNK, DIRECT
+    from ..train.losses import CHUNK
 
     heads = module.config.heads if isinstance(module, MedusaModel) else 1
     logits = recipe.rows * length * target.vocab_size * heads
-    widened = 6 * 4 * (logits if logits <= DIRECT else CHUNK)
+    widened = 6 * 4 * min(logits, CHUNK)
     config = target.text_config
     ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     # About a dozen tensors of the width and four of the feed-forward width stay for the backward pass, and as much is
@@ -62,7 +61,7 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
         draft_parameters=own,
         checkpoint_bytes=2 * own,
         training_state_bytes=12 * own,
-        memory_bytes=frozen + 16 * own + cache + logits * 2 * (target.dtype.itemsize + 3) + widened + activations,
+        memory_bytes=frozen + 16 * own + cache + logits * (target.dtype.itemsize + 6) + widened + activations,
     )
 
 

@@ -25,8 +25,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 
 LOSSES = ("kl", "rkl", "tv", "nla", "lk_hybrid", "ce")
-DIRECT = 2**25  # logits that are widened at once: 128 MiB in float32; recomputing costs a softmax more
-CHUNK = 2**23  # logits of a chunk
+CHUNK = 2**23  # logits that are widened at once: 32 MiB in float32
 
 
 def check_loss(loss: str) -> None:
@@ -39,25 +38,20 @@ def check_loss(loss: str) -> None:
 def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
     """Mean loss in nats over counted positions; 0 if there are none.
 
-    Small inputs take the direct way. Large ones go through chunks of positions, which are computed again in the backward
-    pass: then no float32 copy of more than `CHUNK` logits lives at any time.
+    Positions go through in pieces, each with its gradient, so no float32 copy of more than `CHUNK` logits lives at any time.
 
     Args:
         draft, target: logits `(batch, length, vocab)` at positions 0 .. length-1. No gradient reaches the target's.
         tokens: `(batch, length)`; position j predicts token j + 1.
         counted: `(batch, length)` bool; the last position never counts for "ce".
     """
-    vocab, target = draft.shape[-1], target.detach()
     rows = counted.flatten().nonzero()[:, 0]
     following = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()[rows]  # -100: unknown, ignored
     parts = loss.split("+")
     weights = {part: 1 / (len(parts) * max(1, len(rows))) for part in parts}
     if "ce" in parts:
         weights["ce"] = 1 / (len(parts) * max(1, int((following != -100).sum())))
-    flat_draft, flat_target = draft.flatten(0, 1), target.flatten(0, 1)
-    if len(rows) * vocab <= DIRECT:
-        return _total(flat_draft[rows], flat_target[rows], following, weights)
-    return _Chunked.apply(flat_draft, flat_target, rows, following, weights)
+    return _InPieces.apply(draft.flatten(0, 1), target.detach().flatten(0, 1), rows, following, weights)
 
 
 def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, float]) -> Tensor:
@@ -87,27 +81,28 @@ def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, 
     return total
 
 
-class _Chunked(torch.autograd.Function):
-    """`_total` over chunks of `rows`; only the logits that came in are kept for the backward pass."""
+class _InPieces(torch.autograd.Function):
+    """`_total` over pieces of `rows`. Each piece's gradient is made along with its value, while it is at hand, and kept in the
+    logits' own dtype: the backward pass has nothing to compute again."""
 
     @staticmethod
     def forward(
         ctx: Any, draft: Tensor, target: Tensor, rows: Tensor, following: Tensor, weights: dict[str, float]
     ) -> Tensor:
-        ctx.save_for_backward(draft, target, rows, following)
-        ctx.weights, ctx.size = weights, max(1, CHUNK // draft.shape[-1])
+        learns = ctx.needs_input_grad[0]
+        size = max(1, CHUNK // draft.shape[-1])
         total = torch.zeros((), dtype=torch.float32, device=draft.device)
-        for at, then in zip(rows.split(ctx.size), following.split(ctx.size), strict=True):
-            total += _total(draft[at], target[at], then, weights)
+        gradient = torch.zeros_like(draft) if learns else None
+        for at, then in zip(rows.split(size), following.split(size), strict=True):
+            with torch.set_grad_enabled(learns):
+                piece = draft[at].detach().requires_grad_(learns)
+                value = _total(piece, target[at], then, weights)
+            total += value.detach()
+            if gradient is not None:
+                gradient[at] = torch.autograd.grad(value, piece)[0]
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        draft, target, rows, following = ctx.saved_tensors
-        gradient = torch.zeros_like(draft)
-        for at, then in zip(rows.split(ctx.size), following.split(ctx.size), strict=True):
-            with torch.enable_grad():
-                piece = draft[at].requires_grad_()
-                value = _total(piece, target[at], then, ctx.weights)
-            gradient[at] = torch.autograd.grad(value, piece, gradients[0])[0]
-        return gradient, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.saved_tensors[0] * upstream[0], None, None, None, None
