@@ -31,11 +31,8 @@ from .stats import Stats
 from .tree import TokenTree
 
 STEP = 0.02  # between the thresholds that are tried
-NEAR = (
-    0.99  # The optimum is flat, and prompts harder than the calibration's lose more to long drafts than to short ones.
-)
-
-
+# The optimum is flat, and prompts harder than the calibration's lose more to long drafts than to short ones.
+NEAR = 0.99
 SHORT, LONG = 1, 5  # depths whose rounds are timed: most of SVIP's drafts end between them
 
 

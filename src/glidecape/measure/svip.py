@@ -9,7 +9,7 @@ from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
 from ..drafting.expansion import Expansion
 from ..drafting.stop import Entropy, FixedLength, Heuristic
 from ..errors import InputError
-from ..fit import Recorded, best_threshold, measured_costs, record, slope
+from ..fit import Recorded, fit_threshold, record, slope
 from ..models.target import Target
 from ..sampling import NOISE, SamplingParams
 from .costs import RoundCosts, Verification
@@ -71,11 +71,9 @@ def study_svip(
     if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
         raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")
     cap = min(lengths.cap, draft.max_lag)
-    fitted_on = record(target, draft, calibration, params, expansion, cap)
     drafters = _drafters(draft, expansion, lengths, cap)
-    if any(one.uncertainty for text in fitted_on for one in text):
-        costs_there = measured_costs(target, draft, calibration, params, expansion, cap)
-        fit = best_threshold(fitted_on, costs_there)
+    if cap > 1:  # of one token there is nothing to stop
+        fit = fit_threshold(target, draft, calibration, params, expansion, cap)
         drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
     watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": ModelDrafter(draft, expansion, FixedLength(cap))}
     seen = {n: Watched(d) for n, d in (watched | drafters).items()}
@@ -108,7 +106,7 @@ def study_svip(
 def _drafters(draft: DraftModel, expansion: Expansion, lengths: Lengths, cap: int) -> dict[str, Drafter]:
     made: dict[str, Drafter] = {
         f"constant {n}": ModelDrafter(draft, expansion, FixedLength(n))
-        for n in lengths.constant
+        for n in sorted(lengths.constant)
         if n <= min(draft.max_lag, lengths.cap)
     }
     made["heuristic"] = ModelDrafter(draft, expansion, Heuristic(lengths.start, cap))
