@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,7 @@ from glidecape.stats import loops, repetition
 
 
 def item(number: int, category: str = "a", kind: str = "steady") -> Item:
-    return Item(number, f"s/{number}", category, kind, False, number, (1, 2))
+    return Item(number, f"s/{number}", category, kind, False, number, (1, 2, number))
 
 
 def plain(job: int, tokens: int = 10, each_us: int = 10_000, repeat: int = 0) -> Record:
@@ -121,6 +122,15 @@ def test_groups_are_by_category_and_kind_and_peers_are_compared() -> None:
     assert rows["glide"]["over"]["other"]["ratio"] == 2.5
     assert rows["plain"]["over"]["other"]["ratio"] == 2.0
     assert "alpha" not in rows["other"]
+
+
+def test_a_prompt_that_two_suites_hold_counts_once_in_the_whole() -> None:
+    items = [item(0, "a"), item(1, "a"), replace(item(2, "b"), ids=item(0).ids)]
+    records = [r for job in range(3) for r in (plain(job), drafted(job))]
+    names = ["plain", "glide"]
+    assert group(items, records, names, "all", "steady").jobs == [0, 1]
+    assert group(items, records, names, "b", "steady").jobs == [2]
+    assert len(group(items, records, names, "all", "steady").records["glide"]) == 2
 
 
 def test_differences_are_counted_by_prompt() -> None:

@@ -144,8 +144,10 @@ class Group:
 
 
 def group(items: Sequence[Item], records: Sequence[Record], names: Sequence[str], category: str, kind: str) -> Group:
-    """The group of a category ("all": of every one) and kind."""
+    """The group of a category and kind; "all": of every category, what two of them hold counted once."""
     wanted = [item for item in items if item.kind == kind and category in (ALL, item.category)]
+    if category == ALL:
+        wanted = _once(wanted)
     jobs = {item.job for item in wanted}
     done: dict[tuple[int, int], set[str]] = {}
     for record in records:
@@ -158,6 +160,16 @@ def group(items: Sequence[Item], records: Sequence[Record], names: Sequence[str]
             by_name[record.method].append(record)
     finished = {job for job, _ in whole}
     return Group(category, kind, [item for item in wanted if item.job in finished], by_name)
+
+
+def _once(items: Sequence[Item]) -> list[Item]:
+    """Items without the jobs whose prompts an earlier job has: suites overlap (Spec-Bench holds MT-Bench), and a prompt that
+    counted twice would make the whole look surer than it is."""
+    prompts: dict[int, tuple[tuple[int, ...], ...]] = {}
+    for item in items:
+        prompts[item.job] = (*prompts.get(item.job, ()), item.ids)
+    first = {each: job for job, each in reversed(prompts.items())}
+    return [item for item in items if first[prompts[item.job]] == item.job]
 
 
 def rows_of(one: Group, peers: Sequence[str], memory: bool = True) -> list[dict[str, Any]]:
