@@ -20,7 +20,7 @@ venv: $(BIN)/python ## create the virtual environment .venv
 
 install: $(VENV)/.installed ## install torch and the package into .venv
 
-demo: install ## compare the methods on a few prompts
+demo: install ## race plain decoding against GliDe on the shipped model
 	$(BIN)/glidecape demo
 
 test: $(VENV)/.installed-dev ## run the default test suite

@@ -173,7 +173,10 @@ def check(kind):
     except Exception as error:
         if reason := refused_by_config(kind):
             return Verdict(kind, "refused", f"{reason} (by its configuration; not built here)")
-        return Verdict(kind, "not built", _sentence(error))
+        said = _sentence(error).rstrip(":")
+        return Verdict(
+            kind, "not built", said if "at this size" in said else f"not at this size: transformers says «{said}»"
+        )
     try:
         target = Target(model)
         noisy = copy.deepcopy(reference)

@@ -192,7 +192,7 @@ def describe(plan: dict[str, Any]) -> str:
 def plan(
     target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
     data: Annotated[Path | None, typer.Option(help="Text to train on; default: random token ids.")] = None,
-    tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 2e7,
+    tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 4e6,
     kind: Annotated[str, typer.Option(help="glide, glide-no-cross, eagle, medusa or lm.")] = "glide",
     preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
     loss: Annotated[str, typer.Option(help="As for train.")] = "",

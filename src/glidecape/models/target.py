@@ -160,7 +160,8 @@ class Target:
                 raise
             except Exception as error:
                 reason = (
-                    f"{self.text_config.model_type} cannot run a token tree on this cache: {_first_sentence(error)}"
+                    f"{self.text_config.model_type} cannot run a token tree on our cache: its own code stops with "
+                    f"{type(error).__name__} ({_first_sentence(error)})"
                 )
                 raise UnsupportedError(reason) from error
 
