@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The shipped pair, from nothing but installed Python packages. Restartable: every step goes on where it stopped.
 # About two hours on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and ROOTS (folders of Python packages, separated by
-# spaces) may be set; the weights land in models/pysource.
+# spaces) may be set, and HOLD_OUT (packages, joined by commas; the shipped pair's were rich,networkx,flask); the weights land in
+# models/pysource.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
@@ -12,7 +13,8 @@ tokens=${DRAFT_TOKENS:-3.2e6}
 roots=()
 for root in ${ROOTS:-}; do roots+=(--root "$root"); done
 
-[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus ${roots[@]+"${roots[@]}"} --hold-out rich,networkx,flask
+[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus ${roots[@]+"${roots[@]}"} \
+    --hold-out "${HOLD_OUT:-rich,networkx}"
 [ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" --layers 8 \
     --minutes "$minutes" --compile --threads "$threads"
 # One thread each, side by side: single-threaded runs get further together than one with all threads.

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from glidecape.train.chat import ChatSource, build_chat, rendered
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget
+from glidecape.train.regenerate import Regeneration, prompts_of
 from glidecape.train.target import TargetShape, Windowing, new_model, train_target
 from test_command_line import ROOT, run
 
@@ -254,7 +256,7 @@ def test_shapes_that_no_architecture_has_are_refused(corpus, tmp_path, capfd, mo
     for shape, message in (
         (TargetShape(architecture="gpt"), "choose llama or qwen3"),
         (TargetShape(window=64), "llama has no window"),
-        (TargetShape(heads=5), "must be a multiple"),
+        (TargetShape(heads=5), "must be an even multiple"),
     ):
         with pytest.raises(InputError, match=message):
             new_model(shape, tokenizer)
@@ -309,3 +311,15 @@ def test_the_recipe_says_what_it_lacks_and_knows_every_licence(tmp_path):
     mix = re.search(r"mix=\((.*?)\)", (ROOT / "runs" / "general.sh").read_text(), re.DOTALL)[1].split()
     licences = json.loads((ROOT / "runs" / "general_licences.json").read_text())
     assert {name.partition(":")[0] for name in mix} == licences.keys()
+
+
+def test_a_corpus_of_chats_is_continued_where_its_last_answers_begin(corpus):
+    folder = corpus[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    target = SimpleNamespace(tokenizer=tokenizer, vocab_size=len(tokenizer), context=4096)
+    prompts = [tokenizer.decode(ids) for ids in prompts_of(target, folder, Regeneration(prompt_tokens=2))]
+    talks = [tokenizer.decode(ids) for ids in documents(folder, "train")]
+    assert len(prompts) == len(talks)
+    for prompt, talk in zip(prompts, talks, strict=True):
+        before, mark, _ = talk.rpartition("<|assistant|>")
+        assert prompt == "<|endoftext|>" + before + mark

@@ -72,6 +72,12 @@ def main() -> None:
     except OSError as error:
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        # torch says so in words only; importing it to ask for its exception would make every --help wait.
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        print("error: out of memory: lower the batch, the window, --rows or max_new_tokens", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
+# A full disk is an OSError to Python, a RuntimeError to torch.save, and to safetensors an error of its own.
+WRITING = (OSError, RuntimeError, SafetensorError)
 EXPORT = "export"  # temporary folders are called .export.PID
 
 
@@ -26,7 +29,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         _settle(temporary, path)
-    except OSError as error:
+    except WRITING as error:
         raise _not_written(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,7 +49,7 @@ def write_folder(folder: Path, write: Callable[[Path], object], last: str) -> No
         write(temporary)
         for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
             _settle(path, folder / path.name)
-    except OSError as error:
+    except WRITING as error:
         raise _not_written(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,8 +104,11 @@ def _settle(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _not_written(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"could not write {path} ({error.strerror or error}); the last good one is kept")
+def _not_written(path: Path, error: Exception) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return CheckpointError(
+        f"could not write {path} ({reason or str(error).splitlines()[0]}); the last good one is kept"
+    )
 
 
 def _lives(pid: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +44,7 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     own = sum(p.numel() for p in module.parameters())
     frozen = sum(p.numel() * p.element_size() for p in target.model.parameters())
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
-    # Logits: the target's in its dtype, the draft's and twice their gradient in autocast's; a piece of them is widened.
+    # Logits: the target's, the draft's and twice their gradient in autocast's two bytes; a piece of them is widened.
     from ..models.medusa import MedusaModel
     from ..train.losses import CHUNK
 
@@ -61,7 +61,12 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
         draft_parameters=own,
         checkpoint_bytes=2 * own,
         training_state_bytes=12 * own,
-        memory_bytes=frozen + 16 * own + cache + logits * (target.dtype.itemsize + 6) + widened + activations,
+        memory_bytes=frozen
+        + 16 * own
+        + cache
+        + 2 * (recipe.rows * length * target.vocab_size + 3 * logits)
+        + widened
+        + activations,
     )
 
 
@@ -111,7 +116,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if target.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(target.device)
         times.append(time.monotonic() - started)
     timed = sorted(times[1:])
     return recipe.rows * length / timed[len(timed) // 2], len(timed)
@@ -130,7 +135,7 @@ def make_plan(
     from ..train.draft import make_draft
 
     length = min(recipe.length, target.context)
-    text = load_tokens(data, target.tokenizer) if data else None
+    text = load_tokens(data, target.tokenizer, target.vocab_size) if data else None
     windows = None if text is None else Windows(text, recipe.seed)
     module = make_draft(target, recipe, text)
     counted = sizes(target, module, recipe, length)
@@ -146,7 +151,7 @@ def make_plan(
     plan = vars(counted) | {
         "rows": recipe.rows,
         "length": length,
-        "steps": -(-tokens // (recipe.rows * length)),
+        "steps": -(-tokens // (recipe.rows * length * recipe.accumulate)),
         "tokens": tokens,
         "tokens_per_s": round(speed, 1),
         "batches_timed": batches,
@@ -213,9 +218,7 @@ def plan(
     from ..train.draft import DraftRecipe
     from ..train.study import changes_of
 
-    chosen = replace(
-        DraftRecipe(kind, preset, loss, length=length, rows=rows), **(changes_of(recipe) if recipe else {})
-    )
+    chosen = DraftRecipe(kind, preset, loss, length=length, rows=rows).changed(**(changes_of(recipe) if recipe else {}))
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
     made = make_plan(model, chosen, int(tokens), data, seconds)
     print(json.dumps(made) if as_json else describe(made))

@@ -43,12 +43,19 @@ def load_target(
         torch.set_num_threads(threads)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    check_device(device)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack, quantize=quantize)
+
+
+def check_device(name: str) -> None:
+    """Raises InputError for a device that is not there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def command_line() -> str:

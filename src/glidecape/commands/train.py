@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from ..errors import InputError
 from ..files import only_writer
-from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
+from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, check_device, command_line, load_target
 
 
 def train(
@@ -125,9 +126,11 @@ def _is_muon(optimizer: str) -> bool:
 def _budget(tokens: float | None, minutes: float | None) -> Any:
     from ..train.loop import Budget
 
-    if not tokens and not minutes:
+    if tokens is None and minutes is None:
         raise InputError("give --tokens or --minutes: training has no other end")
-    return Budget(int(tokens) if tokens else None, minutes)
+    if tokens is not None and not math.isfinite(tokens):
+        raise InputError(f"--tokens takes a number such as 4e6, not {tokens}")
+    return Budget(None if tokens is None else int(tokens), minutes)
 
 
 def train_target(
@@ -172,6 +175,7 @@ def train_target(
 
     if threads:
         torch.set_num_threads(threads)
+    check_device(device)
     shape = recipes.TargetShape(
         layers, width, ffn, heads, kv_heads, context, rope_theta, architecture, window, full_every
     )
@@ -203,6 +207,6 @@ def _draft_beside(changes: str, seed: int) -> Any:
     from ..train.study import changes_of
 
     wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
-    if given := {"length", "rows", "accumulate", "loss_on"} & wanted.keys():
+    if given := {"length", "rows", "accumulate", "clip", "loss_on"} & wanted.keys():
         raise InputError(f"--draft-recipe cannot set {min(given)}: the draft sees its target's own batches")
     return DraftRecipe(**wanted)

@@ -8,7 +8,7 @@ window, chunk) at the *positions* of tree nodes and joins it with the ancestor t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,16 +222,8 @@ class Target:
 
     @property
     def weights_digest(self) -> str:
-        """sha256 of about 1 MB of fixed weight slices; the same in every dtype that the weights are loaded in."""
-        if self._digest is not None:
-            return self._digest
-        digest, state = hashlib.sha256(), self.model.state_dict()
-        share = max(64, 2**18 // max(1, len(state)))
-        for name in sorted(state):
-            piece = dense(state[name]).flatten()[:share]
-            if piece.is_floating_point():
-                digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """`digest_of` the model's weights."""
+        return self._digest if self._digest is not None else digest_of(self.model.state_dict())
 
     @property
     def device(self) -> torch.device:
@@ -351,6 +343,17 @@ def _keep_hidden(cache: KVCache) -> Callable[..., None]:
         cache.write_hidden(last.detach())
 
     return hook
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """sha256 of about 1 MB of fixed weight slices: the same in float32 and in bfloat16 for weights stored in either, another in
+    float16, which rounds small weights differently."""
+    digest, share = hashlib.sha256(), max(64, 2**18 // max(1, len(state)))
+    for name in sorted(state):
+        piece = dense(state[name]).flatten()[:share]
+        if piece.is_floating_point():
+            digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_prompts(target: Target, prompts: list[list[int]], cache: KVCache, chunk: int) -> None:

@@ -112,7 +112,9 @@ def build_pysource(
     size: dict[str, int] = {}
     for source in sources:
         size[source.package] = size.get(source.package, 0) + len(source.text)
-    total, held = sum(size.values()), set(hold_out) & size.keys()
+    if unknown := set(hold_out) - size.keys():
+        raise DataError(f"no package {', '.join(sorted(unknown))} to hold out: there are {', '.join(sorted(size))}")
+    total, held = sum(size.values()), set(hold_out)
     for package in sorted(size, key=lambda p: rank("hold out", p)):
         share = sum(size[p] for p in held) / total
         if share < valid_share and size[package] < total * valid_share:
@@ -147,6 +149,7 @@ def build_pysource(
     out.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(out)
 
+    bpe.encode_special_tokens = True  # a source that spells the end-of-text token out means its letters
     counts = {"files": len(sources), "packages": len(size)}
     for name, part in (("train", train), ("valid", valid)):
         rows = [np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch([s.text for s in part])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,19 @@ class Windows:
         return None if self.learned is None else self._cut(self.learned, np.bool_, step, rows, length)
 
     def _cut(self, values: np.ndarray, dtype: Any, step: int, rows: int, length: int) -> torch.Tensor:
-        numbers, picked = self._numbers(length), []
+        numbers, picked = self.usable(length), []
         for i in range(step * rows, (step + 1) * rows):
             epoch, at = divmod(i, len(numbers))
             start = int(numbers[self._order(epoch, len(numbers))[at]]) * length
             picked.append(values[start : start + length].astype(dtype))
         return torch.from_numpy(np.stack(picked))
 
-    def _numbers(self, length: int) -> np.ndarray:
-        """Windows of that length that can be used, by their number in the stream."""
+    def usable(self, length: int) -> np.ndarray:
+        """Windows of that length that can be used, by their number in the stream.
+
+        Raises:
+            DataError: there is none.
+        """
         if length not in self._usable:
             count = len(self.tokens) // length
             if count < 1:
@@ -119,7 +124,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path} row {number}", json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} row {number} is not readable as UTF-8 text or JSON lines ({error})") from None
 
 
@@ -141,11 +146,10 @@ def load_streams(
     tokenizer: Any,
     vocab_size: int | None = None,
     loss_on: str = "all",
-    max_tokens: int | None = None,
 ) -> dict[str, Stream]:
     """The streams "train" and "valid" of `path`; each document begins with the end-of-text token, if there is one.
 
-    For a file without splits, the last 2 % (at least one window's worth) are "valid".
+    For a file without splits, the last 2 % are "valid", or 512 tokens, where that is no more than half.
 
     Args:
         vocab_size: the target's; ids beyond it are refused.
@@ -180,8 +184,6 @@ def load_streams(
         ids.append(np.array(document, dtype=np.uint32))
         learned.append(np.array(marks, dtype=np.bool_))
         count += len(document)
-        if max_tokens and count >= max_tokens:
-            break
     if count < 2:
         raise DataError(f"{path} holds no text")
     whole = Stream(np.concatenate(ids), np.concatenate(learned) if loss_on == "completion" else None)
@@ -190,15 +192,28 @@ def load_streams(
 
 def _split(whole: Stream) -> dict[str, Stream]:
     count = len(whole.tokens)
-    cut = max(1, count - max(512, count // 50))
+    cut = count - min(max(512, count // 50), count // 2)
     return {"train": whole[:cut], "valid": whole[cut:]}
+
+
+def corpus_tokenizer(path: Path) -> Any:
+    """The tokenizer of a corpus folder.
+
+    Raises:
+        DataError: it has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever a torn folder makes of it
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is a corpus without its tokenizer ({first}): make it anew") from None
 
 
 def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:
     """The streams of a folder written by `corpus.build_pysource` or `chat.build_chat`."""
-    from transformers import AutoTokenizer
-
-    if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+    if corpus_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
         )
@@ -223,6 +238,6 @@ def answered(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     return np.asarray((last >= 0) & (tokens[marks[last]] == assistant))
 
 
-def load_tokens(path: Path, tokenizer: Any, split: str = "train", max_tokens: int | None = None) -> np.ndarray:
+def load_tokens(path: Path, tokenizer: Any, vocab_size: int | None = None, split: str = "train") -> np.ndarray:
     """The token ids of one of `load_streams`' streams."""
-    return load_streams(path, tokenizer, max_tokens=max_tokens)[split].tokens
+    return load_streams(path, tokenizer, vocab_size)[split].tokens

@@ -7,6 +7,7 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from ..models.medusa import MedusaConfig, MedusaModel
 from ..models.target import Target
 from .data import Windows, load_streams
 from .features import FEATURE, eagle_loss, medusa_loss
-from .figures import evaluate_draft, evaluation_prompts, figures_by_lag, write_curve
+from .figures import evaluate_draft, figures_by_lag, trial_prompts, write_curve
 from .lags import LAGS, lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import check_loss, distillation_loss
@@ -102,6 +103,13 @@ class DraftRecipe:
             given := [name for name in alone if getattr(self, name) != _default(name)]
         ):
             raise InputError(f"{given[0].replace('_', '-')} is an option of GliDe, not of a draft of kind {self.kind}")
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise InputError(f"the learning rate is a positive number, not {self.rate}")
+        if self.length < 2 or self.rows < 1 or self.seed < 0 or self.max_lag < 0:
+            raise InputError(
+                f"a window has at least 2 tokens, a step at least 1 window; seed and max lag are not negative: not length "
+                f"{self.length}, rows {self.rows}, seed {self.seed}, max lag {self.max_lag}"
+            )
         if self.noise < 0:
             raise InputError(f"noise on features must not be negative, as {self.noise} is")
         if self.lags not in LAGS:
@@ -124,6 +132,12 @@ class DraftRecipe:
             check_loss(self.loss)
         elif self.kind != "eagle":
             raise InputError(f"the loss '{FEATURE}' is EAGLE's: a draft of kind {self.kind} has no features to compare")
+
+    def changed(self, **changes: Any) -> DraftRecipe:
+        """The recipe with these fields; a kind that changes brings its own loss, unless another than its kind's was given."""
+        if "kind" in changes and "loss" not in changes and self.loss == DraftRecipe(self.kind).loss:
+            changes = changes | {"loss": ""}
+        return replace(self, **changes)
 
 
 def _default(name: str) -> Any:
@@ -161,7 +175,7 @@ def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = No
         config = LlamaConfig(
             vocab_size=c.vocab_size,
             hidden_size=heads * head_dim,
-            intermediate_size=round(c.intermediate_size * recipe.width),
+            intermediate_size=round((getattr(c, "intermediate_size", None) or 4 * c.hidden_size) * recipe.width),
             num_hidden_layers=recipe.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
@@ -250,6 +264,10 @@ class Lesson:
         self.module, self.recipe = module, recipe
         self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
         self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
+        if isinstance(module, GlideModel) and self.max_lag >= length:
+            raise InputError(
+                f"windows of {length} tokens hold no lag of {self.max_lag}: lower --max-lag, or lengthen --length"
+            )
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
@@ -306,6 +324,7 @@ def train_draft(
     streams = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on)
     text, held_out = streams["train"], streams["valid"].tokens
     length = min(recipe.length, target.context)
+    trial_prompts(held_out, prompts, target.context, recipe.seed)  # too little text is an error now, not after an hour
     windows = Windows(text.tokens, recipe.seed, text.learned)
     module = make_draft(target, recipe, text.tokens)
     made = optimizers(module, recipe.rate, recipe.muon)
@@ -360,8 +379,8 @@ def finish_draft(
     """
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
-        room = min(128, target.context - 64)
-        figures |= evaluate_draft(target, module, evaluation_prompts(held_out, prompts, room, seed))
+        chosen, new_tokens = trial_prompts(held_out, prompts, target.context, seed)
+        figures |= evaluate_draft(target, module, chosen, new_tokens)
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)

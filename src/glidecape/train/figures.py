@@ -35,6 +35,17 @@ def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 
 
+def trial_prompts(tokens: np.ndarray, count: int, context: int, seed: int) -> tuple[list[list[int]], int]:
+    """What a trained draft is tried on: prompts of 128 held-out tokens and how many are decoded after each, 64; fewer where
+    the target's context is short.
+
+    Raises:
+        DataError: too little held-out text.
+    """
+    new_tokens = min(64, context // 2)
+    return evaluation_prompts(tokens, count, min(128, context - new_tokens), seed) if count else [], new_tokens
+
+
 def as_draft(module: nn.Module) -> tuple[str, AnyDraft]:
     """The base of its methods, such as "glide" or "vanilla", and the network joined to the decode loop, unpacked."""
     module.eval()
@@ -157,7 +168,7 @@ def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[st
         from matplotlib.figure import Figure
     except ImportError:
         Console(stderr=True).print(
-            f"no {PICTURE}: matplotlib is not installed (pip install 'glidecape[plots]'); the numbers are in {CURVE}",
+            f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the numbers are in {CURVE}",
             markup=False,
         )
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
 from ..models.checkpoint import CARD, WEIGHTS
 
@@ -38,6 +40,13 @@ class Budget:
     minutes: float | None = None
     warmup: float = 0.02
     decay: float = 0.25
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.tokens, self.minutes) if limit is not None]
+        if not limits or not all(limit > 0 and math.isfinite(limit) for limit in limits):
+            raise InputError(
+                f"training ends after at least 1 token or some minutes, not {self.tokens} tokens and {self.minutes} minutes"
+            )
 
     def progress(self, tokens: int, seconds: float) -> float:
         by_tokens = tokens / self.tokens if self.tokens else 0.0
@@ -95,10 +104,10 @@ def reuse_freed_memory() -> None:
 
 def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, hidden matrices go to Muon instead (fewer tokens to the same loss on small targets)."""
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if muon and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    learned = [p for p in module.parameters() if p.requires_grad]
+    hidden = hidden_matrices(module) if muon else []
     chosen = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in chosen]
+    rest = [p for p in learned if id(p) not in chosen]
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [
@@ -115,6 +124,19 @@ def optimizers(module: torch.nn.Module, rate: float, muon: bool) -> list[torch.o
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return made
+
+
+def hidden_matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trained weight matrices between two hidden states: no embedding, no vocabulary head, no learned mean's scores."""
+    outer = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    for part in module.modules():
+        heads = [part.get_output_embeddings()] if isinstance(part, PreTrainedModel) else [getattr(part, "head", None)]
+        outer |= {id(head.weight) for head in heads if isinstance(head, torch.nn.Linear)}
+    return [
+        p
+        for name, p in module.named_parameters()
+        if p.requires_grad and p.ndim == 2 and name.endswith("weight") and id(p) not in outer
+    ]
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], within: str = "") -> list[str]:
@@ -242,6 +264,11 @@ def fit(
                     (loss / accumulate).backward()
                     here[i] += float(loss.detach()) / accumulate
                 clock.tokens += tokens
+            if not all(map(math.isfinite, here)):
+                raise InputError(
+                    f"the loss is {', '.join(f'{value:g}' for value in here)} at step {clock.step + 1}: lower the learning "
+                    "rate and begin in another --out; what was saved before is kept"
+                )
             for module in modules if clip else ():
                 torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
             for optimizer in made:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import InputError
@@ -38,7 +39,8 @@ def check_loss(loss: str) -> None:
 def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
     """Mean loss in nats over counted positions; 0 if there are none.
 
-    Positions go through in pieces, each with its gradient, so no float32 copy of more than `CHUNK` logits lives at any time.
+    Positions go through in pieces, each with its gradient, so no float32 copy of more than `CHUNK` logits, or of one
+    position's, lives at any time.
 
     Args:
         draft, target: logits `(batch, length, vocab)` at positions 0 .. length-1. No gradient reaches the target's.
@@ -51,7 +53,8 @@ def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Te
     weights = {part: 1 / (len(parts) * max(1, len(rows))) for part in parts}
     if "ce" in parts:
         weights["ce"] = 1 / (len(parts) * max(1, int((following != -100).sum())))
-    return _InPieces.apply(draft.flatten(0, 1), target.detach().flatten(0, 1), rows, following, weights)
+    learns = draft.requires_grad and torch.is_grad_enabled()
+    return _InPieces.apply(draft.flatten(0, 1), target.detach().flatten(0, 1), rows, following, weights, learns)
 
 
 def _total(draft: Tensor, target: Tensor, following: Tensor, weights: dict[str, float]) -> Tensor:
@@ -87,9 +90,14 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, draft: Tensor, target: Tensor, rows: Tensor, following: Tensor, weights: dict[str, float]
+        ctx: Any,
+        draft: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        following: Tensor,
+        weights: dict[str, float],
+        learns: bool,
     ) -> Tensor:
-        learns = ctx.needs_input_grad[0]
         size = max(1, CHUNK // draft.shape[-1])
         total = torch.zeros((), dtype=torch.float32, device=draft.device)
         gradient = torch.zeros_like(draft) if learns else None
@@ -104,5 +112,6 @@ class _InPieces(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.saved_tensors[0] * upstream[0], None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return ctx.saved_tensors[0] * upstream[0], None, None, None, None, None

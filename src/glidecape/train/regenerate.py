@@ -26,6 +26,7 @@ from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
 from ..models.target import Target
 from ..sampling import SamplingParams
+from .corpus import MARKS
 from .data import load_streams, read_rows
 from .loop import differences
 from .rows import pieces_of, prompt_of
@@ -91,11 +92,18 @@ def _prompts(target: Target, data: Path, length: int) -> Iterator[tuple[str, lis
     start = target.tokenizer.eos_token_id
     if (data / "train.bin").is_file():
         tokens = load_streams(data, target.tokenizer, target.vocab_size)["train"].tokens
-        begins = np.flatnonzero(tokens == start)
-        for number, at in enumerate(begins, 1):
-            end = begins[number] if number < len(begins) else len(tokens)
-            if end - at > 1:
-                yield f"{data} document {number}", tokens[at : min(end, at + length)].astype(int).tolist()
+        chat = set(MARKS) <= target.tokenizer.get_vocab().keys()
+        first, assistant = target.tokenizer.convert_tokens_to_ids([MARKS[0], MARKS[-1]]) if chat else (start, None)
+        begins = np.flatnonzero(tokens == first)
+        for number, (at, end) in enumerate(zip(begins, [*begins[1:], len(tokens)], strict=True), 1):
+            document = tokens[at:end].astype(int)
+            if chat:  # a talk up to where its last answer begins; one without an answer has nothing to continue
+                answers = np.flatnonzero(document == assistant)
+                document = document[: answers[-1] + 1] if len(answers) else document[:1]
+            else:
+                document = document[:length]
+            if len(document) > 1:
+                yield f"{data} document {number}", document.tolist()
         return
     for place, row in read_rows(data):
         prompt = prompt_of(row, place, target.tokenizer)
@@ -151,7 +159,11 @@ def regenerate(
     """
     prompts = prompts_of(target, data, plan)
     card = out.with_name(out.stem + ".card.json")
-    identity = asdict(plan) | {"target": target.weights_digest[:16], "data": _digest(prompts)}
+    identity = asdict(plan) | {
+        "target": target.weights_digest[:16],
+        "data": _digest(prompts),
+        "dtype": str(target.dtype),
+    }
     done = _begin(out, card, identity, command)
     if done > len(prompts):
         raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --out")

@@ -87,17 +87,25 @@ def _of_messages(messages: list[Any], place: str, tokenizer: Any) -> list[Piece]
         # The template as decoding uses it: up to where the assistant begins, then with its turn.
         for end, generates, counted in ((i, True, False), (i + 1, False, True)):
             text = _rendered(tokenizer, messages[:end], generates, place)
-            if not text.startswith(done):
-                raise DataError(
-                    f"{place}: this tokenizer's chat template rewrites earlier turns when message {end} is added; split "
-                    "the conversation into rows that end with one assistant message each"
-                )
-            pieces.append((text[len(done) :], counted))
-            done = text
+            more, done = _after(done, text, end, place), text
+            if counted and i == 0:  # nothing could be rendered before it, so its header is still to be told apart
+                at = max(0, more.find(message["content"]))
+                pieces.append((more[:at], False))
+                more = more[at:]
+            pieces.append((more, counted))
     if messages and messages[-1].get("role") != "assistant":
-        text = _rendered(tokenizer, messages, False, place)
-        pieces.append((text.removeprefix(done), False))
+        pieces.append((_after(done, _rendered(tokenizer, messages, False, place), len(messages), place), False))
     return pieces
+
+
+def _after(done: str, text: str, messages: int, place: str) -> str:
+    """What a chat of so many messages adds to what was rendered of it before."""
+    if not text.startswith(done):
+        raise DataError(
+            f"{place}: this tokenizer's chat template rewrites earlier turns when message {messages} is added; split "
+            "the conversation into rows that end with one assistant message each"
+        )
+    return text[len(done) :]
 
 
 def _check_messages(messages: list[Any], place: str) -> None:

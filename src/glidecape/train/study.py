@@ -26,7 +26,7 @@ from ..sampling import SamplingParams
 from ..stats import Stats, merged
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
-from .figures import as_draft, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
+from .figures import as_draft, evaluation_prompts, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .study_table import markdown, summary
 from .teacher import Teacher, reads_hidden
@@ -142,7 +142,7 @@ def study_rows(
             raise InputError(f"two rows named '{name}': give each a name of its own")
         if other := [field for field in SHARED if field in changes and changes[field] != getattr(base, field)]:
             raise InputError(f"row '{name}' changes {other[0]}, which all rows of a study share: set it for the study")
-        recipe = replace(base, **changes)
+        recipe = base.changed(**changes)
         if recipe not in rows.values():
             rows[name] = recipe
     return rows
@@ -187,7 +187,7 @@ class Class:
 
     def _now(self) -> float:
         if self.target.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.target.device)
         return time.monotonic()
 
     def tokens_per_s(self, i: int) -> float | None:
@@ -219,6 +219,8 @@ def run_study(
     """
     base = next(iter(rows.values()))
     streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on)
+    room = min(trial.prompt_tokens, target.context - trial.new_tokens)
+    evaluation_prompts(streams["valid"].tokens, 1, room, 0)  # too little text is an error now, not after an hour
     shared = {
         "data": streams["train"].digest,
         "target": target.weights_digest[:16],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 
 from ..errors import CheckpointError, DataError, InputError
+from ..models.target import digest_of
 from .beside import Beside
-from .data import Windows, load_streams
+from .data import Windows, corpus_tokenizer, load_streams
 from .draft import DraftRecipe
+from .figures import trial_prompts
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 
 
@@ -57,9 +59,12 @@ def new_model(shape: TargetShape, tokenizer: Any) -> Any:
 
     if shape.architecture not in ("llama", "qwen3"):
         raise InputError(f"unknown architecture '{shape.architecture}': choose llama or qwen3")
-    if shape.width % shape.heads or shape.heads % shape.kv_heads:
+    if min(shape.layers, shape.width, shape.ffn, shape.heads, shape.kv_heads, shape.context) < 1:
+        raise InputError(f"layers, width, ffn, heads, kv-heads and context are 1 or more: {shape}")
+    if shape.width % (2 * shape.heads) or shape.heads % shape.kv_heads:
         raise InputError(
-            f"width {shape.width} must be a multiple of heads {shape.heads}, and heads of kv-heads {shape.kv_heads}"
+            f"width {shape.width} must be an even multiple of heads {shape.heads}, and heads a multiple of kv-heads "
+            f"{shape.kv_heads}"
         )
     if shape.window and shape.architecture == "llama":
         raise InputError("llama has no window: choose --architecture qwen3, or leave --window 0")
@@ -95,21 +100,28 @@ def known_model(folder: Path) -> tuple[Any, Any]:
 
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model to start from at {folder}: {error}") from None
+    except Exception as error:  # safetensors and configurations have exceptions of their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot load a model to start from at {folder}: {first}") from None
 
 
 @dataclass(frozen=True)
 class Windowing:
     """Tokens a training window, windows a step; the last `long_share` of the run sees `long_length` instead.
 
-    A step holds `rows * length` tokens throughout: long windows come in smaller numbers.
+    A step holds `rows * length` tokens throughout: long windows come in smaller numbers, and are no longer than the model's
+    context.
     """
 
     length: int = 512
     rows: int = 16
     long_length: int = 2048
     long_share: float = 0.1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window that a run sees."""
+        return max(self.length, self.long_length if self.long_share else 0)
 
     def at(self, progress: float) -> tuple[int, int]:
         """(rows, length) at that share of the run."""
@@ -126,8 +138,8 @@ def valid_loss(model: torch.nn.Module, tokens: np.ndarray, length: int, max_rows
         return float("nan")
     windows = torch.from_numpy(tokens[: rows * length].astype(np.int64)).view(rows, length)
     device = next(model.parameters()).device
-    losses = [float(model(input_ids=w.to(device), labels=w.to(device)).loss) for w in windows.split(8)]
-    return sum(losses) / len(losses)
+    parts = [part.to(device) for part in windows.split(8)]
+    return sum(len(part) * float(model(input_ids=part, labels=part).loss) for part in parts) / rows
 
 
 def train_target(
@@ -163,19 +175,28 @@ def train_target(
         DataError: no corpus folder at `data`.
         CheckpointError: `out` holds a run that cannot be resumed, or `start_from` no model.
     """
-    from transformers import AutoTokenizer
-
     if start_from is not None:
         model, tokenizer = known_model(start_from)
     elif not (data / "train.bin").is_file():
         raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
     else:
-        tokenizer = AutoTokenizer.from_pretrained(data)
+        tokenizer = corpus_tokenizer(data)
         torch.manual_seed(seed)
         model = new_model(shape, tokenizer)
     model.to(device)
-    streams = load_streams(data, tokenizer, model.config.get_text_config().vocab_size)
+    config = model.config.get_text_config()
+    streams = load_streams(data, tokenizer, config.vocab_size)
     windows, valid = Windows(streams["train"].tokens, seed), streams["valid"].tokens
+    context = getattr(config, "max_position_embeddings", None) or windowing.longest
+    if windowing.length > context:
+        raise InputError(
+            f"windows of {windowing.length} tokens are longer than the model's context of {context}: lower --length"
+        )
+    windowing = replace(windowing, long_length=min(windowing.long_length, context))
+    for length in {windowing.length, windowing.longest}:
+        windows.usable(length)  # too little text is an error now, not when the first long window is cut
+    if draft is not None:
+        trial_prompts(valid, prompts, context, seed)
     made = optimizers(model, rate, muon=True)
     beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
     trained: list[torch.nn.Module] = [model]
@@ -186,7 +207,9 @@ def train_target(
     out.mkdir(parents=True, exist_ok=True)
     identity: dict[str, Any] = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
     identity |= {"draft": asdict(draft) if draft is not None else None, "compile": compile_model}
-    identity["start_from"] = str(start_from) if start_from is not None else None
+    identity |= {"start_from": str(start_from) if start_from is not None else None, "data": streams["train"].digest}
+    if start_from is not None:
+        identity["start_from_weights"] = digest_of(model.state_dict())[:16]
     clock = load_state(out, state, made, identity)
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
@@ -231,6 +254,6 @@ def train_target(
         shutil.copy(data / "sources.json", out / "sources.json")
     Console(stderr=True).print(f"wrote {out}: {figures}")
     if beside is not None:
-        options = {"length": min(windowing.length, shape.context), "prompts": prompts, "seed": seed, "command": command}
+        options = {"length": windowing.length, "prompts": prompts, "seed": seed, "command": command}
         figures["draft"] = beside.finish(draft_out or out / "draft", out, valid, counts, clock.each[1], **options)
     return figures
