@@ -67,8 +67,10 @@ if wanted changed; then
     done
 fi
 
-# The defaults at 4 M tokens, with and without cross-attention and the norm before it; and how acceptance grows, up to 16 M.
-study top --tokens 4e6 --factor cross --factor norm --seeds "${SEEDS:-0,1,2}" &
+# The defaults at 4 M tokens against what they replaced; and how acceptance grows, from 1 M to 16 M.
+study top --tokens 4e6 --factor cross --factor norm --row read-last=read:last --row window-all=window:0 --row glimpse-on=glimpse:on \
+    --seeds "${SEEDS:-0,1,2}" &
+study few --tokens 1e6 --factor embedding --row adamw=muon:false --seeds 0 &
 study more --tokens 16e6 --seeds 0 &
 # Text of the corpus, or what the target makes of its openings.
 if wanted text; then
@@ -86,14 +88,14 @@ if wanted text; then
 fi
 wait
 
-# Targets of about 4, 11 and 25 M parameters and as many layers, 2 M tokens each.
+# Targets of about 4, 11 and 25 M parameters and as many layers, 2 M tokens each, the largest 3 M.
 size() {
     wanted "size-$1" || return 0
     [ -f "$out/target-$1/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target-$1" --layers 8 \
-        --width "$2" --ffn "$3" --heads "$4" --kv-heads "$4" --tokens 2e6 --length 512 --rows 8 --long-share 0 --threads 1
+        --width "$2" --ffn "$3" --heads "$4" --kv-heads "$4" --tokens "${5:-2e6}" --length 512 --rows 8 --long-share 0 --threads 1
     target=$out/target-$1 study "size-$1" --factor cross
 }
 size 4m 192 528 3 &
 size 11m 320 880 5 &
-size 25m 512 1152 8 &
+size 25m 512 1152 8 3e6 &
 wait

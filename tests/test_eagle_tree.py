@@ -198,8 +198,8 @@ def test_a_proposal_and_the_draft_s_slots_stay_within_the_budget(expansion) -> N
         target = ToyTarget(scripted_rule([[0]], 16), 16)
         drafter = ModelDrafter(ToyDraft(rule, 16), expansion, FixedLength(5))
         state = start(target, drafter, [[0]], SamplingParams(max_new_tokens=50))
-        assert drafter.propose(state).nodes <= drafter.budget
-        assert state.draft.own.scratch <= drafter.budget
+        assert drafter.propose(state).nodes <= drafter.budget(99)
+        assert state.draft.own.scratch <= drafter.budget(99)
 
 
 # --- SVIP by depth

@@ -16,10 +16,9 @@ from glidecape.errors import GlideCapeError
 from glidecape.models.glide import GlideModel
 from glidecape.models.glide_config import GlideConfig
 from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
-from test_against_transformers import PROMPTS, reference_tokens
+from test_against_transformers import PROMPTS, Agreeing, reference_tokens
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3"),
@@ -47,7 +46,7 @@ def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
         if p.ndim > 1:
             p.data += 0.004 * torch.randn_like(p)
     target = Target(model)
-    itself, often = StandaloneDraft(Target(copy.deepcopy(reference))), StandaloneDraft(Target(noisy))
+    itself, often = Agreeing(Target(copy.deepcopy(reference))), Agreeing(Target(noisy))
     try:
         rarely = GlideDraft(GlideModel(GlideConfig.for_target(target), target))
     except GlideCapeError:
@@ -80,7 +79,7 @@ def test_outputs_of_no_token_one_token_and_up_to_the_very_end_of_the_context(kin
     """With learned positions the last of them is used, and drafts must not ask for the one after."""
     model = zoo.build(kind, max_position_embeddings=48)
     reference = copy.deepcopy(model)
-    target, draft = Target(model), StandaloneDraft(Target(copy.deepcopy(reference)))
+    target, draft = Target(model), Agreeing(Target(copy.deepcopy(reference)))
     prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[1]]
     room = [48 - len(p) for p in prompts[:2]]
     expected = [reference_tokens(reference, p, max_new_tokens=n)[0] for p, n in zip(prompts, room, strict=False)]

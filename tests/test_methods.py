@@ -228,7 +228,9 @@ def test_a_proposal_stays_within_its_budget(method: str) -> None:
     drafter = make_drafter(method, ToyDraft(scripted_rule([[0, 1, 2]] * 40, 64), 64), length=4, bins=(3,), beams=3)
     target = ToyTarget(scripted_rule([[n % 50] for n in range(60)], 64), 64)
     state = start(target, drafter, [[0]], SamplingParams(max_new_tokens=30))
-    assert drafter.propose(state).nodes == drafter.budget == {"glide": 5, "glide+cape": 17, "glide+beam": 13}[method]
+    assert (
+        drafter.propose(state).nodes == drafter.budget(99) == {"glide": 5, "glide+cape": 17, "glide+beam": 13}[method]
+    )
 
 
 # --- SVIP on several frontier nodes

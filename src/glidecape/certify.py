@@ -117,7 +117,7 @@ def certify(
         raise InputError("certify compares the bare law at a temperature: leave all other sampling options out")
     if batch < 1:
         raise InputError(f"a batch has at least 1 prompt, not {batch}")
-    found: dict[str, list[Finding]] = {"plain": []}
+    found: dict[str, list[Finding]] = {}
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     each = [replace(params, seed=params.seed + i, ignore_eos=True) for i in range(len(ids))]
     alone = [generate(target, [own], None, p)[0].tokens for own, p in zip(ids, each, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -40,13 +41,14 @@ def demo(
         Path | None, typer.Option(help="Model folder; default: the pair shipped in the checkout.")
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
-    max_new_tokens: int = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     threads: Threads = 0,
 ) -> None:
     """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""
     from .demo import run_demo
 
-    run_demo(target, draft, max_new_tokens, threads)
+    if not run_demo(target, draft, max_new_tokens, threads):
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,6 +62,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Entry point: errors meant for users become one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that has not the letter shows a question mark
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     try:
         app()

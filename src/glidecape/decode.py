@@ -62,7 +62,6 @@ def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int],
     accepted = min(len(path) - 1, len(tokens))
     rejected = any(tree.children(i)[path[-1]]) if len(tokens) > len(path) - 1 else False
     round_stats = RoundStats(drafted, accepted, len(tokens), accepted + rejected, depth)
-    row.rounds.append(round_stats)
     origins = [*tree.origins(i, path)[:accepted], "bonus"][: len(tokens)]
     if row.cut is None:
         return Emitted(row.index, tokens, origins, round_stats, row.finish)
@@ -89,24 +88,33 @@ def start(
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one, or one a prompt")
-    for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-        if not prompt:
-            raise InputError(f"prompt {i} is empty: give at least one token to continue")
-        if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:
-            raise InputError(f"prompt {i} holds token id {bad[0]}, outside the vocabulary of {target.vocab_size}")
-        if len(prompt) + own.max_new_tokens > target.context:
-            raise InputError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {own.max_new_tokens} that is more than the "
-                f"target's context of {target.context}: shorten it, or emit {max(0, target.context - len(prompt))} at most"
-            )
-    rows = [new_row(i, list(prompt), own, target) for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))]
+    rows = [checked_row(i, prompt, own, target) for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))]
     # Room for the longest row, a proposal after it, and the padding of ragged catch-ups.
-    capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * drafter.budget + 2
+    proposal = drafter.budget(max(own.max_new_tokens for own in each))
+    capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * proposal + 2
     state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes, drafter.reads_hidden), noise=noise)
     with torch.no_grad():
         target.prefill([row.tokens for row in rows], state.cache)
         drafter.admit(state)
     return state
+
+
+def checked_row(i: int, prompt: Sequence[int], params: SamplingParams, target: Target) -> Row:
+    """The row of prompt `i` at its beginning.
+
+    Raises:
+        InputError: see `start`.
+    """
+    if not prompt:
+        raise InputError(f"prompt {i} is empty: give at least one token to continue")
+    if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:
+        raise InputError(f"prompt {i} holds token id {bad[0]}, outside the vocabulary of {target.vocab_size}")
+    if len(prompt) + params.max_new_tokens > target.context:
+        raise InputError(
+            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that is more than the "
+            f"target's context of {target.context}: shorten it, or emit {max(0, target.context - len(prompt))} at most"
+        )
+    return new_row(i, list(prompt), params, target)
 
 
 def decode(
@@ -187,5 +195,5 @@ def generate(
             cut_text[event.row] = event.text
     for i, one in enumerate(done):
         if target.tokenizer is not None:
-            one.text = cut_text[i] if i in cut_text else text_of(target.tokenizer, one.tokens)
+            one.text = cut_text[i] if i in cut_text else text_of(target.tokenizer, one.tokens, ids[i])
     return done

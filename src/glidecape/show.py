@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from .decode import decode
+from .decode import checked_row, decode
 from .drafting.drafter import Drafter
 from .models.target import Target
 from .sampling import SamplingParams
@@ -28,6 +28,8 @@ def show(
     With `chat` each prompt is a user's message and the completion an answer, shown without it.
     """
     ids = [chat_ids(target.tokenizer, text) if chat else target.encode(text) for text in prompts]
+    for i, (prompt, own) in enumerate(zip(ids, params, strict=True)):
+        checked_row(i, prompt, own, target)  # all of them, before anything is printed
     for first in range(0, len(ids), batch):
         rows = list(range(first, min(first + batch, len(ids))))
         stats = Stats()
@@ -35,7 +37,9 @@ def show(
         origins: dict[int, list[str]] = {r: [] for r in rows}
         finish: dict[int, str] = {}
         texts: dict[int, str] = {}
-        stream = TextStream(target.tokenizer, params[first].stop) if not as_json and len(rows) == 1 else None
+        stream = (
+            TextStream(target.tokenizer, params[first].stop, ids[first]) if not as_json and len(rows) == 1 else None
+        )
         if stream:
             print("" if chat else prompts[first], end="", flush=True)
         for event in decode(target, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
@@ -49,7 +53,7 @@ def show(
                 texts[row], kept = event.text, len(tokens[row]) - event.cut
                 tokens[row], origins[row] = tokens[row][:kept], origins[row][:kept]
         for row in rows:
-            text = texts.get(row, text_of(target.tokenizer, tokens[row]))
+            text = texts.get(row, text_of(target.tokenizer, tokens[row], ids[row]))
             if as_json:
                 line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
                 print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))

@@ -41,7 +41,6 @@ class Row:
     stop_ids: frozenset[int]
     chance: Chance
     finish: str | None = None
-    rounds: list[RoundStats] = field(default_factory=list)
     stops: StopStrings | None = None
     history: History | None = None
     cut: Cut | None = None
@@ -103,11 +102,6 @@ class DecodeState:
     def root_positions(self) -> Tensor:
         """Absolute positions of the roots, `(batch,)`: the committed lengths."""
         return torch.tensor(self.cache.lengths, device=self.cache.keys[0].device)
-
-    @property
-    def budget(self) -> int:
-        """Tokens that the row with the most left may still emit."""
-        return max(row.budget for row in self.rows)
 
     def gumbel(self, positions: Tensor, vocab: int) -> Tensor:
         """Shared noise for the tokens *at* `positions (batch, nodes)`, past the roots; `(batch, nodes, vocab)`.
@@ -302,5 +296,5 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
         raise InputError("min_new_tokens cannot be kept: every token of the vocabulary ends the row")
     row = Row(index, list(prompt), len(prompt), params, frozenset(stops), RandomChance(params.seed))
     if strings:
-        row.stops = StopStrings(target.tokenizer, strings, params.min_new_tokens)
+        row.stops = StopStrings(target.tokenizer, strings, params.min_new_tokens, prompt)
     return row

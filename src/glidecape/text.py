@@ -12,12 +12,23 @@ from typing import Any
 
 from .errors import InputError
 
+CONTEXT = 4  # tokens of a prompt that are decoded with what follows
 HALF = "\ufffd"  # what a decoder makes of the first bytes of a character
 
 
-def text_of(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of emitted tokens, special tokens left out."""
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+def text_of(tokenizer: Any, tokens: Sequence[int], prompt: Sequence[int] = ()) -> str:
+    """The text of emitted tokens, special tokens left out, as it follows the prompt's.
+
+    Many decoders (SentencePiece's) drop the space that a text begins with: so the end of the prompt is decoded before the
+    tokens, and its text cut off.
+    """
+    before = list(prompt[-CONTEXT:])
+    head = tokenizer.decode(before, skip_special_tokens=True).rstrip(HALF) if before else ""
+    if head:
+        whole: str = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
+        if whole.startswith(head):
+            return whole[len(head) :]
+    return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:
@@ -39,8 +50,8 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _settled(tokenizer: Any, tokens: list[int]) -> str:
-    return text_of(tokenizer, tokens).rstrip(HALF)
+def _settled(tokenizer: Any, tokens: list[int], prompt: Sequence[int]) -> str:
+    return text_of(tokenizer, tokens, prompt).rstrip(HALF)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class StopStrings:
         tokenizer: of the target.
         strings: the stop strings.
         least: a string completed by an earlier token than this one (counted from 1) is no stop.
+        prompt: token ids before the emitted ones (see `text_of`).
 
     >>> class Letters:
     ...     def decode(self, tokens, skip_special_tokens):
@@ -75,14 +87,14 @@ class StopStrings:
     Cut(tokens=5, kept=2, text='a ')
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], least: int = 0) -> None:
-        self.tokenizer, self.strings, self.least = tokenizer, tuple(strings), least
+    def __init__(self, tokenizer: Any, strings: Sequence[str], least: int = 0, prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.strings, self.least, self.prompt = tokenizer, tuple(strings), least, prompt
 
     def find(self, tokens: list[int], searched: int) -> Cut | None:
         """The first stop string that is complete after one of `tokens`, of which the first `searched` hold none."""
-        before = _settled(self.tokenizer, tokens[:searched])
+        before = _settled(self.tokenizer, tokens[:searched], self.prompt)
         for count in range(searched + 1, len(tokens) + 1):
-            after = _settled(self.tokenizer, tokens[:count])
+            after = _settled(self.tokenizer, tokens[:count], self.prompt)
             if count >= self.least:
                 # It must end in this token's text: what ended earlier was found, or came before `least`.
                 found = [after.find(text, max(0, len(before) - len(text) + 1)) for text in self.strings]
@@ -94,9 +106,11 @@ class StopStrings:
 
     def _boundary(self, tokens: list[int], text: str) -> int:
         for count in reversed(range(len(tokens))):
-            if text_of(self.tokenizer, tokens[:count]) == text:
+            if text_of(self.tokenizer, tokens[:count], self.prompt) == text:
                 return count
-        longer = (n for n in range(1, len(tokens)) if len(_settled(self.tokenizer, tokens[:n])) > len(text))
+        longer = (
+            n for n in range(1, len(tokens)) if len(_settled(self.tokenizer, tokens[:n], self.prompt)) > len(text)
+        )
         return next(longer, len(tokens))
 
 
@@ -113,13 +127,13 @@ def held_back(text: str, strings: Sequence[str]) -> int:
 class TextStream:
     """Turns a row's events into text to show: no half characters, and nothing that may be part of a stop string.
 
-    >>> stream = TextStream(tokenizer, params.stop)                                       # doctest: +SKIP
+    >>> stream = TextStream(tokenizer, params.stop, prompt)                               # doctest: +SKIP
     >>> for event in decode(target, drafter, [prompt], params):                           # doctest: +SKIP
     ...     print(stream.push(event.tokens, event.finish is not None, event.text), end="")
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stop, self.prompt = tokenizer, tuple(stop), prompt
         self.tokens: list[int] = []
         self.shown = 0
 
@@ -133,10 +147,10 @@ class TextStream:
         """
         self.tokens += tokens
         if ended:
-            whole = text_of(self.tokenizer, self.tokens) if text is None else text
+            whole = text_of(self.tokenizer, self.tokens, self.prompt) if text is None else text
             until = len(whole)
         else:
-            whole = _settled(self.tokenizer, self.tokens)
+            whole = _settled(self.tokenizer, self.tokens, self.prompt)
             until = len(whole) - held_back(whole, self.stop)
         new = whole[self.shown : until]
         self.shown = max(self.shown, until)

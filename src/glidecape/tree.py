@@ -107,7 +107,8 @@ class TokenTree:
             reach[:, 1:].scatter_(2, below, 1.0)
             steps = 1  # reach[n, m] > 0 where m is at most so many steps above n
             while steps < self.nodes - 1 and steps < int(self.depth.max()):
-                reach, steps = reach @ reach, 2 * steps
+                # Kept at 0 and 1: the number of ways to a node doubles with each step, and overflows below depth 256.
+                reach, steps = (reach @ reach).clamp_(max=1.0), 2 * steps
             self._ancestors = reach > 0
         return self._ancestors
 

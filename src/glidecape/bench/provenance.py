@@ -16,20 +16,27 @@ from ..models.target import Target
 
 def commit() -> str:
     """The checkout's commit, "-dirty" with changes in the code; the installed version outside a checkout."""
-    here = Path(__file__).resolve().parent
-    options = ["git", "describe", "--always", "--abbrev=9", "--exclude=*", "--dirty"]
-    try:
-        found = subprocess.run(options, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        found = ""
-    if found:
-        return found
+    package = Path(__file__).resolve().parents[1]
+    root = package.parents[1]
+    if (
+        package == root / "src" / "glidecape" and (root / ".git").exists()
+    ):  # else the repository around it is somebody else's
+        found = _git(root, "describe", "--always", "--abbrev=9", "--exclude=*")
+        if found:
+            return found + ("-dirty" if _git(root, "status", "--porcelain", "--", str(package)) else "")
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return f"glidecape {version('glidecape')}"
     except PackageNotFoundError:
         return "unknown"
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def processor(device: torch.device) -> str:
@@ -68,7 +75,7 @@ def session(command: str) -> dict[str, str]:
 
 def digest_of_model(name: str) -> str:
     """sha256 of the weights and settings in a model folder; the name itself where it is a Hub model's."""
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
     digest = hashlib.sha256()

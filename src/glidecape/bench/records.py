@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, InputError
+from ..files import write_atomic
 
 FORMAT = 1
 
@@ -143,9 +144,9 @@ class JsonLines:
         """Drop the other lines."""
         kept = [line for line in self.lines if wanted(line)]
         if len(kept) < len(self.lines):
-            self.lines = []
-            self.path.unlink()
-            self.append(*kept)
+            text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
+            write_atomic(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+            self.lines = kept
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,6 +176,8 @@ class RunFolder:
                 self.header: dict[str, Any] = json.loads(header.read_text(encoding="utf-8"))
             except json.JSONDecodeError:
                 raise DataError(f"{header} is not JSON: the folder is torn; use another --out") from None
+            if not isinstance(self.header, dict) or not {"format", "identity", "sessions"} <= self.header.keys():
+                raise DataError(f"{header} is no benchmark's: the folder is torn; use another --out")
             if self.header.get("format") != FORMAT:
                 raise DataError(f"{header} is of format {self.header.get('format')}; this version reads {FORMAT}")
             if identity is not None:

@@ -62,9 +62,10 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
     """
     summaries = [summarise(RunFolder(folder)) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
+    names = [folder.resolve().name for folder in folders]
     page, text = out / "report.html", out / "report.md"
-    page.write_text(html(summaries, [folder.name for folder in folders]), encoding="utf-8")
-    text.write_text(markdown(summaries, [folder.name for folder in folders]), encoding="utf-8")
+    page.write_text(html(summaries, names), encoding="utf-8")
+    text.write_text(markdown(summaries, names), encoding="utf-8")
     return page, text
 
 

@@ -60,7 +60,8 @@ class Settings:
         Raises:
             InputError: a count that is too small.
         """
-        for name, least in (("batch", 1), ("repeats", 1), ("max_new_tokens", 2), ("limit", 1), ("watch_depth", 1)):
+        least_of = {"batch": 1, "repeats": 1, "max_new_tokens": 2, "limit": 1, "watch_depth": 1}
+        for name, least in (least_of | dict.fromkeys(("watch", "looping", "prompt_tokens", "context"), 0)).items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
 

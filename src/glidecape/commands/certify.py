@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import Quantize, base_of, load_target, named_folders, read_prompts
+from .shared import Quantize, Threads, base_of, load_target, named_folders, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
@@ -35,7 +35,7 @@ def certify(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     quantize: Quantize = None,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")] = 0,
+    threads: Threads = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")

@@ -26,7 +26,12 @@ def generate(
     ] = "glide+cape",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="A text file (one prompt) or .jsonl with a prompt column.")
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="A text file (one prompt), or .jsonl with text, prompt or messages; a row's own answer is left out.",
+        ),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
@@ -134,9 +139,9 @@ def generate(
     show(model, drafter, prompts, params, batch, method, as_json, chat)
 
 
-def _bias(items: list[str]) -> dict[int, float]:
+def _bias(items: list[str]) -> tuple[tuple[int, float], ...]:
     try:
-        return {int(token): float(value) for token, _, value in (item.partition("=") for item in items)}
+        return tuple((int(token), float(value)) for token, _, value in (item.partition("=") for item in items))
     except ValueError:
         raise InputError(f"--logit-bias takes ID=NUMBER, such as 42=-5, not '{' '.join(items)}'") from None
 

@@ -86,6 +86,10 @@ def _open(
     from ..measure.table import Study
     from ..models.checkpoint import load_draft
 
+    if out is not None and (out.suffix == ".md" or out.is_dir()):
+        raise InputError(f"--out names a JSON file, beside which a .md is written, not {out}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # not after an hour
     settings = Settings(**options)
     read = read_suites([one for one in suite.split(",") if one.strip()], suites)
     dtype, device, threads, revision, trust = machine

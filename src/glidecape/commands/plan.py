@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import load_target
+from .shared import Threads, load_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -210,7 +210,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "float32",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")] = 0,
+    threads: Threads = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:

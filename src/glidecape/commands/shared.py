@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Quantize = Annotated[str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
@@ -53,8 +53,8 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
 
 
@@ -73,15 +73,26 @@ def parse_bins(text: str) -> tuple[int, ...]:
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts that were given and those of a file; with neither, standard input. A row's own answer is left out.
+
+    Raises:
+        InputError: there is none, or an empty one.
+        DataError: the file cannot be read.
+    """
     prompts = list(given or [])
     if file is not None:
-        from ..train.data import read_texts
+        from ..train.data import read_prompt_texts
 
-        prompts += list(read_texts(file))
+        prompts += list(read_prompt_texts(file))
+        if not prompts:
+            raise InputError(f"{file} holds no prompt")
     if not prompts:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise InputError("no prompt: give --prompt, --file, or text on standard input")
-        prompts = [sys.stdin.read()]
+        try:
+            prompts = [sys.stdin.read()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8 text ({error})") from None
     for i, text in enumerate(prompts):
         if not text.strip():
             raise InputError(f"prompt {i} is empty: give at least one token to continue")
@@ -90,9 +101,10 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 def base_of(folder: str) -> str:
     """The base of the methods that a draft folder is for, such as "glide" or "vanilla"."""
-    from ..models.checkpoint import WEIGHTS, read_card
+    from ..models.checkpoint import WEIGHTS, read_card, resolve
 
-    return read_card(Path(folder))["kind"] if (Path(folder) / WEIGHTS).is_file() else "vanilla"
+    path = resolve(folder)
+    return read_card(path)["kind"] if (path / WEIGHTS).is_file() else "vanilla"
 
 
 def named_folders(items: list[str]) -> dict[str, str]:

@@ -65,9 +65,8 @@ class Drafter(Protocol):
     def reads_hidden(self) -> bool:
         """Must the target's cache keep last hidden states?"""
 
-    @property
-    def budget(self) -> int:
-        """Most nodes of a proposal, the root included."""
+    def budget(self, tokens: int) -> int:
+        """Most nodes of a proposal, the root included, for rows that emit at most so many tokens."""
 
     def admit(self, state: DecodeState) -> None: ...
 
@@ -79,7 +78,10 @@ class Drafter(Protocol):
 class NoDraft:
     """Plain decoding: the empty proposal."""
 
-    budget, reads_hidden = 1, False
+    reads_hidden = False
+
+    def budget(self, tokens: int) -> int:
+        return 1
 
     def admit(self, state: DecodeState) -> None:
         state.draft = None
@@ -101,9 +103,8 @@ class Around:
     def reads_hidden(self) -> bool:
         return self.inner.reads_hidden
 
-    @property
-    def budget(self) -> int:
-        return self.inner.budget
+    def budget(self, tokens: int) -> int:
+        return self.inner.budget(tokens)
 
     def admit(self, state: DecodeState) -> None:
         self.inner.admit(state)
@@ -144,9 +145,8 @@ class ModelDrafter:
     def reads_hidden(self) -> bool:
         return self.model.reads_hidden
 
-    @property
-    def budget(self) -> int:
-        return self.expansion.budget(self.cap)
+    def budget(self, tokens: int) -> int:
+        return self.expansion.budget(min(self.cap, max(1, tokens - 1)))
 
     def admit(self, state: DecodeState) -> None:
         """Read the prompts, all but their last tokens."""

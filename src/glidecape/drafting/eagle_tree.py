@@ -42,9 +42,6 @@ class EagleTree:
         check_size(top, total)
         self.top, self.total = top, total
 
-    def width(self, depth: int) -> int:
-        return 1 if depth == 0 else self.top
-
     def budget(self, depth: int) -> int:
         run = 1 + self.top * (depth - 1)  # slots of the draft's own cache
         return max(run, min(self.total, 1 + self.top + (depth - 1) * self.top**2))
@@ -85,9 +82,6 @@ class StaticTree:
         check_size(top, total)
         self.levels = _levels(static_paths(top, total, depth))
 
-    def width(self, depth: int) -> int:
-        return 1 if depth == 0 else len(self.levels[depth - 1].goes_on)
-
     def budget(self, depth: int) -> int:
         return 1 + sum(len(level.choices) for level in self.levels[:depth])
 
@@ -98,7 +92,7 @@ class StaticTree:
         best = widen(law.rank).log_softmax(-1).topk(min(max(level.choices) + 1, vocab), dim=-1)
         at = choices.clamp(max=vocab - 1)
         tokens, own = best.indices[:, level.parents, at], best.values[:, level.parents, at].float()
-        # A token outside the processed law can never be accepted: its score is -inf.
+        # A token outside the draft's processed law has no rank: its score is -inf.
         added = tree.add(frontier[:, level.parents], tokens, own, own.isfinite() & (choices < vocab))
         return added[:, level.goes_on]
 

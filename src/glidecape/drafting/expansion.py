@@ -1,10 +1,9 @@
 """Expansions: how nodes are added below the frontier.
 
-An expansion has `draws` (may its chain be drawn at random under the residual rule?), `width(depth)`, the frontier's
-largest width, `budget(depth)`, the most nodes that a proposal of so many depths has, the root included, or that the draft
-runs for it, and `grow(tree, frontier, law) -> frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none;
-no column ends the draft. `finish(tree)` may prune, deterministic nodes only. A new one is a class like these, and nothing
-else changes.
+An expansion has `draws` (may its chain be drawn at random under the residual rule?), `budget(depth)`, the most nodes that a
+proposal of so many depths has, the root included, or that the draft runs for it, and `grow(tree, frontier, law) ->
+frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none; no column ends the draft. `finish(tree)` may prune,
+deterministic nodes only. A new one is a class like these, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from .law import DraftLaw
 class Expansion(Protocol):
     draws: bool
 
-    def width(self, depth: int) -> int: ...
-
     def budget(self, depth: int) -> int: ...
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor: ...
@@ -39,9 +36,6 @@ class Chain:
     """
 
     draws = True
-
-    def width(self, depth: int) -> int:
-        return 1
 
     def budget(self, depth: int) -> int:
         return 1 + depth
@@ -99,7 +93,7 @@ class Cape(Chain):
             rank = rank.scatter(1, at, torch.where(drawn >= 0, float("inf"), rank.gather(1, at)))
         best = rank.topk(min(1 + max(siblings), rank.shape[-1]), dim=-1)
         number = torch.arange(best.indices.shape[1], device=rank.device)
-        # A token outside the processed law can never be accepted.
+        # A token outside the draft's processed law has no rank: the target's own top-k or top-p rarely holds it.
         valid = (best.values > float("-inf")) & (frontier >= 0)
         valid &= number <= torch.tensor(siblings, device=rank.device)[:, None]
         keep = max(1, int(valid.sum(1).max()))  # valid ones come first: the rest would be padding in every row
@@ -117,7 +111,7 @@ def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -
 
     Returns:
         Their parents, tokens, log-softmax of the ranks, and the sum of those along the path: -inf below no node, and for a
-        token outside the processed law, which can never be accepted. Ties go to the earlier parent and the better token.
+        token outside the draft's processed law, which has no rank. Ties go to the earlier parent and the better token.
     """
     best = widen(law.rank).log_softmax(-1).topk(min(each, law.rank.shape[-1]), dim=-1)
     above = tree.score.gather(1, frontier.clamp(min=0))
@@ -150,9 +144,6 @@ class Beam:
         if not 1 <= beams <= 64:
             raise InputError(f"a beam expansion has 1 to 64 beams, not {beams}")
         self.beams = beams
-
-    def width(self, depth: int) -> int:
-        return 1 if depth == 0 else self.beams
 
     def budget(self, depth: int) -> int:
         return 1 + depth * self.beams

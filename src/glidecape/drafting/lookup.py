@@ -72,9 +72,8 @@ class LookupDrafter:
             raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")
         self.length, self.ngram = length, ngram
 
-    @property
-    def budget(self) -> int:
-        return 1 + self.length
+    def budget(self, tokens: int) -> int:
+        return 1 + min(self.length, max(1, tokens - 1))
 
     def admit(self, state: DecodeState) -> None:
         state.draft = LookupState([NgramIndex(self.ngram) for _ in state.rows])

@@ -92,7 +92,7 @@ def make_drafter(
         top, total: of a tree: choices of a node that may go on, and nodes of the proposal, the root included.
 
     Raises:
-        InputError: unknown method, no draft model for a method that needs one, or options out of range.
+        InputError: unknown method, no draft model for a method that needs one, one of another kind, or options out of range.
     """
     base, added = parse_method(method)
     if base == "plain":
@@ -101,6 +101,12 @@ def make_drafter(
         return LookupDrafter(length, ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
+    made_for = getattr(draft, "base", None)  # None: anything that can draft
+    if made_for not in (None, base):
+        raise InputError(
+            f"method '{method}' needs {WANTS[base]}, and this is {WANTS[made_for]}: use {made_for}, {made_for}+svip, …, or "
+            "name another draft"
+        )
     stop: StopPolicy = FixedLength(length)
     if "svip" in added:
         stop = Entropy(threshold, cap, over)

@@ -91,7 +91,7 @@ class Entropy:
     OVER = ("best", "mean", "min")
 
     def __init__(self, threshold: float = 0.3, cap: int = 40, over: str = "best") -> None:
-        if threshold < 0 or cap < 1:
+        if not threshold >= 0 or cap < 1:
             raise InputError(f"SVIP's threshold must not be negative and its cap at least 1, not {threshold} and {cap}")
         if over not in self.OVER:
             raise InputError(f"SVIP's entropy is taken over one of {', '.join(self.OVER)}, not '{over}'")

@@ -67,7 +67,10 @@ class _Sized:
     reads_hidden = False
 
     def __init__(self, most: int) -> None:
-        self.length, self.budget = 0, 1 + most
+        self.length, self.most = 0, most
+
+    def budget(self, tokens: int) -> int:
+        return 1 + self.most
 
     def admit(self, state: DecodeState) -> None:
         state.draft = None

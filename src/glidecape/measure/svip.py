@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
+from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
 from ..drafting.expansion import Expansion
+from ..drafting.methods import AnyDraft
+from ..drafting.methods import joined as with_stop
 from ..drafting.stop import Entropy, FixedLength, Heuristic
 from ..errors import InputError
 from ..fit import Recorded, fit_threshold, record, slope
@@ -39,7 +41,7 @@ class Lengths:
 
 def study_svip(
     target: Target,
-    draft: DraftModel,
+    draft: AnyDraft,
     expansion: Expansion,
     name: str,
     prompts: Sequence[Sequence[int]],
@@ -74,8 +76,8 @@ def study_svip(
     drafters = _drafters(draft, expansion, lengths, cap)
     if cap > 1:  # of one token there is nothing to stop
         fit = fit_threshold(target, draft, calibration, params, expansion, cap)
-        drafters[f"svip fitted {fit.threshold:.2f}"] = ModelDrafter(draft, expansion, Entropy(fit.threshold, cap))
-    watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": ModelDrafter(draft, expansion, FixedLength(cap))}
+        drafters[f"svip fitted {fit.threshold:.2f}"] = with_stop(draft, expansion, Entropy(fit.threshold, cap))
+    watched: dict[str, Drafter] = {PLAIN: NoDraft(), "longest": with_stop(draft, expansion, FixedLength(cap))}
     seen = {n: Watched(d) for n, d in (watched | drafters).items()}
     runs = interleaved(target, seen, [[p] for p in prompts], params, repeats)
     rounds = {n: _rounds(n, seen[n], runs) for n in seen}
@@ -103,14 +105,14 @@ def study_svip(
     return table, costs
 
 
-def _drafters(draft: DraftModel, expansion: Expansion, lengths: Lengths, cap: int) -> dict[str, Drafter]:
+def _drafters(draft: AnyDraft, expansion: Expansion, lengths: Lengths, cap: int) -> dict[str, Drafter]:
     made: dict[str, Drafter] = {
-        f"constant {n}": ModelDrafter(draft, expansion, FixedLength(n))
+        f"constant {n}": with_stop(draft, expansion, FixedLength(n))
         for n in sorted(lengths.constant)
         if n <= min(draft.max_lag, lengths.cap)
     }
-    made["heuristic"] = ModelDrafter(draft, expansion, Heuristic(lengths.start, cap))
-    made[f"svip {lengths.threshold:g}"] = ModelDrafter(draft, expansion, Entropy(lengths.threshold, cap))
+    made["heuristic"] = with_stop(draft, expansion, Heuristic(lengths.start, cap))
+    made[f"svip {lengths.threshold:g}"] = with_stop(draft, expansion, Entropy(lengths.threshold, cap))
     return made
 
 

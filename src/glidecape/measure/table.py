@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from ..files import write_atomic
+
 
 @dataclass
 class Table:
@@ -62,8 +64,9 @@ class Study:
     def write(self, path: Path) -> None:
         """JSON to `path`, Markdown beside it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        path.with_suffix(".md").write_text(self.markdown())
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomic(path, lambda temporary: temporary.write_text(text))
+        write_atomic(path.with_suffix(".md"), lambda temporary: temporary.write_text(self.markdown()))
 
     def print(self) -> None:
         console = Console()

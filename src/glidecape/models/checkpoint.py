@@ -168,7 +168,7 @@ def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None)
     return draft(module, card["figures"])
 
 
-def _resolve(name: str | Path) -> Path:
+def resolve(name: str | Path) -> Path:
     """A local folder, or the snapshot of a Hub repository."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -190,7 +190,7 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
     Raises:
         CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
     """
-    folder = _resolve(name)
+    folder = resolve(name)
     if (folder / WEIGHTS).is_file():
         return load_network(folder, target)
     if not (folder / "config.json").is_file():
@@ -201,6 +201,12 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
         raise MismatchError(
             f"the draft LM in {folder} has {model.vocab_size} tokens, the target {target.vocab_size}: vanilla speculative "
             "decoding needs one vocabulary"
+        )
+    if model.context < target.context:
+        warnings.warn(
+            f"the draft LM in {folder} has a context of {model.context} tokens, the target {target.context}: past it the "
+            "output stays the target's, but few tokens will be accepted",
+            stacklevel=2,
         )
     if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise MismatchError(f"the draft LM in {folder} has another tokenizer than the target")

@@ -186,12 +186,13 @@ class Target:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = Path(name)
+        folder = Path(name).expanduser()
         if isinstance(name, Path) or folder.exists() or str(name).startswith((".", "/", "~")):
             if not folder.is_dir():
                 raise CheckpointError(f"no model folder at {name}: name a folder with config.json, or a Hub model")
             if not (folder / "config.json").is_file():
                 raise CheckpointError(f"{name} has no config.json: is it a Hugging Face model folder?")
+            name = folder
         try:
             options = {"revision": revision, "trust_remote_code": trust_remote_code}
             model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
@@ -276,8 +277,12 @@ class Target:
         """Token ids of a prompt, with the tokenizer's own special tokens.
 
         Raises:
-            InputError: the prompt is empty.
+            InputError: the prompt is empty, or no text that UTF-8 can write.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt is not UTF-8 text: give it in that encoding") from None
         ids = self.tokenizer(text)["input_ids"] if text else []
         if not ids:
             raise InputError("the prompt is empty: give at least one token to continue")

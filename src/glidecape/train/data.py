@@ -20,7 +20,7 @@ import torch
 
 from ..errors import DataError
 from .corpus import MARKS
-from .rows import check_completion, pieces_of
+from .rows import check_completion, pieces_of, prompt_of
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
 
@@ -139,6 +139,23 @@ def read_texts(path: Path) -> Iterator[str]:
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f"{place} holds token ids, where text is wanted")
         yield "".join(map(str, texts))
+
+
+def read_prompt_texts(path: Path) -> Iterator[str]:
+    """What there is to continue in a file or folder: the text of a document, a row's prompt without its completion, a talk
+    without the assistant's turn that ends it.
+
+    Raises:
+        DataError: see `read_texts`.
+    """
+    for place, row in read_rows(path):
+        prompt = prompt_of(row, place, None)
+        if prompt is None:
+            texts = [text for text, _ in pieces_of(row, place, None)]
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{place} holds token ids, where text is wanted")
+            prompt = "".join(map(str, texts))
+        yield prompt
 
 
 def load_streams(
