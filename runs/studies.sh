@@ -72,6 +72,16 @@ study top --tokens 4e6 --factor cross --factor norm --row read-last=read:last --
     --seeds "${SEEDS:-0,1,2}" &
 study few --tokens 1e6 --factor embedding --row adamw=muon:false --seeds 0 &
 study more --tokens 16e6 --seeds 0 &
+! wanted rule || wait
+# Shared noise or the residual rule, with those three drafts.
+if wanted rule; then
+    for rule in noise residual; do
+        "$bin"/glidecape bench --target $pair/target --draft "s0=$out/top/seed-0/baseline" --draft "s1=$out/top/seed-1/baseline" \
+            --draft "s2=$out/top/seed-2/baseline" --methods plain,s0:glide,s1:glide,s2:glide,s0:glide+cape,s1:glide+cape,s2:glide+cape \
+            --temperature 1 --sampling $rule --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 96 --limit 16 --repeats 1 \
+            --watch 0 --peers "" --threads 1 --out "$out/rule-$rule"
+    done
+fi
 # Text of the corpus, or what the target makes of its openings.
 if wanted text; then
     "$bin"/glidecape regenerate $pair/target --data corpus --out "$out/text/regenerated.jsonl" --limit 4000 --prompt-tokens 64 \
