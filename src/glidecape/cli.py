@@ -71,15 +71,13 @@ def main() -> None:
     except GlideCapeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError:
-        print("error: out of memory: lower the batch, the window or max_new_tokens", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # torch says so in words only; importing it to ask for its exception would make every --help wait.
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        told = "out of memory" in str(error) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not told:
             raise
         print("error: out of memory: lower the batch, the window, --rows or max_new_tokens", file=sys.stderr)
         sys.exit(2)

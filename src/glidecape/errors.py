@@ -1,6 +1,11 @@
 """Every error a user can meet: one sentence that says what was wrong, with the values, and what to do next."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class GlideCapeError(Exception):
     """Base of all errors raised on purpose; the command line prints its text and exits with code 2."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 
 # A full disk is an OSError to Python, a RuntimeError to torch.save, and to safetensors an error of its own.
 WRITING = (OSError, RuntimeError, SafetensorError)
@@ -106,9 +106,7 @@ def _settle(temporary: Path, path: Path) -> None:
 
 def _not_written(path: Path, error: Exception) -> CheckpointError:
     reason = error.strerror if isinstance(error, OSError) else None
-    return CheckpointError(
-        f"could not write {path} ({reason or str(error).splitlines()[0]}); the last good one is kept"
-    )
+    return CheckpointError(f"could not write {path} ({reason or first_line(error)}); the last good one is kept")
 
 
 def _lives(pid: int) -> bool:

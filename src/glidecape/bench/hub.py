@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fetch_suite(name: str, folder: Path | None) -> Path:
     try:
         rows = load_dataset(wanted.name, wanted.config, split=wanted.split)
     except Exception as error:  # the library's errors have no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"cannot download {wanted.name}: {reason}") from None
     return keep_rows(name, list(rows), folder)
 

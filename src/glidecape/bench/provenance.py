@@ -18,9 +18,8 @@ def commit() -> str:
     """The checkout's commit, "-dirty" with changes in the code; the installed version outside a checkout."""
     package = Path(__file__).resolve().parents[1]
     root = package.parents[1]
-    if (
-        package == root / "src" / "glidecape" and (root / ".git").exists()
-    ):  # else the repository around it is somebody else's
+    # Elsewhere the repository around the package is somebody else's.
+    if package == root / "src" / "glidecape" and (root / ".git").exists():
         found = _git(root, "describe", "--always", "--abbrev=9", "--exclude=*")
         if found:
             return found + ("-dirty" if _git(root, "status", "--porcelain", "--", str(package)) else "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
     from ..models.target import Target
@@ -54,8 +54,8 @@ def check_device(name: str) -> None:
 
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{name}' cannot be used here: {first_line(error)}") from None
 
 
 def command_line() -> str:

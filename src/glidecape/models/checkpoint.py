@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import CheckpointError, MismatchError
+from ..errors import CheckpointError, MismatchError, first_line
 from ..files import write_atomic
 from .eagle import EagleConfig, EagleDraft, EagleModel
 from .glide import GlideModel
@@ -180,8 +180,9 @@ def resolve(name: str | Path) -> Path:
 
         return Path(snapshot_download(str(name)))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name} is neither a folder here nor a repository of the Hub ({reason})") from None
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a repository of the Hub ({first_line(error)})"
+        ) from None
 
 
 def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDraft:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, first_line
 
 QUANTIZERS = ("int8",)
 
@@ -31,9 +31,7 @@ def quantize(model: nn.Module, name: str) -> None:
     try:
         quantize_(model, Int8WeightOnlyConfig())
     except (RuntimeError, AssertionError) as error:
-        raise UnsupportedError(
-            f"torchao cannot quantize this model: {(str(error).splitlines() or ['no reason'])[0]}"
-        ) from None
+        raise UnsupportedError(f"torchao cannot quantize this model: {first_line(error)}") from None
 
 
 def dense(weight: Any) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError
+from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError, first_line
 from ..masks import slot_positions, tree_mask
 from .layers import attend
 from .packed import pack as pack_layers
@@ -161,7 +161,7 @@ class Target:
             except Exception as error:
                 reason = (
                     f"{self.text_config.model_type} cannot run a token tree on our cache: its own code stops with "
-                    f"{type(error).__name__} ({_first_sentence(error)})"
+                    f"{type(error).__name__} ({first_line(error)})"
                 )
                 raise UnsupportedError(reason) from error
 
@@ -197,13 +197,13 @@ class Target:
             options = {"revision": revision, "trust_remote_code": trust_remote_code}
             model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load {name} as a causal LM: {_first_sentence(error)}") from None
+            raise CheckpointError(f"cannot load {name} as a causal LM: {first_line(error)}") from None
         except Exception as error:  # safetensors has its own exception types
-            raise CheckpointError(f"the weights of {name} are torn or unreadable: {_first_sentence(error)}") from None
+            raise CheckpointError(f"the weights of {name} are torn or unreadable: {first_line(error)}") from None
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
         except Exception as error:
-            raise CheckpointError(f"cannot load the tokenizer of {name}: {_first_sentence(error)}") from None
+            raise CheckpointError(f"cannot load the tokenizer of {name}: {first_line(error)}") from None
         if quantize is not None:
             quantize_layers(model, quantize)
         target = cls(model.to(device), tokenizer, probe, pack)
@@ -374,10 +374,6 @@ def read_prompts(target: Target, prompts: list[list[int]], cache: KVCache, chunk
         done += width
 
 
-def _first_sentence(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 def refuse_by_config(config: Any) -> None:
     """Architectures that no mask can make into a tree decoder."""
     kind = getattr(config, "model_type", "unknown")
@@ -417,7 +413,7 @@ def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{config.model_type} does not run on our cache ({type(error).__name__}: {_first_sentence(error)})"
+            f"{config.model_type} does not run on our cache ({type(error).__name__}: {first_line(error)})"
         ) from None
     finally:
         _LAYOUT.reset(token)

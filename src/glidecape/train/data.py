@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .corpus import MARKS
 from .rows import check_completion, pieces_of, prompt_of
 
@@ -128,25 +128,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} row {number} is not readable as UTF-8 text or JSON lines ({error})") from None
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file or folder, or its prompts.
-
-    Raises:
-        DataError: see `read_rows`; or a row without a known column (with its number).
-    """
-    for place, row in read_rows(path):
-        texts = [text for text, _ in pieces_of(row, place, None)]
-        if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{place} holds token ids, where text is wanted")
-        yield "".join(map(str, texts))
-
-
 def read_prompt_texts(path: Path) -> Iterator[str]:
     """What there is to continue in a file or folder: the text of a document, a row's prompt without its completion, a talk
     without the assistant's turn that ends it.
 
     Raises:
-        DataError: see `read_texts`.
+        DataError: see `read_rows`; or a row without a known column, or with token ids (with its number).
     """
     for place, row in read_rows(path):
         prompt = prompt_of(row, place, None)
@@ -224,8 +211,7 @@ def corpus_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever a torn folder makes of it
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} is a corpus without its tokenizer ({first}): make it anew") from None
+        raise DataError(f"{path} is a corpus without its tokenizer ({first_line(error)}): make it anew") from None
 
 
 def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:

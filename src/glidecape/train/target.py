@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import CheckpointError, DataError, InputError
+from ..errors import CheckpointError, DataError, InputError, first_line
 from ..models.target import digest_of
 from .beside import Beside
 from .data import Windows, corpus_tokenizer, load_streams
@@ -101,8 +101,7 @@ def known_model(folder: Path) -> tuple[Any, Any]:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # safetensors and configurations have exceptions of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot load a model to start from at {folder}: {first}") from None
+        raise CheckpointError(f"cannot load a model to start from at {folder}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
