@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from glidecape import glidecape_generate
+from glidecape.compat import DynamicCache, cache_argument
 from glidecape.decode import generate
 from glidecape.errors import GlideCapeError, InputError, UnsupportedError
 from glidecape.models.target import Target
@@ -300,8 +301,7 @@ def test_what_this_generate_would_refuse_itself_is_refused_by_us_too(pair):
 
 
 def test_a_cache_of_ones_own_is_refused(pair):
-    from transformers import DynamicCache
-
     model, _ = pair
-    with pytest.raises(InputError, match="past_key_values"):
-        call(model, padded([1]), custom_generate=glidecape_generate, past_key_values=DynamicCache())
+    name = cache_argument(model)
+    with pytest.raises(InputError, match=f"a cache of its own: leave {name} out"):
+        call(model, padded([1]), custom_generate=glidecape_generate, **{name: DynamicCache()})

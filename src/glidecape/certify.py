@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import cache_argument, cache_of
 from .decode import generate
 from .drafting.drafter import Drafter, NoDraft
 from .errors import InputError
@@ -239,8 +240,8 @@ class _Judge:
         ids = torch.tensor([tokens], device=self.reference.device)
         if len(tokens) == 1:
             return self._full(tokens)[-1]
-        past = self.reference(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        out = self.reference(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
+        past = cache_of(self.reference(input_ids=ids[:, :-1], use_cache=True))
+        out = self.reference(input_ids=ids[:, -1:], use_cache=True, **{cache_argument(self.reference): past})
         return out.logits[0, -1].to(self.target.device)
 
     def _one_node(self, tokens: list[int]) -> Tensor:

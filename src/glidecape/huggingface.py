@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
 from .decode import decode
 from .drafting.drafter import Drafter, DraftModel
 from .drafting.methods import DRAFTLESS, USUAL, make_drafter, parse_method
@@ -27,7 +28,7 @@ from .sampling import NOISE, SamplingParams
 from .stats import Stats
 
 _KEPT = "_glidecape"  # attribute of a model: what later calls use again
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHE_ARGUMENTS}
 _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # These run the model, or carry something from call to call: a tree asks them about tokens that are never emitted.
 _STATEFUL = ("ClassifierFreeGuidance", "SynthIDText", "WhisperTimeStamp", "DiaEOS")
@@ -116,8 +117,6 @@ def glidecape_generate(
     sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
     if not generation_config.return_dict_in_generate:
         return sequences
-    from transformers.generation import GenerateDecoderOnlyOutput
-
     return GenerateDecoderOnlyOutput(sequences=sequences)
 
 
@@ -138,8 +137,9 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer
                 f"{type(processor).__name__} keeps a state from token to token, and a tree asks about tokens that are never "
                 "emitted: leave it out"
             )
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False) or _filled(model_kwargs):
-        raise InputError("glidecape_generate keeps a cache of its own: leave past_key_values out")
+    for name in CACHE_ARGUMENTS:
+        if _is_the_callers(model_kwargs.get(name)):
+            raise InputError(f"glidecape_generate keeps a cache of its own: leave {name} out")
     for name, value in model_kwargs.items():
         harmless = value is None or (name == "token_type_ids" and not value.any())
         if name not in _PREPARED and not harmless:
@@ -148,9 +148,9 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer
         raise InputError(f"a streamer shows one row, and there are {rows}: stream prompts one by one")
 
 
-def _filled(model_kwargs: dict[str, Any]) -> bool:
-    cache = model_kwargs.get("past_key_values")
-    return cache is not None and cache.get_seq_length() > 0
+def _is_the_callers(cache: Any) -> bool:
+    """`generate` prepares an empty cache of its own when the caller passes none."""
+    return cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
 
 
 def _unpad(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[list[int]], list[Tensor]]:

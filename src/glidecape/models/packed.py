@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import cpu_has_bfloat16, pack_weight, packed_linear
 from ..errors import UnsupportedError
 
 
@@ -38,7 +39,7 @@ class PackedLinear(nn.Module):
         # A weight that something else holds, as a tied embedding does, is tied again when unpacked.
         self._dense = weakref.ref(weight)
         # Not buffers: an opaque tensor can be neither saved nor moved.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
+        self._packed = pack_weight(weight.detach().to(self.dtype).contiguous())
         self.bias = None if bias is None else bias.detach().to(self.dtype)
 
     @property
@@ -49,7 +50,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise UnsupportedError("packed weights have no gradients: call `unpack` on the target to train with it")
-        found = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self.bias, "none", [], "")
+        found = packed_linear(x.to(self.dtype), self._packed, self.bias)
         return found.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -61,7 +62,7 @@ def packs(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has the operators, for this dtype, and they multiply correctly."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype == torch.bfloat16 and not has_bfloat16():
+    if dtype == torch.bfloat16 and not cpu_has_bfloat16():
         return False
     x, weight = (torch.arange(n * 16.0).sin().view(n, 16).to(dtype) for n in (3, 32))
     try:
@@ -69,13 +70,6 @@ def packs(dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError):  # private operators: they may go away
         return False
     return torch.allclose(found.float(), (x @ weight.T).float(), atol=0.1 if dtype == torch.bfloat16 else 1e-4)
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them, such products are emulated and slow."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # PyTorch has no public question for this
-    return known is not None and bool(known())
 
 
 def draft_products(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
+from ..compat import DynamicCache, cache_argument, causal_mask_function, register_attention
 from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError, first_line
 from ..masks import slot_positions, tree_mask
 from .layers import attend
@@ -84,8 +85,6 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function that transformers calls once a forward for each kind of layer."""
-    from transformers.masking_utils import causal_mask_function
-
     layout = _LAYOUT.get()
     if layout is None:
         raise UnsupportedError("this model now belongs to GlideCape: decode it through Target, not by calling it")
@@ -110,13 +109,6 @@ def positional_rule(
     at = slot_positions(lengths, scratch, keys)
     row = torch.arange(batch, device=positions.device)[:, None, None]
     return rule(row, 0, positions[:, :, None], at[:, None, :]).expand(batch, queries, keys)[:, None]
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 @dataclass(frozen=True)
@@ -144,9 +136,10 @@ class Target:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.text_config = model.config.get_text_config()
         refuse_by_config(self.text_config)
-        _register()
+        register_attention(ATTENTION, _attention, _mask)
         model.set_attn_implementation(ATTENTION)
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._cache_argument = cache_argument(model)
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
         self.packed = bool(pack) and self._pack(None if pack is True else pack)
@@ -319,7 +312,7 @@ class Target:
                 input_ids=tokens,
                 # Nodes past the context are only ever clipped off; a learned position table must not be overrun by them.
                 position_ids=positions.clamp(max=self.context - 1),
-                past_key_values=cache,
+                **{self._cache_argument: cache},
                 use_cache=True,
                 # Asked for few logits, layers that share keys leave the other tokens out: no hidden states of them.
                 logits_to_keep=logits_to_keep if cache.hidden is None else 0,
@@ -392,8 +385,6 @@ def refuse_by_config(config: Any) -> None:
 
 def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
     """`(kv_heads, head_dim)` of each layer, read off a one-token forward (no config field is reliable for all)."""
-    from transformers.cache_utils import DynamicCache
-
     seen: dict[int, tuple[int, int]] = {}
 
     class Recorder(DynamicCache):
@@ -408,7 +399,7 @@ def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
     token = _LAYOUT.set(_Layout([0], one, one, None))
     try:
         with torch.no_grad():
-            model(input_ids=one, position_ids=one, past_key_values=Recorder(), use_cache=True)
+            model(input_ids=one, position_ids=one, use_cache=True, **{cache_argument(model): Recorder()})
     except UnsupportedError:
         raise
     except Exception as error:

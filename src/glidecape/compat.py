@@ -1,0 +1,88 @@
+"""Everything that depends on a library's version: names that transformers and PyTorch changed, and their inner interfaces.
+
+No other module may look at a version, or at a name that a release renamed. `make test-oldest` and `make test-newest` run
+the suite on both ends of the range in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+__all__ = [
+    "CACHE_ARGUMENTS",
+    "Cache",
+    "DynamicCache",
+    "GenerateDecoderOnlyOutput",
+    "cache_argument",
+    "cache_of",
+    "causal_mask_function",
+    "chunked_causal_mask_function",
+    "cpu_has_bfloat16",
+    "pack_weight",
+    "packed_linear",
+    "register_attention",
+    "sliding_window_causal_mask_function",
+]
+
+# A causal LM's argument for its keys and values. transformers 5.24 renamed it, and warns about the old name.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's `forward` takes its cache: "cache" or, before transformers 5.24, "past_key_values".
+
+    A model with code of its own may use either name with any version, so its signature is asked.
+    """
+    return _cache_argument(type(model).forward)
+
+
+@cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return next(output[name] for name in CACHE_ARGUMENTS if name in output)
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make an attention function and its mask function known to transformers under a name of ours."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight `(outputs, inputs)` in oneDNN's blocks.
+
+    Raises:
+        RuntimeError, AttributeError: this build of PyTorch lacks the operator, which is private.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b with a weight from `pack_weight`; raises as it does."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them, such products are emulated and slow."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # PyTorch has no public question for this
+    return known is not None and bool(known())
