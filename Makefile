@@ -1,20 +1,27 @@
 # Everything a developer runs. `make` alone lists the targets.
 #
 #   make PYTHON=python3.12 install      another interpreter for the virtual environment
-#   make TORCH=torch==2.12.0 install    another torch, installed before the package
+#   make TORCH=torch==2.14.1 install    another torch, installed before the package
+#
+# Every target installs the exact versions of requirements.lock, which `make lock` writes. Only PyTorch is not in it.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCH_OLDEST ?= torch==2.13.0
+TORCH_NEWEST ?= torch
 
 VENV = .venv
 BIN = $(VENV)/bin
+LOCK = requirements.lock
 PIP = $(BIN)/python -m pip
+LOCKED = $(PIP) install -c $(LOCK)
+RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
 # llama.cpp is built by its own recipe into its own environment, .venv-peers.
-.PHONY: peers help venv install demo test test-all check fix docs bench bench-all clean
+.PHONY: peers help venv install demo test test-all test-oldest test-newest test-versions check fix lock docs bench bench-all clean
 
 help: ## list the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(BIN)/python ## create the virtual environment .venv
 
@@ -29,6 +36,23 @@ test: $(VENV)/.installed-dev ## run the default test suite
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
 	$(BIN)/python -m pytest
 
+test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
+	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
+
+test-newest: ## run the default test suite on the newest versions, whatever the lock and the ceilings say
+	$(MAKE) --no-print-directory test-versions VERSIONS=newest TORCH="$(TORCH_NEWEST)" OPTIONS="--override build/newest-override.txt"
+
+test-versions: $(VENV)/.installed-dev
+	mkdir -p build
+	echo transformers > build/newest-override.txt
+	$(RESOLVE) --group dev --python-version `$(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'` $(OPTIONS) -o build/$(VERSIONS).txt --upgrade
+	$(BIN)/python -m venv .venv-$(VERSIONS)
+	.venv-$(VERSIONS)/bin/python -m pip install "$(TORCH)" hatchling editables
+	.venv-$(VERSIONS)/bin/python -m pip install -r build/$(VERSIONS).txt
+	.venv-$(VERSIONS)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	.venv-$(VERSIONS)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|numpy|pydantic|filelock|typer|rich|Jinja2|jinja2)=="
+	.venv-$(VERSIONS)/bin/python -m pytest -m "not slow"
+
 check: $(VENV)/.installed-dev ## lint, formatting, types and import layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -38,6 +62,11 @@ check: $(VENV)/.installed-dev ## lint, formatting, types and import layers
 fix: $(VENV)/.installed-dev ## repair what ruff can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+lock: $(BIN)/python ## write requirements.lock: exact versions for Python 3.11 to 3.13, Linux and macOS
+	$(PIP) install --upgrade uv
+	$(RESOLVE) --all-extras --group dev --group docs --group lock --universal --python-version 3.11 --upgrade \
+		--custom-compile-command "make lock" -o $(LOCK)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
@@ -60,22 +89,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first, so that the package's own requirement finds it there and brings no other build.
-$(VENV)/.installed: pyproject.toml $(BIN)/python
-	$(PIP) install "$(TORCH)"
-	$(PIP) install -e .
+$(VENV)/.installed: pyproject.toml $(LOCK) $(BIN)/python
+	$(LOCKED) --upgrade pip
+	$(LOCKED) "$(TORCH)"
+	$(LOCKED) hatchling editables
+	$(LOCKED) --no-build-isolation -e .
 	touch $@
 
-# `pip install --group` needs pip 25.1.
-$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
-	$(PIP) install --upgrade "pip>=25.1"
-	$(PIP) install --group dev
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(LOCKED) uv --group dev
 	touch $@
 
-$(VENV)/.installed-docs: pyproject.toml $(BIN)/python
-	$(PIP) install --upgrade "pip>=25.1"
-	$(PIP) install --group docs
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(LOCKED) --group docs
 	touch $@
 
-$(VENV)/.installed-plots: pyproject.toml $(VENV)/.installed
-	$(PIP) install -e ".[plots]"
+$(VENV)/.installed-plots: $(VENV)/.installed
+	$(LOCKED) --no-build-isolation -e ".[plots]"
 	touch $@
