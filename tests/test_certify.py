@@ -3,13 +3,15 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glidecape import certify as certify_module
-from glidecape import cli, decode
+from glidecape import cli
+from glidecape import round as round_module
 from glidecape.certify import BUG, EQUAL, NEAR_TIE, certify
 from glidecape.drafting.methods import make_drafter
 from glidecape.errors import InputError
@@ -17,6 +19,7 @@ from glidecape.models import target as target_module
 from glidecape.models.standalone import StandaloneDraft
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
+from glidecape.verify import verify_points
 
 PROMPTS = [[7, 11, 13, 17, 19], [(i * 37) % 90 + 3 for i in range(30)]]
 PARAMS = SamplingParams(max_new_tokens=24)
@@ -73,8 +76,11 @@ def test_ragged_batches_give_what_each_prompt_gives_alone(pair, temperature):
 def test_a_row_that_disturbs_its_neighbours_is_a_bug(pair, monkeypatch):
     """Every row sees as many committed slots as the longest one has: right alone, and where lengths are equal."""
 
-    def longest(lengths, ancestors, queries, keys):
-        return RIGHT_MASK([max(lengths)] * len(lengths), ancestors, queries, keys)
+    def longest(cache, ancestors, queries):
+        level = SimpleNamespace(
+            lengths=torch.full_like(cache.lengths, cache.longest), longest=cache.longest, ragged=False, scratch=0
+        )
+        return RIGHT_MASK(level, ancestors, queries)
 
     monkeypatch.setattr(target_module, "tree_mask", longest)
     assert {f.verdict for f in certify(*pair, PROMPTS, PARAMS)} == {EQUAL}
@@ -99,10 +105,18 @@ def broken_verify(tree, row, law_at, chance):
     return ([0, first], law_at(first).draw(chance)) if first is not None else ([0], law_at(0).draw(chance))
 
 
-def broken_mask(lengths, ancestors, queries, keys):
+def broken_points(tree, chosen):
+    """The same for laws that are points."""
+    unseen = chosen.clone()
+    if tree.nodes > 1:
+        unseen[:, 0] = torch.where(tree.valid[:, 1], tree.tokens[:, 1], chosen[:, 0])
+    return verify_points(tree, unseen)
+
+
+def broken_mask(cache, ancestors, queries):
     """Every node sees all nodes before it, its siblings too."""
     all_before = None if ancestors is None else torch.ones_like(ancestors).tril()
-    return RIGHT_MASK(lengths, all_before, queries, keys)
+    return RIGHT_MASK(cache, all_before, queries)
 
 
 RIGHT_MASK = target_module.tree_mask
@@ -112,7 +126,8 @@ RIGHT_MASK = target_module.tree_mask
 @pytest.mark.parametrize("what", ["verify", "mask", "position"])
 def test_what_is_broken_on_purpose_is_a_bug(pair, monkeypatch, what, temperature):
     if what == "verify":
-        monkeypatch.setattr(decode, "verify_row", broken_verify)
+        monkeypatch.setattr(round_module, "verify_row", broken_verify)
+        monkeypatch.setattr(round_module, "verify_points", broken_points)
     elif what == "mask":
         monkeypatch.setattr(target_module, "tree_mask", broken_mask)
     else:
@@ -184,7 +199,7 @@ def test_the_command(world, capfd, monkeypatch, tmp_path):
     assert (code, "verdict: equal" in out) == (0, True)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide+cape", "--batch", "5", "--json")
     assert (code, json.loads(out)["batch"]) == (0, 5)
-    monkeypatch.setattr(decode, "verify_row", broken_verify)
+    monkeypatch.setattr(round_module, "verify_points", broken_points)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide", "--temperature", "1")
     assert (code, "verdict: bug" in out) == (1, True)
     code, _, err = run(capfd, monkeypatch, *words, "--methods", "vanilla")

@@ -16,13 +16,15 @@ from collections import Counter
 import pytest
 import torch
 
-from glidecape import decode, state
+from glidecape import laws
+from glidecape import round as round_module
 from glidecape.decode import generate
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.models.checkpoint import load_draft
 from glidecape.models.target import Target
+from glidecape.noise import NoiseAhead
 from glidecape.sampling import SamplingParams
-from glidecape.verify import DenseLaw, verify_row
+from glidecape.verify import DenseLaw, verify_points, verify_row
 from test_exact_law import tail
 from test_real_models import PAIR, reference_of
 
@@ -110,7 +112,7 @@ def pair() -> Pair:
 
 @pytest.fixture(autouse=True)
 def _short_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "NOISE_AHEAD", LENGTH)  # no more vectors than three tokens need; they are the same ones
+    monkeypatch.setattr(NoiseAhead, "AHEAD", LENGTH)  # no more vectors than three tokens need; they are the same ones
 
 
 FAST = [("glide+cape", "residual"), ("vanilla", "noise")]
@@ -134,7 +136,7 @@ def test_the_first_tokens_have_the_law_of_the_target_with_every_method(pair: Pai
 # --- faults that the test must see
 
 
-def credulous(share: float):
+def credulous(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """Takes the first child of the root unseen in a share of the rounds."""
 
     def verify(tree, row, law_at, chance):
@@ -143,8 +145,16 @@ def credulous(share: float):
             return [0, first], law_at(first).draw(chance)
         return verify_row(tree, row, law_at, chance)
 
+    def verify_all(tree, chosen):
+        unseen = chosen.clone()
+        if tree.nodes > 1:
+            takes = tree.valid[:, 1] & (torch.rand(tree.batch, generator=generator) < share)
+            unseen[:, 0] = torch.where(takes, tree.tokens[:, 1], chosen[:, 0])
+        return verify_points(tree, unseen)
+
     generator = torch.Generator().manual_seed(1)
-    return verify
+    monkeypatch.setattr(round_module, "verify_row", verify)
+    monkeypatch.setattr(round_module, "verify_points", verify_all)
 
 
 class NoResidual(DenseLaw):
@@ -156,12 +166,12 @@ class NoResidual(DenseLaw):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_tokens_taken_unseen_are_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch, sampling: str) -> None:
-    monkeypatch.setattr(decode, "verify_row", credulous(0.5))
+    credulous(monkeypatch, 0.5)
     assert pair.cells.surprise(pair.samples("vanilla", sampling, 200)) < LEVEL
 
 
 def test_a_missing_residual_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "DenseLaw", NoResidual)
+    monkeypatch.setattr(laws, "DenseLaw", NoResidual)
     assert pair.cells.surprise(pair.samples("vanilla+cape", "residual", 200)) < LEVEL
 
 
@@ -170,5 +180,5 @@ def test_a_missing_residual_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("method", ["glide", "vanilla+cape"])
 def test_one_token_in_eight_taken_unseen_is_noticed(pair, monkeypatch, method: str, sampling: str) -> None:
-    monkeypatch.setattr(decode, "verify_row", credulous(0.125))
+    credulous(monkeypatch, 0.125)
     assert pair.cells.surprise(pair.samples(method, sampling, 1500)) < LEVEL

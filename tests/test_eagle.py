@@ -59,7 +59,7 @@ def test_a_root_has_the_logits_of_training_and_a_deeper_node_those_of_guessed_fe
     state = start(target, drafter, PROMPTS, SamplingParams(temperature=1.5, seed=3, max_new_tokens=12, ignore_eos=True))
     compared = 0
     for _ in range(3):
-        known, trusted = [list(row.tokens) for row in state.rows], list(state.draft.own.lengths)
+        known, trusted = [list(row.tokens) for row in state.rows], list(state.draft.own.host_lengths)
         steps.clear()
         proposed = []
         propose = drafter.propose
@@ -135,7 +135,7 @@ def test_heads_in_serving_are_heads_in_training(target):
     drafter = make_drafter("medusa", MedusaDraft(module))
     state = start(target, drafter, PROMPTS, SamplingParams(max_new_tokens=12))
     with torch.no_grad():
-        served = module(state.cache.hidden_at(torch.tensor(state.cache.lengths)[:, None] - 1)[:, 0])
+        served = module(state.cache.hidden_at(state.cache.lengths[:, None] - 1)[:, 0])
         drafter.propose(state)
         assert torch.equal(state.draft.logits, served)
         for row, prompt in enumerate(PROMPTS):

@@ -72,6 +72,7 @@ def grown(expansion, laws: list[list[list[float]]]) -> TokenTree:
     """A tree grown from probabilities: of each depth those below its frontier nodes."""
     tree, frontier = TokenTree(torch.tensor([9])), torch.tensor([[0]])
     for law in laws:
+        law = [*law, *[law[-1]] * (frontier.shape[1] - len(law))]  # the other columns are padding
         logits = torch.tensor([law])[:, : frontier.shape[1]].log()
         frontier = expansion.grow(tree, frontier, DraftLaw(logits, logits, frontier))
     return expansion.finish(tree)
@@ -89,10 +90,10 @@ def test_equal_scores_go_to_the_shallower_node_and_a_sure_child_never_outlives_i
     full, root = EagleTree(3, 2), torch.tensor([[0]])
     tree, law = TokenTree(torch.tensor([9])), torch.tensor([[sure]]).log()
     below = full.grow(tree, root, DraftLaw(law, law, root))
-    assert full.grow(tree, below, DraftLaw(law, law, below)).shape == (1, 0)  # as good as its parent, and too late
+    assert full.grow(tree, below, DraftLaw(law, law, below)).tolist() == [[-1]]  # as good as its parent, and too late
 
 
-def test_a_draft_that_is_sure_of_nothing_stops_early() -> None:
+def test_an_unsure_draft_stops_early() -> None:
     """With equal chances 10 of the first depth fill the proposal: no deeper step could add a node."""
 
     class Counting(ToyDraft):
@@ -124,7 +125,7 @@ def test_a_draft_keeps_what_it_ran_of_the_accepted_path(expansion) -> None:
         before = [len(row.tokens) for row in state.rows]
         events = run_round(target, drafter, state)
         check_invariants(state)
-        for event, known, trusted in zip(events, before, state.draft.own.lengths, strict=True):
+        for event, known, trusted in zip(events, before, state.draft.own.host_lengths, strict=True):
             assert event.stats.accepted >= 1
             # The root and every accepted node above the deepest that was run.
             assert trusted >= known + min(event.stats.accepted, 4) - 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glidecape import state as state_module
+from glidecape import laws as laws_module
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.eagle_tree import EagleTree, StaticTree
 from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
@@ -253,6 +253,9 @@ class TwoSampled(Chain):
 
     keep = "both"
 
+    def capacity(self, depth: int) -> int:
+        return 1 + 2 * depth
+
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         assert law.drawn is not None
         assert law.drawn_law is not None
@@ -374,7 +377,7 @@ def test_enumeration_catches(expansion: type[Chain], stop: type[FixedLength]) ->
 
 
 def test_enumeration_catches_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "DenseLaw", WrongResidual)
+    monkeypatch.setattr(laws_module, "DenseLaw", WrongResidual)
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["temperature 1"], 2) > 0.01
 
 
@@ -386,17 +389,17 @@ def test_enumeration_catches_penalties_that_do_not_know_the_path(monkeypatch: py
     ):
         return adjust(logits, params, history, tokens, torch.zeros_like(above), *rest)
 
-    monkeypatch.setattr(state_module, "adjust", forgetful)
+    monkeypatch.setattr(laws_module, "adjust", forgetful)
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["penalties"], 2) > 0.01
 
 
 def test_enumeration_catches_a_processor_that_does_not_know_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = state_module.DecodeState._processed
+    right = laws_module.Laws._processed
 
     def forgetful(self, i: int, tree: TokenTree, node: int, logits: Tensor) -> Tensor:
         return right(self, i, TokenTree(tree.tokens[:, 0]), 0, logits)
 
-    monkeypatch.setattr(state_module.DecodeState, "_processed", forgetful)
+    monkeypatch.setattr(laws_module.Laws, "_processed", forgetful)
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), PARAMS["processor"], 2) > 0.01
 
 
@@ -406,7 +409,7 @@ def test_enumeration_catches_a_stop_token_that_is_early_inside_a_draft(monkeypat
     def hasty(logits: Tensor, params: SamplingParams, history: object, tokens: Tensor, above: Tensor, emitted, ends):
         return adjust(logits, params, history, tokens, above, emitted + above.sum(1), ends)
 
-    monkeypatch.setattr(state_module, "adjust", hasty)
+    monkeypatch.setattr(laws_module, "adjust", hasty)
     params = SamplingParams(1.0, sampling=RESIDUAL, max_new_tokens=8, min_new_tokens=3, stop_token_ids=(1,))
     assert distance(ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2)), params, 3) > 0.01
 

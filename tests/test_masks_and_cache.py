@@ -23,8 +23,16 @@ def comb():
     return tree
 
 
+def rows(*lengths, scratch=0):
+    """A cache in which so many tokens of each row are committed, and so many scratch slots in use."""
+    cache = KVCache([(1, 1)], len(lengths), 16)
+    cache.commit(lengths)
+    cache.scratch = scratch
+    return cache
+
+
 def test_a_comb_sees_the_prefix_its_ancestors_and_itself():
-    mask = tree_mask([3], comb().ancestors, 5, 8)
+    mask = tree_mask(rows(3), comb().ancestors, 5)
     assert picture(mask[0, 0]) == [
         "xxxx....",
         "xxxxx...",
@@ -35,15 +43,15 @@ def test_a_comb_sees_the_prefix_its_ancestors_and_itself():
 
 
 def test_ragged_rows_begin_their_scratch_at_their_own_length():
-    mask = tree_mask([1, 3], comb().ancestors.expand(2, -1, -1)[:, :3, :3], 3, 6)
+    mask = tree_mask(rows(1, 3), comb().ancestors.expand(2, -1, -1)[:, :3, :3], 3)
     assert picture(mask[0, 0]) == ["xx....", "xxx...", "xx.x.."]
     assert picture(mask[1, 0]) == ["xxxx..", "xxxxx.", "xxxx.x"]
 
 
 def test_a_chain_needs_no_mask_for_one_query_and_a_causal_one_for_several():
-    assert tree_mask([4, 4], None, 1, 6) is None
-    assert picture(tree_mask([2], None, 2, 5)[0, 0]) == ["xxxx.", "xxxxx"]
-    assert picture(tree_mask([1, 2], None, 1, 3)[0, 0]) == ["xx."]
+    assert tree_mask(rows(4, 4, scratch=1), None, 1) is None
+    assert picture(tree_mask(rows(2, scratch=1), None, 2)[0, 0]) == ["xxxx.", "xxxxx"]
+    assert picture(tree_mask(rows(1, 2), None, 1)[0, 0]) == ["xx."]
 
 
 def test_blocks_see_what_was_committed_at_their_root_and_every_lag_is_equally_frequent():
@@ -60,7 +68,7 @@ def test_a_window_is_measured_in_positions_not_in_slots():
     from transformers.masking_utils import sliding_window_causal_mask_function
 
     positions = 4 + comb().depth
-    rule = positional_rule(sliding_window_causal_mask_function(3), [4], positions, positions, 9)[0, 0]
+    rule = positional_rule(sliding_window_causal_mask_function(3), torch.tensor([4]), positions, positions, 9)[0, 0]
     # Slots 0..3 are positions 0..3; slots 4..8 are positions 4, 5, 5, 6, 6. A window of 3 reaches two positions back.
     assert picture(rule) == [
         "..xxx....",
@@ -81,14 +89,14 @@ def test_decoding_from_a_compacted_cache_equals_decoding_from_a_recomputed_one(k
     cache = target.new_cache(2, 40)
     with torch.no_grad():
         target.prefill(prompts, cache)
-        target.forward(tree.tokens, tree.positions(torch.tensor(cache.lengths)), cache, tree.ancestors)
+        target.forward(tree.tokens, tree.positions(cache.lengths), cache, tree.ancestors)
         cache.keep([[0, 2, 4, 5], [0, 1]])
         known = [[5, 6, 7, 8, 9, 22, 24, 25], [11, 12, 21]]
-        assert cache.lengths == [8, 3]
+        assert cache.host_lengths == cache.lengths.tolist() == [8, 3]
         fresh = target.new_cache(2, 40)
         target.prefill([[*k, 0] for k in known], fresh)
         for layer in range(len(target.shapes)):
-            for row, length in enumerate(cache.lengths):
+            for row, length in enumerate(cache.host_lengths):
                 for ours, again in zip(cache.committed(layer), fresh.committed(layer), strict=True):
                     torch.testing.assert_close(ours[row, :, :length], again[row, :, :length], atol=1e-5, rtol=1e-4)
 
@@ -104,14 +112,15 @@ def test_committed_is_a_view_and_memory_follows_the_formula():
         cache.write(0, torch.zeros(3, 2, 7, 4), torch.zeros(3, 2, 7, 4))
 
 
-def test_prefill_in_pieces_equals_prefill_at_once():
+def test_prefill_in_pieces_equals_prefill_at_once(monkeypatch):
     target = build("mistral")[0]
     prompts = [[(i * 7) % 90 + 3 for i in range(50)], [4, 5, 6]]
     caches = [target.new_cache(2, 60), target.new_cache(2, 60)]
     with torch.no_grad():
         target.prefill(prompts, caches[0])
-        target.prefill(prompts, caches[1], chunk=7)
-    assert caches[0].lengths == caches[1].lengths == [49, 2]
+        monkeypatch.setattr(target, "chunk", 7)
+        target.prefill(prompts, caches[1])
+    assert caches[0].host_lengths == caches[1].host_lengths == [49, 2]
     for a, b in zip(caches[0].keys, caches[1].keys, strict=True):
         torch.testing.assert_close(a[0, :, :49], b[0, :, :49], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(a[1, :, :2], b[1, :, :2], atol=1e-5, rtol=1e-4)
@@ -139,8 +148,8 @@ def test_the_probe_refuses_a_target_whose_mask_ignores_the_tree(monkeypatch):
 
     real = module.tree_mask
 
-    def blind(lengths, ancestors, queries, keys):
-        return real(lengths, None if ancestors is None else torch.ones_like(ancestors).tril(), queries, keys)
+    def blind(cache, ancestors, queries):
+        return real(cache, None if ancestors is None else torch.ones_like(ancestors).tril(), queries)
 
     monkeypatch.setattr(module, "tree_mask", blind)
     with pytest.raises(UnsupportedError, match="unlike its branches"):

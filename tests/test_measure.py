@@ -147,7 +147,7 @@ def test_methods_take_turns() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def admit(self, state) -> None:
+        def begin(self, rows: int, capacity: int) -> None:
             order.append(self.name)
 
     interleaved(TARGET, {n: Noted(n) for n in "abc"}, [[[0]], [[1]], [[2]]], SamplingParams(max_new_tokens=2))

@@ -15,6 +15,7 @@ from glidecape.drafting.lookup import LookupDrafter, NgramIndex
 from glidecape.drafting.methods import METHODS, make_drafter, parse_method
 from glidecape.drafting.stop import Entropy, Heuristic
 from glidecape.errors import InputError
+from glidecape.row import new_row
 from glidecape.sampling import SamplingParams
 from glidecape.tree import TokenTree
 from toys import ToyDraft, ToyTarget, check_invariants, run_checked, scripted_rule
@@ -109,10 +110,10 @@ def test_lookup_copies_a_repeating_text_and_rows_without_a_match_draft_nothing()
     assert [e.tokens for e in first] == [[2, 3, 0, 1, 2], [2]]
     assert [e.stats.drafted for e in first] == [4, 0]
     check_invariants(state)
-    state.select([1, 0])
-    second = run_round(target, drafter, state)
-    assert [e.row for e in second] == [1, 0]
-    assert [e.tokens for e in second] == [[3], [3, 0, 1, 2, 3]]
+    state.release(0)
+    check_invariants(state)
+    (second,) = run_round(target, drafter, state)
+    assert (second.row, second.tokens) == (1, [3])
     check_invariants(state)
 
 
@@ -137,26 +138,29 @@ def test_the_heuristic_length_grows_by_two_and_shrinks_by_one() -> None:
 
 
 def test_each_row_has_its_own_length_wherever_it_moves() -> None:
-    """Row 0 is always right and row 1 always wrong; rows are swapped, then one is removed."""
+    """Row 0 is always wrong, rows 1 and 2 always right; row 0 leaves, so that row 2 takes its slot."""
 
     def rule(context: tuple[int, ...]) -> torch.Tensor:
-        right = context[0] == 0
+        right = context[0] != 0
         logits = torch.zeros(64, dtype=torch.float64)
         logits[len(context) % 50 if right else 63] = 9.0
         return logits
 
     target = ToyTarget(scripted_rule([[n % 50] for n in range(80)], 64), 64)
     drafter = ModelDrafter(ToyDraft(rule, 64), Chain(), Heuristic(3, 40))
-    state = start(target, drafter, [[0], [1]], SamplingParams(max_new_tokens=60))
+    state = start(target, drafter, [[0], [1], [2]], SamplingParams(max_new_tokens=60))
     run_round(target, drafter, state)
-    assert state.draft.lengths == [5, 2]
-    state.select([1, 0])
-    assert state.draft.lengths == [2, 5]
+    assert state.draft.lengths == [2, 5, 5]
     drafted = {event.row: event.stats.drafted for event in run_round(target, drafter, state)}
-    assert drafted == {0: 5, 1: 2}
-    state.select([1])
-    assert state.draft.lengths == [7]
+    assert drafted == {0: 2, 1: 5, 2: 5}
+    assert state.draft.lengths == [1, 7, 7]
+    state.release(0)
+    assert [row.index for row in state.rows] == [2, 1]
+    assert state.draft.lengths[:2] == [7, 7]
     check_invariants(state)
+    row = new_row(3, [0, 1, 2], SamplingParams(max_new_tokens=30), target)
+    state.replace(0, row)
+    assert state.draft.lengths[:2] == [3, 7]
 
 
 def test_a_checkpoint_s_max_lag_bounds_the_heuristic_length() -> None:
@@ -208,7 +212,7 @@ def test_a_beam_that_is_right_late_keeps_what_the_draft_ran() -> None:
         assert [event.stats.accepted for event in events] == [4, 4]
         assert any(origin == "sibling" for event in events for origin in event.origins)
         # Root and three of the four accepted nodes were run; the deepest never is.
-        assert state.draft.own.lengths == [n + 3 for n in before]
+        assert state.draft.own.host_lengths == [n + 3 for n in before]
 
 
 def test_a_beam_accepts_what_a_chain_of_the_same_length_misses() -> None:

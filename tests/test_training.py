@@ -12,7 +12,7 @@ import zoo
 from glidecape.decode import decode, generate
 from glidecape.drafting.methods import make_drafter
 from glidecape.errors import CheckpointError, DataError, MismatchError, UnsupportedError
-from glidecape.masks import block_visible, tree_mask
+from glidecape.masks import block_visible
 from glidecape.models import checkpoint
 from glidecape.models.checkpoint import load_draft
 from glidecape.models.glide import GlideModel
@@ -148,7 +148,7 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
         logits = step(tokens, positions, own, own_mask, target_cache, scratch, parents, **more)
         first = own.scratch == 0
         for row in range(2 if len(tokens) == 2 and not more else 0):  # while both rows run, row numbers are theirs
-            length = target_cache.lengths[row]
+            length = target_cache.host_lengths[row]
             for column, position in enumerate(positions[row].tolist()):
                 if first or position > length:  # else a dummy: a row that stopped runs its root once more
                     visible = min(position, length)
@@ -230,7 +230,7 @@ def test_a_window_over_one_text_is_read_as_its_newest_slots(layers):
             cache.commit([11])
             draft.catch_up(ids[:, :11], positions[:, :11], own, cache)
             own.commit([11])
-            mask = tree_mask(own.lengths, None, 1, 12) if masked else None
+            mask = torch.ones(1, 1, 1, 12, dtype=torch.bool) if masked else None
             found.append(draft.step(ids[:, 11:], positions[:, 11:], own, mask, cache, positions[:, 11:]))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], found[2], atol=1e-3)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from glidecape.batch import Batch
 from glidecape.cache import KVCache
 from glidecape.decode import run_round, start
 from glidecape.drafting.drafter import Drafter, ModelDrafter
 from glidecape.masks import tree_mask
-from glidecape.models.target import TargetOutput, read_prompts
+from glidecape.models.target import TargetOutput
+from glidecape.row import Emitted
 from glidecape.sampling import SamplingParams
-from glidecape.state import DecodeState, Emitted
 
 Context = tuple[int, ...]
 Rule = Callable[[Context], Tensor]
@@ -70,7 +71,7 @@ def _read(
             found = [slot for slot, see in enumerate(seen[row][query]) if see]
             at = {places[row][slot]: ids[row][slot] for slot in found}
             right = len(at) == len(found) and sorted(at) == list(range(position + 1))
-            dummy = lenient and cache.scratch > 0 and position == cache.lengths[row]  # runs the root once more
+            dummy = lenient and cache.scratch > 0 and position == cache.host_lengths[row]  # runs the root once more
             assert right or dummy, f"row {row} query {query} at {position} sees {[places[row][s] for s in found]}"
             if right:
                 out[row, query] = rule(tuple(at[place] for place in range(position + 1)))
@@ -82,6 +83,7 @@ class ToyTarget:
 
     device = torch.device("cpu")
     context = 10_000
+    chunk = 4
     tokenizer = None
 
     def __init__(self, rule: Rule, vocab: int = 3, eos: tuple[int, ...] = ()) -> None:
@@ -90,9 +92,6 @@ class ToyTarget:
 
     def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
         return KVCache([(1, 1)], batch, capacity, torch.float64, limit_bytes=limit_bytes)
-
-    def prefill(self, prompts: list[list[int]], cache: KVCache) -> None:
-        read_prompts(self, prompts, cache, chunk=4)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -103,8 +102,7 @@ class ToyTarget:
         logits_to_keep: int = 0,
     ) -> TargetOutput:
         self.forwards += 1
-        keys = max(cache.lengths) + tokens.shape[1]
-        mask = tree_mask(cache.lengths, ancestors, tokens.shape[1], keys)
+        mask = tree_mask(cache, ancestors, tokens.shape[1])
         return TargetOutput(_read(self.rule, self.vocab_size, tokens, positions, cache, mask, lenient=False))
 
 
@@ -123,7 +121,7 @@ class ToyDraft:
         return KVCache([(1, 1)], batch, capacity, torch.float64)
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
-        mask = tree_mask(own.lengths, None, tokens.shape[1], max(own.lengths) + tokens.shape[1])
+        mask = tree_mask(own, None, tokens.shape[1])
         _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=False)
 
     def step(
@@ -157,20 +155,21 @@ class ToyHeads:
     def all_depths(self, target_cache: KVCache) -> Tensor:
         known = [
             tuple(target_cache.keys[0][row, 0, :length, 0].long().tolist())
-            for row, length in enumerate(target_cache.lengths)
+            for row, length in enumerate(target_cache.host_lengths)
         ]
         return torch.stack([torch.stack([self.rule((*seen, -d)) for d in range(self.max_lag)]) for seen in known])
 
 
-def check_invariants(state: DecodeState) -> None:
+def check_invariants(state: Batch) -> None:
     """Committed slots hold every known token but the last one, at its place; the draft trusts true tokens only."""
     own = getattr(state.draft, "own", None)
     caches = [state.cache, *([own] if own is not None and own.keys else [])]
-    assert state.cache.lengths == [len(row.tokens) - 1 for row in state.rows]
+    assert state.cache.host_lengths == [len(row.tokens) - 1 for row in state.rows]
     for cache in caches:
         assert cache.scratch == 0
+        assert cache.lengths.tolist() == cache.host_lengths
         for i, row in enumerate(state.rows):
-            length = cache.lengths[i]
+            length = cache.host_lengths[i]
             assert length <= len(row.tokens) - 1
             assert cache.keys[0][i, 0, :length, 0].tolist() == row.tokens[:length]
             assert cache.values[0][i, 0, :length, 0].tolist() == list(range(length))
@@ -191,8 +190,11 @@ def run_checked(
     state = start(target, drafter, prompts, params, **options)  # type: ignore[arg-type]
     rows, events = list(state.rows), []
     check_invariants(state)
-    while running := [i for i, row in enumerate(state.rows) if row.finish is None]:
-        state.select(running)
+    while True:
+        for slot in reversed([i for i, row in enumerate(state.rows) if row.finish is not None]):
+            state.release(slot)
+        if not state.rows:
+            break
         events += run_round(target, drafter, state)  # type: ignore[arg-type]
         check_invariants(state)
         if isinstance(drafter, ModelDrafter):
@@ -250,7 +252,7 @@ def exact_law(
     """
     law: Counter[Context] = Counter()
     first = start(target, drafter, [prompt], params)  # type: ignore[arg-type]
-    waiting: dict[tuple[Context, tuple[int, ...]], tuple[float, DecodeState]] = {((), ()): (1.0, first)}
+    waiting: dict[tuple[Context, tuple[int, ...]], tuple[float, Batch]] = {((), ()): (1.0, first)}
     while waiting:
         key = min(waiting, key=lambda k: len(k[0]))  # shortest first: nothing is merged into a state already run
         reach, state = waiting.pop(key)
@@ -266,7 +268,7 @@ def exact_law(
             if len(tokens) >= length:
                 law[tokens[:length]] += weight
             else:
-                held = (own.draft.own.lengths[0], *(own.draft.lengths or ())) if hasattr(own.draft, "own") else ()
+                held = (own.draft.own.host_lengths[0], *(own.draft.lengths or ())) if hasattr(own.draft, "own") else ()
                 after = (tokens, held)
                 waiting[after] = (weight + (waiting[after][0] if after in waiting else 0.0), own)
             script = chance.next_script()

@@ -1,12 +1,17 @@
-"""`KVCache`: keys and values of a transformer, written in place, read through views.
+"""`KVCache`: keys and values of a transformer in a fixed number of row slots, written in place, read through views.
 
 A row's first `lengths[row]` slots are committed: the keys and values of tokens 0 .. lengths-1. Slots from there on are
 scratch: this round's tree nodes, in node order. `keep` moves accepted scratch next to the committed prefix, which is
 legal because a path node of depth k has position lengths + k.
+
+Lengths are kept twice, on the device for masks and positions, and on the host, which decides how many slots are read.
+They change only by numbers that the host knows, so no call waits for the device. A forward runs the rows of `use`; rows
+are admitted and forgotten without copying anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from .compat import Cache
 from .errors import InputError
+from .transfer import to_device
 
 
 def cache_bytes(
@@ -32,18 +38,20 @@ class _Slots:
 
 
 class KVCache(Cache):
-    """Preallocated `(batch, kv_heads, capacity, head_dim)` keys and values a layer.
+    """Preallocated `(rows, kv_heads, capacity, head_dim)` keys and values a layer.
 
     Layers may differ in heads and head size (`shapes`), as in targets with several attention types.
 
     Args:
         shapes: `(kv_heads, head_dim)` of each layer.
-        batch: rows.
+        batch: row slots.
         capacity: slots a row, committed and scratch.
         hidden: width of the last hidden states, kept beside keys and values for drafts that read them; 0: not kept.
 
     Attributes:
-        hidden: `(batch, capacity, width)` or None; slots as those of the keys.
+        keys, values: of each layer, of all row slots.
+        hidden: `(rows, capacity, width)` or None; slots as those of the keys.
+        scratch: scratch slots in use before the next write, the same in each row.
 
     Raises:
         InputError: the cache would need more memory than `limit_bytes` (the amount is named), or a write does not fit.
@@ -52,7 +60,7 @@ class KVCache(Cache):
     >>> k = torch.arange(3.0).view(1, 1, 3, 1).expand(1, 2, 3, 4)
     >>> _ = cache.write(0, k, k)
     >>> cache.keep([[0, 2]])
-    >>> cache.lengths, cache.committed(0)[0][0, 0, :, 0].tolist()
+    >>> cache.host_lengths, cache.committed(0)[0][0, 0, :, 0].tolist()
     ([2], [0.0, 2.0])
     """
 
@@ -75,17 +83,44 @@ class KVCache(Cache):
                 f"the key-value cache needs {needed / 2**20:,.0f} MiB for {batch} row(s) of {capacity} tokens, more than "
                 f"the {limit_bytes / 2**20:,.0f} MiB allowed: lower the batch, the prompt length or max_new_tokens"
             )
-        self.capacity, self.dtype = capacity, dtype
-        where = devices or [torch.device(device)] * len(shapes)
-        self.keys = [
-            torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where, strict=True)
-        ]
-        self.values = [
-            torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in zip(shapes, where, strict=True)
-        ]
+        self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
+        where = devices or [self.device] * len(shapes)
+        places = list(zip(shapes, where, strict=True))
+        self.keys = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
+        self.values = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
         self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
-        self.lengths = [0] * batch
-        self.scratch = 0  # scratch slots in use before the next write
+        self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self._host_lengths = [0] * batch
+        self.scratch = 0
+        self.use(0, batch)
+
+    def use(self, first: int, last: int) -> None:
+        """Run the row slots `first` to `last` - 1 from now on; all other calls are about these rows."""
+        self.rows = slice(first, last)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.scratch = 0
+        self._slots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def lengths(self) -> Tensor:
+        """Committed tokens of each row, `(rows,)` int64 on the device."""
+        return self._lengths[self.rows]
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The same numbers on the host."""
+        return self._host_lengths[self.rows]
+
+    @property
+    def longest(self) -> int:
+        return max(self.host_lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Do the rows' lengths differ?"""
+        return len(set(self.host_lengths)) > 1
 
     @property
     def nbytes(self) -> int:
@@ -99,81 +134,106 @@ class KVCache(Cache):
         committing resets the count.
 
         Args:
-            keys, values: `(batch, kv_heads, queries, head_dim)`.
+            keys, values: `(rows, kv_heads, queries, head_dim)`.
 
         Returns:
-            Keys and values `(batch, kv_heads, max(lengths) + scratch + queries, head_dim)`.
+            Keys and values `(rows, kv_heads, longest + scratch + queries, head_dim)`.
         """
         count = keys.shape[2]
-        end = max(self.lengths) + self.scratch + count
+        end = self.longest + self.scratch + count
         if end > self.capacity:
             raise InputError(f"the cache holds {self.capacity} tokens a row, but {end} are needed")
-        own_keys, own_values = self.keys[layer], self.values[layer]
-        if len(set(self.lengths)) == 1:
+        own_keys, own_values = self.keys[layer][self.rows], self.values[layer][self.rows]
+        if self.ragged:
+            at = self._next_slots(count, own_keys.device)
+            own_keys.transpose(1, 2)[at] = keys.transpose(1, 2)
+            own_values.transpose(1, 2)[at] = values.transpose(1, 2)
+        else:
             own_keys[:, :, end - count : end] = keys
             own_values[:, :, end - count : end] = values
-        else:
-            for row, length in enumerate(self.lengths):
-                start = length + self.scratch
-                own_keys[row, :, start : start + count] = keys[row]
-                own_values[row, :, start : start + count] = values[row]
         return own_keys[:, :, :end], own_values[:, :, :end]
 
+    def _next_slots(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and slot of each query of the next write, made once for all layers."""
+        key = (self.scratch, count, device)
+        if key not in self._slots:
+            rows = torch.arange(len(self.host_lengths), device=device)[:, None]
+            slots = self.lengths.to(device)[:, None] + torch.arange(self.scratch, self.scratch + count, device=device)
+            self._slots[key] = rows, slots
+        return self._slots[key]
+
     def write_hidden(self, hidden: Tensor) -> None:
-        """Write the last hidden states `(batch, queries, width)` of the queries just written by the last `write`."""
+        """Write the last hidden states `(rows, queries, width)` of the queries just written by the last `write`."""
         assert self.hidden is not None
-        count = hidden.shape[1]
-        for row, length in enumerate(self.lengths):
-            start = length + self.scratch
-            self.hidden[row, start : start + count] = hidden[row]
+        own, count = self.hidden[self.rows], hidden.shape[1]
+        if self.ragged:
+            own[self._next_slots(count, own.device)] = hidden
+        else:
+            start = self.longest + self.scratch
+            own[:, start : start + count] = hidden
 
     def hidden_at(self, slots: Tensor) -> Tensor:
-        """Hidden states `(batch, count, width)` of slots `(batch, count)`; zero for negative ones, which have none."""
+        """Hidden states `(rows, count, width)` of slots `(rows, count)`; zero for negative ones, which have none."""
         assert self.hidden is not None
         at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
-        return self.hidden.gather(1, at).masked_fill_((slots < 0)[..., None], 0.0)
+        return self.hidden[self.rows].gather(1, at).masked_fill_((slots < 0)[..., None], 0.0)
 
     def committed(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of the committed keys and values, `(batch, kv_heads, max(lengths), head_dim)`: never a clone.
+        """Views of the committed keys and values, `(rows, kv_heads, longest, head_dim)`: never a clone.
 
         Rows shorter than the longest hold unspecified values past their length.
         """
-        end = max(self.lengths)
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        end = self.longest
+        return self.keys[layer][self.rows, :, :end], self.values[layer][self.rows, :, :end]
 
-    def keep(self, paths: list[list[int]]) -> None:
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the scratch slots named by its path (ascending), and drop the rest."""
-        for row, path in enumerate(paths):
-            start = self.lengths[row]
-            if path != list(range(len(path))):
-                for keys, values in zip(self.keys, self.values, strict=True):
-                    source = torch.tensor(path, device=keys.device) + start
-                    keys[row, :, start : start + len(path)] = keys[row, :, source]
-                    values[row, :, start : start + len(path)] = values[row, :, source]
-                if self.hidden is not None:
-                    source = torch.tensor(path, device=self.hidden.device) + start
-                    self.hidden[row, start : start + len(path)] = self.hidden[row, source]
-            self.lengths[row] = start + len(path)
-        self.scratch = 0
+        counts = [len(path) for path in paths]
+        moved = [j for path in paths for j, slot in enumerate(path) if slot != j]
+        if moved:
+            self._move(paths, min(moved), max(counts))
+        self.commit(counts)
 
-    def commit(self, counts: list[int]) -> None:
+    def _move(self, paths: Sequence[Sequence[int]], first: int, last: int) -> None:
+        """Copy the path nodes at depths `first` to `last` - 1 to their places; shorter paths copy slots to themselves."""
+        table = [[*path[first:last], *range(max(first, len(path)), last)] for path in paths]
+        slots, start = to_device(table, self.device), self.lengths[:, None]
+        source, goal = start + slots, start + torch.arange(first, last, device=self.device)
+        rows = torch.arange(len(paths), device=self.device)[:, None]
+        stores = [t[self.rows].transpose(1, 2) for t in (*self.keys, *self.values)]
+        for store in [*stores, *([] if self.hidden is None else [self.hidden[self.rows]])]:
+            at = store.device
+            store[rows.to(at), goal.to(at)] = store[rows.to(at), source.to(at)]
+
+    def commit(self, counts: Sequence[int]) -> None:
         """Commit the first `counts[row]` scratch slots of each row as they stand."""
-        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
-        self.scratch = 0
+        self._set([n + c for n, c in zip(self.host_lengths, counts, strict=True)])
 
-    def truncate(self, lengths: list[int]) -> None:
+    def truncate(self, lengths: Sequence[int]) -> None:
         """Forget committed slots past `lengths[row]`."""
-        if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
-            raise InputError(f"cannot truncate a cache of lengths {self.lengths} to {lengths}")
-        self.lengths = list(lengths)
-        self.scratch = 0
+        if any(new > old for new, old in zip(lengths, self.host_lengths, strict=True)):
+            raise InputError(f"cannot truncate a cache of lengths {self.host_lengths} to {list(lengths)}")
+        self._set(list(lengths))
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.hidden = None if self.hidden is None else self.hidden[rows]
-        self.lengths = [self.lengths[r] for r in rows]
+    def _set(self, lengths: list[int]) -> None:
+        self._host_lengths[self.rows] = lengths
+        self._lengths[self.rows] = to_device(lengths, self.device)
+        self._forget()
+
+    def move(self, source: int, goal: int) -> None:
+        """Copy row slot `source` to row slot `goal`, which then stand for the same row."""
+        length = self._host_lengths[source]
+        for store in (*self.keys, *self.values):
+            store[goal, :, :length] = store[source, :, :length]
+        if self.hidden is not None:
+            self.hidden[goal, :length] = self.hidden[source, :length]
+        self._host_lengths[goal] = length
+        self._lengths[goal] = self._lengths[source]
+
+    def clear(self, row: int) -> None:
+        """Forget all of row slot `row`."""
+        self._host_lengths[row] = 0
+        self._lengths[row] = 0
 
     # --- what transformers calls on its `Cache`
 
@@ -181,13 +241,13 @@ class KVCache(Cache):
         return self.write(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths) + self.scratch
+        return self.longest + self.scratch
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return max(self.lengths) + self.scratch
+        return self.longest + self.scratch
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return max(self.lengths) + self.scratch + query_length, 0
+        return self.longest + self.scratch + query_length, 0
 
     @property
     def is_sliding(self) -> list[bool]:

@@ -269,8 +269,7 @@ class _Judge:
         return self._run(tree, cache)[node]
 
     def _run(self, tree: TokenTree, cache: Any) -> Tensor:
-        root = torch.tensor(cache.lengths, device=self.target.device)
-        return self.target.forward(tree.tokens, tree.positions(root), cache, tree.ancestors).logits[0]
+        return self.target.forward(tree.tokens, tree.positions(cache.lengths), cache, tree.ancestors).logits[0]
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

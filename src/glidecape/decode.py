@@ -1,72 +1,61 @@
-"""The loop. `run_round` is the only way in which tokens are made: generation, the benchmark and training's evaluation
-all call it, with any drafter."""
+"""Decoding a list of prompts: `decode` yields what each round emitted, `generate` collects it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from .batch import Batch
 from .drafting.drafter import Drafter, NoDraft
+from .engine import Engine
 from .errors import InputError
 from .models.target import Target
 from .noise import Noise, gumbel
+from .round import run_round
+from .row import Emitted, Row, new_row
 from .sampling import SamplingParams
-from .state import DecodeState, Emitted, Row, new_row
 from .stats import RoundStats, Stats
 from .text import text_of
-from .tree import TokenTree
-from .verify import verify_row
+
+__all__ = ["Completion", "Emitted", "decode", "generate", "new_rows", "run_round", "start"]
+
+BATCH = 16  # rows decoded together, at most, where the caller does not say
 
 
-@torch.no_grad()
-def run_round(target: Target, drafter: Drafter, state: DecodeState, stats: Stats | None = None) -> list[Emitted]:
-    """One proposal and one target forward: every row emits its accepted tokens and a bonus token."""
-    started = _seconds(state, stats)
-    tree = drafter.propose(state)
-    drafted = _seconds(state, stats)
-    output = target.forward(tree.tokens, tree.positions(state.root_positions), state.cache, tree.ancestors)
-    laws = state.laws(tree, output.logits)
-    verified = _seconds(state, stats)
-    sizes = list(zip(tree.num_drafted.tolist(), tree.deepest.tolist(), strict=True))
-    events, paths = [], []
-    for i, row in enumerate(state.rows):
-        path, bonus = verify_row(tree, i, laws[i], row.chance)
-        kept, tokens = state.clip(row, tree, path, bonus, i)
-        events.append(_emit(row, tree, i, path, tokens, *sizes[i]))
-        paths.append(kept)
-    state.cache.keep(paths)
-    drafter.commit(state, tree, paths)
-    if stats is not None:
-        stats.draft_s += drafted - started
-        stats.verify_s += verified - drafted
-        stats.total_s += _seconds(state, stats) - started
-        for event in events:
-            stats.add(event.stats)
-    return events
+def new_rows(
+    target: Target, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Row]:
+    """The rows of all prompts at their beginning. One `params` for all gives row i the seed + i: noise of its own.
+
+    Raises:
+        InputError: no prompt, another number of sampling parameters, or see `row.new_row`.
+    """
+    if not prompts:
+        raise InputError("no prompt: give at least one")
+    if isinstance(params, SamplingParams):
+        params = [_with_seed(params, i) for i in range(len(prompts))]
+    if len(params) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(params)} sampling parameters: give one, or one a prompt")
+    return [new_row(i, list(p), own, target) for i, (p, own) in enumerate(zip(prompts, params, strict=True))]
 
 
-def _seconds(state: DecodeState, stats: Stats | None) -> float:
-    """The time now; where somebody counts it, after all work on the device."""
-    device = state.cache.keys[0].device
-    if stats is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _with_seed(params: SamplingParams, i: int) -> SamplingParams:
+    if params.greedy or i == 0:
+        return params
+    return replace(params, seed=(params.seed + i + 2**63) % 2**64 - 2**63)  # 64 bits, signed
 
 
-def _emit(row: Row, tree: TokenTree, i: int, path: list[int], tokens: list[int], drafted: int, depth: int) -> Emitted:
-    """Append a round's tokens to its row (the last one becomes the root) and describe the round."""
-    row.tokens.extend(tokens)
-    accepted = min(len(path) - 1, len(tokens))
-    rejected = any(tree.children(i)[path[-1]]) if len(tokens) > len(path) - 1 else False
-    round_stats = RoundStats(drafted, accepted, len(tokens), accepted + rejected, depth)
-    origins = [*tree.origins(i, path)[:accepted], "bonus"][: len(tokens)]
-    if row.cut is None:
-        return Emitted(row.index, tokens, origins, round_stats, row.finish)
-    cut = row.cut.tokens - row.cut.kept
-    return Emitted(row.index, tokens, origins, round_stats, row.finish, row.cut.text, cut)
+def _engine(target: Target, drafter: Drafter, rows: list[Row], slots: int, noise: Noise, limit: int | None) -> Engine:
+    tokens = max(len(row.tokens) + row.params.max_new_tokens for row in rows)
+    new_tokens = max(row.params.max_new_tokens for row in rows)
+    engine = Engine(target, drafter, slots, tokens, new_tokens, noise, limit)
+    for row in rows:
+        engine.submit(row)
+    return engine
 
 
 def start(
@@ -76,45 +65,20 @@ def start(
     params: SamplingParams | Sequence[SamplingParams],
     noise: Noise = gumbel,
     limit_bytes: int | None = None,
-) -> DecodeState:
-    """Check the prompts, allocate the caches and read the prompts.
+) -> Batch:
+    """Check the prompts, allocate the caches and read all prompts: the batch is ready for `run_round`.
 
     Raises:
-        InputError: no prompt, an empty one, a token id out of range, a prompt longer than the context, an option that does
-            not fit the target (`state.new_row`), or not enough room for the cache.
+        InputError: see `new_rows`; or there is not enough room for the cache.
     """
-    if not prompts:
-        raise InputError("no prompt: give at least one")
-    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    if len(each) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one, or one a prompt")
-    rows = [checked_row(i, prompt, own, target) for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))]
-    # Room for the longest row, a proposal after it, and the padding of ragged catch-ups.
-    proposal = drafter.budget(max(own.max_new_tokens for own in each))
-    capacity = max(len(p) + own.max_new_tokens for p, own in zip(prompts, each, strict=True)) + 2 * proposal + 2
-    state = DecodeState(rows, target.new_cache(len(rows), capacity, limit_bytes, drafter.reads_hidden), noise=noise)
+    rows = new_rows(target, prompts, params)
+    engine = _engine(target, drafter, rows, len(rows), noise, limit_bytes)
+    for row in rows:
+        engine.batch.admit(row)
     with torch.no_grad():
-        target.prefill([row.tokens for row in rows], state.cache)
-        drafter.admit(state)
-    return state
-
-
-def checked_row(i: int, prompt: Sequence[int], params: SamplingParams, target: Target) -> Row:
-    """The row of prompt `i` at its beginning.
-
-    Raises:
-        InputError: see `start`.
-    """
-    if not prompt:
-        raise InputError(f"prompt {i} is empty: give at least one token to continue")
-    if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:
-        raise InputError(f"prompt {i} holds token id {bad[0]}, outside the vocabulary of {target.vocab_size}")
-    if len(prompt) + params.max_new_tokens > target.context:
-        raise InputError(
-            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that is more than the "
-            f"target's context of {target.context}: shorten it, or emit {max(0, target.context - len(prompt))} at most"
-        )
-    return new_row(i, list(prompt), params, target)
+        while engine.read_prompts():
+            pass
+    return engine.batch
 
 
 def decode(
@@ -125,26 +89,23 @@ def decode(
     stats: Stats | None = None,
     noise: Noise = gumbel,
     limit_bytes: int | None = None,
+    batch: int | None = None,
 ) -> Iterator[Emitted]:
-    """Decode a batch of prompts; yields what each row emitted, round by round, until all rows have ended.
+    """Decode prompts together; yields what each row emitted, round by round, until all rows have ended.
 
-    Rows that end leave the batch at once, so the others don't wait for them.
+    Args:
+        batch: rows decoded together, at most; the next prompt takes the slot of a row that ended. None: all.
     """
-    started = time.perf_counter()
-    state = start(target, drafter, prompts, params or SamplingParams(), noise, limit_bytes)
-    if stats is not None:
-        stats.prefill_s += _seconds(state, stats) - started
-    for i, row in enumerate(state.rows):
-        if row.params.max_new_tokens == 0:
-            row.finish = "length"
-            yield Emitted(i, [], [], RoundStats(0, 0, 0, 0), "length")
-    while True:
-        running = [i for i, row in enumerate(state.rows) if row.finish is None]
-        if not running:
-            return
-        if len(running) < len(state.rows):
-            state.select(running)
-        yield from run_round(target, drafter, state, stats)
+    rows = new_rows(target, prompts, params or SamplingParams())
+    engine = _engine(target, drafter, rows, min(batch or len(rows), len(rows)), noise, limit_bytes)
+    while not engine.idle:
+        started, before = time.perf_counter(), 0.0 if stats is None else stats.total_s
+        events = engine.step(stats)
+        if stats is not None and stats.total_s == before:  # a chunk of a prompt
+            if engine.batch.device.type == "cuda":
+                torch.cuda.synchronize(engine.batch.device)
+            stats.prefill_s += time.perf_counter() - started
+        yield from events
 
 
 @dataclass
@@ -169,20 +130,32 @@ class Completion:
 
 def generate(
     target: Target,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
     drafter: Drafter | None = None,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     stats: Stats | None = None,
+    batch: int = BATCH,
 ) -> list[Completion]:
-    """Complete a batch of prompts, text or token ids; without a drafter by plain decoding.
+    """Complete prompts, text or token ids; without a drafter by plain decoding.
+
+    Args:
+        prompts: one, or a list.
+        params: for all prompts, of which prompt i then gets the seed + i; or one a prompt.
+        batch: prompts decoded together, at most. Drafts help less the more rows share a forward (docs/results.md).
 
     Raises:
-        InputError: see `start`.
+        InputError: see `new_rows`; or the drafter is none.
     """
-    ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    if drafter is not None and not hasattr(drafter, "propose"):
+        raise InputError(f"a drafter is made by make_drafter(method, draft), and this is {drafter!r}")
+    if batch < 1:
+        raise InputError(f"at least 1 prompt is decoded at a time, not {batch}")
+    one_prompt = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    every: Any = [prompts] if one_prompt else prompts
+    ids = [target.encode(p) if isinstance(p, str) else list(p) for p in every]
     done = [Completion() for _ in ids]
     cut_text: dict[int, str] = {}
-    for event in decode(target, drafter or NoDraft(), ids, params, stats):
+    for event in decode(target, drafter or NoDraft(), ids, params, stats, batch=batch):
         one = done[event.row]
         one.tokens += event.tokens
         one.origins += event.origins

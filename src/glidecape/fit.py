@@ -17,6 +17,7 @@ from statistics import median
 
 from torch import Tensor
 
+from .batch import Batch
 from .decode import decode
 from .drafting.drafter import Around, Drafter, ModelDrafter, NoDraft
 from .drafting.expansion import Chain, Expansion
@@ -26,7 +27,6 @@ from .drafting.stop import Entropy, FixedLength
 from .errors import InputError
 from .models.target import Target
 from .sampling import NOISE, SamplingParams
-from .state import DecodeState
 from .stats import Stats
 from .tree import TokenTree
 
@@ -111,17 +111,16 @@ class _Everywhere(Around):
         self.stop = stop
         self.made: list[tuple[TokenTree, tuple[float, ...], tuple[int, ...]]] = []
 
-    def propose(self, state: DecodeState) -> TokenTree:
+    def propose(self, batch: Batch) -> TokenTree:
         self.stop.seen, self.stop.nodes = [], []
-        tree = super().propose(state)
+        tree = super().propose(batch)
         drafted = int(tree.num_drafted[0])
         # A tree that is pruned to its best nodes never verifies more than it does now.
         nodes = (*(min(n, drafted) for n in self.stop.nodes), drafted)
         self.made.append((tree, tuple(self.stop.seen), nodes))
-        return TokenTree(state.roots)
-
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        super().commit(state, self.made[-1][0], paths)
+        root = TokenTree(batch.roots, capacity=1)
+        root.memo = tree.memo
+        return root
 
 
 def _accepted(tree: TokenTree, following: Sequence[int]) -> int:

@@ -6,40 +6,50 @@ evaluation and decoding differ only in how they fill it in.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 
-def tree_mask(lengths: list[int], ancestors: Tensor | None, queries: int, keys: int) -> Tensor | None:
-    """Who sees what when `queries` scratch slots follow `lengths[row]` committed slots in a cache of `keys` slots.
+class Rows(Protocol):
+    """Where the rows of a cache stand; what `tree_mask` needs to know of a `KVCache`."""
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def longest(self) -> int: ...
+
+    @property
+    def ragged(self) -> bool: ...
+
+    scratch: int
+
+
+def tree_mask(cache: Rows, ancestors: Tensor | None, queries: int) -> Tensor | None:
+    """Who sees what when `queries` slots are run after the committed and the scratch slots of a cache.
 
     Args:
-        lengths: committed slots of each row.
-        ancestors: `(batch, queries, scratch)`, True where scratch slot j is query i itself or its ancestor; the scratch
-            slots begin at `lengths[row]`. None: a chain whose last `queries` slots are the queries.
-        keys: slots that the attention reads, at least `max(lengths) + scratch`.
+        ancestors: `(batch, queries, scratch + queries)`, True where scratch slot j is query i itself or its ancestor. None: a
+            chain, in which each slot comes after all before it.
 
     Returns:
-        The mask, or None when it would be all True.
+        `(batch, 1, queries, longest + scratch + queries)`, or None when it would be all True.
     """
+    lengths, scratch = cache.lengths, cache.scratch + queries
+    batch, keys = lengths.shape[0], cache.longest + scratch
     if ancestors is None:
-        scratch = keys - max(lengths)
-        if queries == 1 and len(set(lengths)) == 1:
+        if queries == 1 and not cache.ragged:
             return None
-        ancestors = torch.ones(queries, scratch, dtype=torch.bool).tril(scratch - queries)
-        ancestors = ancestors.expand(len(lengths), -1, -1)
-    batch, _, scratch = ancestors.shape
-    if len(set(lengths)) == 1:
-        committed = ancestors.new_ones(batch, queries, lengths[0])
-        padding = ancestors.new_zeros(batch, queries, keys - lengths[0] - scratch)
-        return torch.cat([committed, ancestors, padding], dim=2)[:, None]
-    start = torch.tensor(lengths, device=ancestors.device)[:, None]
-    slot = (
-        torch.arange(keys, device=ancestors.device) - start
-    )  # (batch, keys): scratch slot number, negative: committed
-    inside = (slot >= 0) & (slot < scratch)
+        chain = torch.ones(queries, scratch, dtype=torch.bool, device=lengths.device).tril(scratch - queries)
+        ancestors = chain.expand(batch, -1, -1)
+    if not cache.ragged:
+        return torch.cat([ancestors.new_ones(batch, queries, cache.longest), ancestors], dim=2)[:, None]
+    slot = torch.arange(keys, device=lengths.device) - lengths[:, None]  # (batch, keys): negative where committed
     index = slot.clamp(0, scratch - 1)[:, None].expand(-1, queries, -1)
-    return ((slot < 0)[:, None] | (inside[:, None] & ancestors.gather(2, index)))[:, None]
+    inside = ((slot >= 0) & (slot < scratch))[:, None]
+    return ((slot < 0)[:, None] | (inside & ancestors.gather(2, index)))[:, None]
 
 
 def visible_mask(visible: Tensor, keys: int) -> Tensor:
@@ -71,13 +81,13 @@ def lag_one_visible(positions: Tensor) -> Tensor:
     return positions
 
 
-def slot_positions(lengths: list[int], scratch: Tensor, keys: int) -> Tensor:
+def slot_positions(lengths: Tensor, scratch: Tensor, keys: int) -> Tensor:
     """Positions of the first `keys` slots of a cache, `(batch, keys)`.
 
     A committed slot's position is its number; a scratch slot's is its node's, `scratch (batch, slots)`. Slots past the
     scratch have any.
     """
-    start = torch.tensor(lengths, device=scratch.device)[:, None]
+    start = lengths[:, None]
     slot = torch.arange(keys, device=scratch.device).expand(len(lengths), -1)
     return torch.where(slot < start, slot, scratch.gather(1, (slot - start).clamp(0, scratch.shape[1] - 1)))
 

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 _SIGN = -(2**31)
 
 
@@ -55,3 +57,45 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     h ^= _SIGN  # unsigned h is this plus 2**31
     u = h.double().add_(2.0**31 + 0.5).mul_(2.0**-32)
     return u.log_().neg_().log_().neg_().float()
+
+
+class NoiseAhead:
+    """Shared noise of a batch, made for several positions at once: the rounds to come want them too, and a call costs more
+    than a vector.
+
+    It holds the vectors of `span` positions after a first one a row, and makes all anew when one is asked for that it does
+    not hold. So nothing of a row that left stays here, and a reused row number cannot meet another row's noise.
+
+    Args:
+        seeds: of each row, on the host.
+        make: the noise itself.
+    """
+
+    AHEAD = 16  # positions beyond the ones that are asked for
+
+    def __init__(self, seeds: list[int], device: torch.device, make: Noise = gumbel) -> None:
+        self.seeds = to_device(seeds, device)
+        self.rows = torch.arange(len(seeds), device=device)[:, None]
+        self.make = make
+        self.first: list[int] = []  # the first position of each row that is held
+        self.held: Tensor | None = None
+
+    def at(self, roots: list[int], root_positions: Tensor, depth: Tensor, deepest: int, vocab: int) -> Tensor:
+        """Noise `(batch, nodes, vocab)` for the tokens that follow nodes of `depth (batch, nodes)` below the roots.
+
+        Args:
+            roots: absolute positions of the roots, on the host; `root_positions (batch,)` are the same on the device.
+            deepest: no node is deeper.
+        """
+        held = self.held
+        fits = (
+            held is not None
+            and held.shape[2] == vocab
+            and max(root - first for first, root in zip(self.first, roots, strict=True)) + deepest < held.shape[1]
+        )
+        if not fits:
+            span = torch.arange(1, deepest + 2 + self.AHEAD, device=self.seeds.device)
+            held = self.held = self.make(self.seeds, root_positions[:, None] + span, vocab)
+            self.first, self.start = list(roots), root_positions.clone()
+        assert held is not None
+        return held[self.rows, (root_positions - self.start)[:, None] + depth]

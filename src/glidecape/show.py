@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-from .decode import checked_row, decode
+from .decode import decode
 from .drafting.drafter import Drafter
 from .models.target import Target
+from .row import new_row
 from .sampling import SamplingParams
 from .stats import Stats
 from .text import TextStream, chat_ids, text_of
@@ -29,7 +30,7 @@ def show(
     """
     ids = [chat_ids(target.tokenizer, text) if chat else target.encode(text) for text in prompts]
     for i, (prompt, own) in enumerate(zip(ids, params, strict=True)):
-        checked_row(i, prompt, own, target)  # all of them, before anything is printed
+        new_row(i, prompt, own, target)  # all of them, before anything is printed
     for first in range(0, len(ids), batch):
         rows = list(range(first, min(first + batch, len(ids))))
         stats = Stats()

@@ -1,5 +1,8 @@
 """Verify: the only place where tokens are accepted, a pure function of a tree, the target's law and chance.
 
+`verify_row` is the specification, and serves laws of many tokens. `verify_points` does the same for a whole batch at once
+where every law is a point, greedy or given the shared noise, without leaving the device.
+
 At a node the children are tried in the order they were added. A child drawn from the draft's law q is accepted with
 probability min(1, p/q); a child chosen deterministically counts as drawn from a point mass. A rejection leaves the
 residual of p. When no child is left the bonus token is drawn from what remains.
@@ -12,6 +15,7 @@ Source: Leviathan et al. 2023 (chains); SpecInfer and EAGLE (siblings). Exact en
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -103,6 +107,49 @@ def verify_row(tree: TokenTree, row: int, law_at: Callable[[int], Law], chance: 
                 q = _without(drawn_from, token)
         else:
             return path, p.draw(chance)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a batch of trees whose laws are points.
+
+    Attributes:
+        path: `(batch, levels + 1)` int64, accepted nodes by depth, the root first; -1 past the end.
+        length: `(batch,)` nodes of the path, the root included.
+        bonus: `(batch,)` bonus tokens.
+        end: `(batch,)` last nodes of the paths.
+        is_first: `(batch, nodes)` bool, nodes that are their parent's first child.
+    """
+
+    path: Tensor
+    length: Tensor
+    bonus: Tensor
+    end: Tensor
+    is_first: Tensor
+
+
+def verify_points(tree: TokenTree, chosen: Tensor) -> Verdict:
+    """Accept the path that follows the target's choices, in every row at once.
+
+    Args:
+        chosen: `(batch, nodes)` the token on which the law at each node has all its mass.
+
+    Where two children of a node hold the same token the one added first is accepted, as in `verify_row`.
+    """
+    above = tree.parents.clamp(min=0)
+    earlier = tree.earlier_siblings()
+    same_token = tree.tokens[:, :, None] == tree.tokens[:, None, :]
+    matches = (tree.tokens == chosen.gather(1, above)) & tree.valid & ~(earlier & same_token).any(2)
+    matches[:, 0] = True
+    accepted = ~(tree.ancestors & ~matches[:, None, :]).any(2)
+    end = ((tree.depth + 1) * accepted).argmax(1, keepdim=True)
+    on_path = tree.ancestors.gather(1, end[..., None].expand(-1, -1, tree.nodes))[:, 0]
+    # Each node of the path goes to the column of its depth, all others to one column more, which is cut off.
+    column = tree.depth.masked_fill(~on_path, tree.levels + 1)
+    number = torch.arange(tree.nodes, device=chosen.device).expand(tree.batch, -1)
+    path = torch.full((tree.batch, tree.levels + 2), -1, device=chosen.device).scatter(1, column, number)[:, :-1]
+    length = tree.depth.gather(1, end)[:, 0] + 1
+    return Verdict(path, length, chosen.gather(1, end)[:, 0], end[:, 0], ~earlier.any(2))
 
 
 def _without(q: Tensor, token: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..decode import run_round, start
 from ..drafting.drafter import Around, DraftModel, ModelDrafter
 from ..drafting.expansion import Chain
@@ -20,7 +21,6 @@ from ..drafting.law import DraftLaw
 from ..drafting.stop import FixedLength
 from ..models.target import Target, TargetOutput
 from ..sampling import SamplingParams, log_law, widen
-from ..state import DecodeState
 from ..tree import TokenTree
 
 
@@ -74,13 +74,11 @@ class _Unspoken(Around):
 
     tree: TokenTree | None = None
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        self.tree = self.inner.propose(state)
-        return TokenTree(state.roots)
-
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        assert self.tree is not None
-        self.inner.commit(state, self.tree, [[0]])
+    def propose(self, batch: Batch) -> TokenTree:
+        self.tree = self.inner.propose(batch)
+        root = TokenTree(batch.roots, capacity=1)
+        root.memo = self.tree.memo
+        return root
 
 
 @torch.no_grad()

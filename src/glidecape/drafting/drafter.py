@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..cache import KVCache
 from ..masks import tree_mask
-from ..state import DecodeState
+from ..round import Outcome
+from ..transfer import to_device, to_host
 from ..tree import TokenTree
 from .expansion import Expansion
 from .law import draft_law
@@ -33,7 +36,8 @@ class DraftModel(Protocol):
     reads_hidden: bool
     trusts_own: bool
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache: ...
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache of `batch` row slots for its own keys and values."""
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         """Write the keys and values of committed tokens `(batch, count)`, without drafting from them."""
@@ -59,7 +63,7 @@ class DraftModel(Protocol):
 
 
 class Drafter(Protocol):
-    """Makes proposals. All its state lives in `state.draft`, row by row."""
+    """Makes proposals. All its state lives in `batch.draft`, row by row; see `DrafterState`."""
 
     @property
     def reads_hidden(self) -> bool:
@@ -68,11 +72,27 @@ class Drafter(Protocol):
     def budget(self, tokens: int) -> int:
         """Most nodes of a proposal, the root included, for rows that emit at most so many tokens."""
 
-    def admit(self, state: DecodeState) -> None: ...
+    def begin(self, rows: int, capacity: int) -> DrafterState | None:
+        """The state for so many row slots of `capacity` tokens each."""
 
-    def propose(self, state: DecodeState) -> TokenTree: ...
+    def read(self, batch: Batch, first: int, last: int) -> None:
+        """Catch up with what was committed to the row slots `first` to `last` - 1 while their prompts are read."""
 
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None: ...
+    def propose(self, batch: Batch) -> TokenTree:
+        """A tree for every row."""
+
+    def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """Learn which nodes were committed; the rows' tokens hold them already."""
+
+
+class DrafterState(Protocol):
+    """What a drafter keeps of each row slot."""
+
+    def move(self, source: int, goal: int) -> None:
+        """The row of slot `source` is in slot `goal` from now on."""
+
+    def clear(self, slot: int) -> None:
+        """A new row begins in this slot."""
 
 
 class NoDraft:
@@ -83,13 +103,16 @@ class NoDraft:
     def budget(self, tokens: int) -> int:
         return 1
 
-    def admit(self, state: DecodeState) -> None:
-        state.draft = None
+    def begin(self, rows: int, capacity: int) -> None:
+        return None
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        return TokenTree(state.roots)
+    def read(self, batch: Batch, first: int, last: int) -> None:
+        return None
 
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+    def propose(self, batch: Batch) -> TokenTree:
+        return TokenTree(batch.roots, capacity=1)
+
+    def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         return None
 
 
@@ -106,32 +129,42 @@ class Around:
     def budget(self, tokens: int) -> int:
         return self.inner.budget(tokens)
 
-    def admit(self, state: DecodeState) -> None:
-        self.inner.admit(state)
+    def begin(self, rows: int, capacity: int) -> DrafterState | None:
+        return self.inner.begin(rows, capacity)
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        return self.inner.propose(state)
+    def read(self, batch: Batch, first: int, last: int) -> None:
+        self.inner.read(batch, first, last)
 
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        self.inner.commit(state, tree, paths)
+    def propose(self, batch: Batch) -> TokenTree:
+        return self.inner.propose(batch)
+
+    def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        self.inner.commit(batch, outcomes)
 
 
 @dataclass
 class DraftState:
     """The draft's cache. Its committed length is the trusted one: tokens past it are run again at the next round.
 
-    `ran` holds the tree nodes of this round in the order they were run, one column of nodes a slot. `lengths` are the
-    next lengths of the rows where the stop policy adapts them, else None.
+    Attributes:
+        ran: this round's tree nodes in the order they were run, `(rows, width)` a step, -1 for a dummy.
+        lengths: next lengths of the row slots where the stop policy adapts them, else None; `first` is a new row's.
     """
 
     own: KVCache
-    ran: list[Tensor]
+    ran: list[Tensor] = field(default_factory=list)
     lengths: list[int] | None = None
+    first: int = 0
 
-    def select(self, rows: list[int]) -> None:
-        self.own.select(rows)
+    def move(self, source: int, goal: int) -> None:
+        self.own.move(source, goal)
         if self.lengths is not None:
-            self.lengths = [self.lengths[i] for i in rows]
+            self.lengths[goal] = self.lengths[source]
+
+    def clear(self, slot: int) -> None:
+        self.own.clear(slot)
+        if self.lengths is not None:
+            self.lengths[slot] = self.first
 
 
 class ModelDrafter:
@@ -148,110 +181,114 @@ class ModelDrafter:
     def budget(self, tokens: int) -> int:
         return self.expansion.budget(min(self.cap, max(1, tokens - 1)))
 
-    def admit(self, state: DecodeState) -> None:
-        """Read the prompts, all but their last tokens."""
-        own = self.model.new_cache(len(state.rows), state.cache.capacity)
-        self._catch_up(state, own, [len(row.tokens) - 1 for row in state.rows])
-        state.draft = DraftState(own, [], self._first_lengths(len(state.rows)))
+    def begin(self, rows: int, capacity: int) -> DraftState:
+        return self._begin(self.model.new_cache(rows, capacity), rows)
 
-    def _first_lengths(self, rows: int) -> list[int] | None:
+    def _begin(self, own: KVCache, rows: int) -> DraftState:
         start = getattr(self.stop, "start", None)
-        return None if start is None else [min(start, self.cap)] * rows
+        first = min(start or 0, self.cap)
+        return DraftState(own, lengths=None if start is None else [first] * rows, first=first)
 
-    def _catch_up(self, state: DecodeState, own: KVCache, upto: list[int], chunk: int = 512) -> None:
-        device = own.keys[0].device
-        while any(have < want for have, want in zip(own.lengths, upto, strict=True)):
-            spans = [(have, min(want, have + chunk)) for have, want in zip(own.lengths, upto, strict=True)]
-            width = max(end - start for start, end in spans)
-            pieces = [row.tokens[start:end] for row, (start, end) in zip(state.rows, spans, strict=True)]
-            tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
-            start = torch.tensor(own.lengths, device=device)[:, None]
-            self.model.catch_up(tokens, start + torch.arange(width, device=device), own, state.cache)
+    def read(self, batch: Batch, first: int, last: int, chunk: int = 512) -> None:
+        own, cache = batch.draft.own, batch.cache
+        own.use(first, last)
+        while max(want - have for have, want in zip(own.host_lengths, cache.host_lengths, strict=True)) > 0:
+            spans = zip(batch.rows[first:last], own.host_lengths, cache.host_lengths, strict=True)
+            pieces = [row.tokens[have : min(want, have + chunk)] for row, have, want in spans]
+            tokens, positions = _padded(pieces, own)
+            self.model.catch_up(tokens, positions, own, cache)
             own.commit([len(piece) for piece in pieces])
+        own.use(0, len(batch.rows))
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        tree, own = TokenTree(state.roots), state.draft.own
-        roots = state.root_positions
+    def propose(self, batch: Batch) -> TokenTree:
+        own, rows = batch.draft.own, batch.rows
+        own.use(0, len(rows))
         # A proposal longer than what its row may still emit would be verified for nothing.
-        caps = [min(self.cap, max(1, row.budget - 1)) for row in state.rows]
-        if state.draft.lengths is not None:
-            caps = [min(cap, length) for cap, length in zip(caps, state.draft.lengths, strict=True)]
-        frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=roots.device)
-        logits = self._first_step(state, own)
-        state.draft.ran = [frontier]
-        depth = 0
-        while True:
-            positions = roots[:, None] + depth
-            law = draft_law(state, tree, frontier, logits, positions.expand_as(frontier), self.expansion.draws)
+        caps = [min(self.cap, max(1, row.budget - 1)) for row in rows]
+        if batch.draft.lengths is not None:
+            caps = [min(cap, length) for cap, length in zip(caps, batch.draft.lengths, strict=False)]
+        shortest, longest = min(caps), max(caps)
+        tree = TokenTree(batch.roots, self.expansion.capacity(longest))
+        frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
+        row_caps = to_device(caps, batch.device) if shortest < longest else None
+        logits = self._first_step(batch, own)
+        batch.draft.ran = [frontier]
+        for depth in itertools.count(1):
+            law = draft_law(batch, tree, frontier, logits, depth - 1, self.expansion.draws)
             frontier = self.expansion.grow(tree, frontier, law)
-            depth += 1
-            more = depth < max(caps) and self.stop.more(tree, depth, law)
-            if more is not False and depth >= min(caps):
-                more = more & torch.tensor([depth < cap for cap in caps], device=roots.device)
+            more = depth < longest and self.stop.more(tree, depth, law)
+            if more is not False and depth >= shortest and row_caps is not None:
+                more = more & (row_caps > depth)
             if isinstance(more, Tensor):
                 frontier = frontier.masked_fill(~more[:, None], -1)
-                more = bool((frontier >= 0).any())  # not `more`: a stopped row has no say
-            if not more or frontier.shape[1] == 0:
-                return self.expansion.finish(tree)
-            logits = self._step(state, own, tree, frontier, roots)
+            if more is not False and (isinstance(more, Tensor) or self.expansion.may_end):
+                # Asked of the frontier: a stopped row has no say.
+                more = to_host((frontier >= 0).any())
+            if more is False or frontier.shape[1] == 0:
+                break
+            logits = self._step(batch, own, tree, frontier)
+        tree = self.expansion.finish(tree)
+        tree.memo = torch.cat(batch.draft.ran, 1)
+        return tree
 
-    def _first_step(self, state: DecodeState, own: KVCache) -> Tensor:
+    def _first_step(self, batch: Batch, own: KVCache) -> Tensor:
         """Run every token that the draft has not run yet, up to the root; logits `(batch, 1, vocab)` at the root."""
-        device = own.keys[0].device
-        pieces = [row.tokens[length:] for row, length in zip(state.rows, own.lengths, strict=True)]
-        width = max(len(piece) for piece in pieces)
-        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
-        positions = torch.tensor(own.lengths, device=device)[:, None] + torch.arange(width, device=device)
-        sees_all = width == 1 and len(set(own.lengths)) == 1
-        mask = None if sees_all else tree_mask(own.lengths, None, width, max(own.lengths) + width)
-        logits = self.model.step(tokens, positions, own, mask, state.cache, positions, None)
-        last = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
+        pieces = [row.tokens[length:] for row, length in zip(batch.rows, own.host_lengths, strict=True)]
+        tokens, positions = _padded(pieces, own)
+        mask = tree_mask(own, None, tokens.shape[1])
+        logits = self.model.step(tokens, positions, own, mask, batch.cache, positions, None)
         # The root stays scratch slot 0: it is the first token of this round's tree.
-        own.commit([len(piece) - 1 for piece in pieces])
+        counts = [len(piece) - 1 for piece in pieces]
+        own.commit(counts)
         own.scratch = 1
-        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[-1]))
+        if min(counts) == tokens.shape[1] - 1:
+            return logits[:, -1:]
+        last = to_device(counts, own.device)[:, None, None]
+        return logits.gather(1, last.expand(-1, 1, logits.shape[-1]))
 
-    def _step(self, state: DecodeState, own: KVCache, tree: TokenTree, frontier: Tensor, roots: Tensor) -> Tensor:
+    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Tensor:
         """Run the frontier; logits `(batch, width, vocab)`. Rows with no frontier node run a dummy."""
-        at = frontier.clamp(min=0)
-        state.draft.ran.append(frontier)
-        slots = torch.cat(state.draft.ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
-        ran = slots.clamp(min=0)
-        depths = tree.depth.gather(1, ran)
-        keys = max(own.lengths) + ran.shape[1]
-        chain = ran.shape[1] == len(state.draft.ran)  # width 1 throughout: every slot is an ancestor
-        if chain:
-            mask = tree_mask(own.lengths, None, 1, keys) if len(set(own.lengths)) > 1 else None
-        else:
+        at, roots = frontier.clamp(min=0), batch.root_positions
+        ran = batch.draft.ran
+        ran.append(frontier)
+        slots = torch.cat(ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
+        nodes = slots.clamp(min=0)
+        scratch = roots[:, None] + tree.depth.gather(1, nodes)
+        chain = nodes.shape[1] == len(ran)  # width 1 throughout: every slot is an ancestor
+        above, parents = None, None
+        if not chain:
             above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
-            above = above.gather(2, ran[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
-            mask = tree_mask(own.lengths, above, at.shape[1], keys)
-        parents = None
+            above = above.gather(2, nodes[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
         if own.hidden is not None and chain:
-            parents = at.new_full(at.shape, ran.shape[1] - 2)
+            parents = at.new_full(at.shape, nodes.shape[1] - 2)
         elif own.hidden is not None:  # a parent was run before its children, the root in slot 0
             parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
-        scratch = roots[:, None] + depths
-        positions = roots[:, None] + tree.depth.gather(1, at)
-        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, state.cache, scratch, parents)
+        mask = tree_mask(own, above, at.shape[1])
+        positions = scratch[:, -at.shape[1] :]
+        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, batch.cache, scratch, parents)
         own.scratch += at.shape[1]
         return logits
 
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        self._trust(state, tree, paths)
-        if state.draft.lengths is not None:
-            state.draft.lengths = [
-                min(self.cap, self.stop.next_length(length, len(path) - 1 == end))  # type: ignore[attr-defined]
-                for length, path, end in zip(state.draft.lengths, paths, tree.deepest.tolist(), strict=True)
-            ]
+    def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        self._trust(batch.draft, outcomes)
+        lengths = batch.draft.lengths
+        if lengths is not None:
+            stop: Any = self.stop
+            for slot, one in enumerate(outcomes):
+                lengths[slot] = min(self.cap, stop.next_length(lengths[slot], len(one.path) - 1 == one.depth))
 
-    def _trust(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+    def _trust(self, draft: DraftState, outcomes: Sequence[Outcome]) -> None:
         """Trust the longest beginning of each path that was run; its slots move next to the draft's committed ones."""
-        ran = torch.cat(state.draft.ran if self.model.trusts_own else state.draft.ran[:1], 1).tolist()
         trusted = []
-        for row, (path, in_slot) in enumerate(zip(paths, ran, strict=True)):
+        for one in outcomes:
+            in_slot = one.memo if self.model.trusts_own else one.memo[:1]
             slot = {node: at for at, node in enumerate(in_slot)}
-            if tree.grown_as is not None:  # a pruned tree has numbers of its own
-                path = tree.grown_as[row, path].tolist()
-            trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, path)])
-        state.draft.own.keep(trusted)
+            trusted.append([slot[node] for node in itertools.takewhile(slot.__contains__, one.grown)])
+        draft.own.keep(trusted)
+
+
+def _padded(pieces: list[list[int]], own: KVCache) -> tuple[Tensor, Tensor]:
+    """Tokens `(rows, width)`, and their positions if they follow what `own` has committed."""
+    width = max(map(len, pieces))
+    tokens = to_device([piece + [0] * (width - len(piece)) for piece in pieces], own.device)
+    return tokens, own.lengths[:, None] + torch.arange(width, device=own.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..sampling import widen
+from ..transfer import to_device
 from ..tree import TokenTree
 from .expansion import continuations
 from .law import DraftLaw
@@ -27,8 +28,8 @@ class EagleTree:
 
     Nodes are ranked by the sum along their path of the log-softmax of the draft's ranks, as in a beam; ties go to the
     shallower node. A score never grows along a path, so a kept node's parent is kept, and a node outside the best
-    `total` - 1 so far cannot come back: it is neither added nor run, which changes no proposal. A draft that is sure of
-    nothing is therefore done early.
+    `total` - 1 so far cannot come back: it is neither valid nor run, which changes no proposal. An unsure draft therefore
+    stops early.
 
     Lossless: every node is chosen deterministically, so any of them may be dropped and verify takes the others for point
     masses.
@@ -36,7 +37,7 @@ class EagleTree:
     nodes of a depth even where they are lost already.
     """
 
-    draws = False
+    draws, may_end = False, True
 
     def __init__(self, top: int = 10, total: int = 60) -> None:
         check_size(top, total)
@@ -46,16 +47,18 @@ class EagleTree:
         run = 1 + self.top * (depth - 1)  # slots of the draft's own cache
         return max(run, min(self.total, 1 + self.top + (depth - 1) * self.top**2))
 
+    def capacity(self, depth: int) -> int:
+        return 1 + self.top + (depth - 1) * min(self.top**2, self.total - 1)
+
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
-        """The new depth's best nodes, in order of descending score; no column where no row has any."""
-        parents, tokens, own, total = continuations(tree, frontier, law, self.top)
+        """The new depth's best nodes, in order of descending score."""
+        # Places ascend, so no node past the first `total` - 1 is ever valid.
+        parents, tokens, own, total = (x[:, : self.total - 1] for x in continuations(tree, frontier, law, self.top))
         known = tree.score.masked_fill(~tree.valid, float("-inf"))[:, 1:]
         ahead = (known[:, None] >= total[..., None]).sum(-1)  # earlier nodes go first at equal scores
         place = ahead + torch.arange(total.shape[1], device=total.device)
         valid = total.isfinite() & (place < self.total - 1)
-        keep = int(valid.sum(1).max())  # places ascend, so valid ones come first
-        added = tree.add(parents[:, :keep], tokens[:, :keep], own[:, :keep], valid[:, :keep])
-        return added[:, : self.top]
+        return tree.add(parents, tokens, own, valid)[:, : self.top]
 
     def finish(self, tree: TokenTree) -> TokenTree:
         return tree.keep_best(self.total - 1)
@@ -76,7 +79,7 @@ class StaticTree:
     Source: EAGLE-1 and Medusa. Differs: their shapes are tables, searched for on their own models; ours is this formula.
     """
 
-    draws = False
+    draws, may_end = False, False
 
     def __init__(self, top: int = 10, total: int = 60, depth: int = 5) -> None:
         check_size(top, total)
@@ -85,16 +88,20 @@ class StaticTree:
     def budget(self, depth: int) -> int:
         return 1 + sum(len(level.choices) for level in self.levels[:depth])
 
+    def capacity(self, depth: int) -> int:
+        return self.budget(depth)
+
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """All of the shape's next depth; those of its nodes that have children, too, are the new frontier."""
-        level, vocab = self.levels[int(tree.depth.max())], law.rank.shape[-1]
-        choices = torch.tensor(level.choices, device=frontier.device)
+        level, vocab = self.levels[tree.levels], law.rank.shape[-1]
+        choices = to_device(level.choices, frontier.device)
         best = widen(law.rank).log_softmax(-1).topk(min(max(level.choices) + 1, vocab), dim=-1)
         at = choices.clamp(max=vocab - 1)
-        tokens, own = best.indices[:, level.parents, at], best.values[:, level.parents, at].float()
+        parents = to_device(level.parents, frontier.device)
+        tokens, own = best.indices[:, parents, at], best.values[:, parents, at].float()
         # A token outside the draft's processed law has no rank: its score is -inf.
-        added = tree.add(frontier[:, level.parents], tokens, own, own.isfinite() & (choices < vocab))
-        return added[:, level.goes_on]
+        added = tree.add(frontier[:, parents], tokens, own, own.isfinite() & (choices < vocab))
+        return added[:, to_device(level.goes_on, frontier.device).long()]
 
     def finish(self, tree: TokenTree) -> TokenTree:
         return tree

@@ -1,9 +1,7 @@
 """Expansions: how nodes are added below the frontier.
 
-An expansion has `draws` (may its chain be drawn at random under the residual rule?), `budget(depth)`, the most nodes that a
-proposal of so many depths has, the root included, or that the draft runs for it, and `grow(tree, frontier, law) ->
-frontier`: nodes that the draft runs next, `(batch, width)`, -1 for none; no column ends the draft. `finish(tree)` may prune,
-deterministic nodes only. A new one is a class like these, and nothing else changes.
+A new one is a class like these, and nothing else changes. How many nodes a call of `grow` adds depends on the depth alone,
+never on what was drafted: where a row has fewer, its nodes are padding.
 """
 
 from __future__ import annotations
@@ -15,18 +13,34 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..sampling import widen
+from ..transfer import to_device, to_host
 from ..tree import TokenTree
 from .law import DraftLaw
 
 
 class Expansion(Protocol):
+    """How nodes are added.
+
+    Attributes:
+        draws: may its chain be drawn at random under the residual rule?
+        may_end: may it leave every row without a node to go on from? Then the host asks after each depth.
+    """
+
     draws: bool
+    may_end: bool
 
-    def budget(self, depth: int) -> int: ...
+    def budget(self, depth: int) -> int:
+        """Most nodes that a proposal of so many depths has, the root included, or that the draft runs for it."""
 
-    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor: ...
+    def capacity(self, depth: int) -> int:
+        """Nodes that `grow` adds in so many depths, the root included."""
 
-    def finish(self, tree: TokenTree) -> TokenTree: ...
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        """Add nodes below the frontier; returns those that the draft runs next, `(batch, width)`, -1 for none. No column
+        ends the draft."""
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        """The tree to verify; may drop nodes that were chosen deterministically, and padding."""
 
 
 class Chain:
@@ -35,10 +49,13 @@ class Chain:
     Lossless: a drawn node is marked `sampled` and verified by min(1, p/q); otherwise it is a point mass.
     """
 
-    draws = True
+    draws, may_end = True, False
 
     def budget(self, depth: int) -> int:
         return 1 + depth
+
+    def capacity(self, depth: int) -> int:
+        return self.budget(depth)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         first = law.rank.argmax(-1)
@@ -83,27 +100,28 @@ class Cape(Chain):
         return 1 + depth * (1 + self.most)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
-        part = (law.confidence[:, 0] * len(self.bins)).long().clamp(0, len(self.bins) - 1)
-        siblings = [self.bins[i] for i in part.tolist()]
-        if not any(siblings):
-            return super().grow(tree, frontier, law)
+        part = (law.confidence[:, :1] * len(self.bins)).long().clamp(0, len(self.bins) - 1)
+        siblings = to_device(self.bins, part.device)[part]
         rank, drawn = law.rank[:, 0], law.drawn
         if drawn is not None:  # a drawn token comes first, whatever its rank
             at = drawn.clamp(min=0)
             rank = rank.scatter(1, at, torch.where(drawn >= 0, float("inf"), rank.gather(1, at)))
-        best = rank.topk(min(1 + max(siblings), rank.shape[-1]), dim=-1)
+        best = rank.topk(min(1 + self.most, rank.shape[-1]), dim=-1)
         number = torch.arange(best.indices.shape[1], device=rank.device)
         # A token outside the draft's processed law has no rank: the target's own top-k or top-p rarely holds it.
         valid = (best.values > float("-inf")) & (frontier >= 0)
-        valid &= number <= torch.tensor(siblings, device=rank.device)[:, None]
-        keep = max(1, int(valid.sum(1).max()))  # valid ones come first: the rest would be padding in every row
-        tokens = best.indices[:, :keep]
-        log_prob = law.log_q[:, 0].gather(1, tokens)
-        drawn_law = None if law.drawn_law is None else law.drawn_law.expand(-1, keep, -1)
-        added = tree.add(frontier.expand(-1, keep), tokens, log_prob, valid[:, :keep], drawn_law)
+        valid &= number <= siblings
+        log_prob = law.log_q[:, 0].gather(1, best.indices)
+        width = len(number)
+        drawn_law = None if law.drawn_law is None else law.drawn_law.expand(-1, width, -1)
+        added = tree.add(frontier.expand(-1, width), best.indices, log_prob, valid, drawn_law)
         if drawn is not None:
-            tree.sampled[:, -keep:] &= (drawn >= 0) & (number[:keep] == 0)
+            tree.sampled[:, -width:] &= (drawn >= 0) & (number == 0)
         return added[:, :1]
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        """Padding is dropped, so that the target runs no more nodes than the row with the most has."""
+        return tree.pack(to_host(tree.valid.sum(1).amax()))
 
 
 def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +156,7 @@ class Beam:
     a few nodes more.
     """
 
-    draws = False
+    draws, may_end = False, False
 
     def __init__(self, beams: int = 4) -> None:
         if not 1 <= beams <= 64:
@@ -147,6 +165,9 @@ class Beam:
 
     def budget(self, depth: int) -> int:
         return 1 + depth * self.beams
+
+    def capacity(self, depth: int) -> int:
+        return self.budget(depth)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """The new nodes in order of descending score."""

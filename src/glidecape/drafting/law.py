@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..sampling import NOISE, log_law, widen
-from ..state import DecodeState
+from ..batch import Batch
+from ..sampling import log_law, widen
 from ..tree import TokenTree
 
 
@@ -48,32 +48,22 @@ class DraftLaw:
         return self.log_q.amax(-1).exp()
 
 
-def draft_law(
-    state: DecodeState, tree: TokenTree, frontier: Tensor, logits: Tensor, positions: Tensor, draws: bool
-) -> DraftLaw:
-    """Rank the tokens that may follow the frontier nodes `(batch, width)`, which stand at `positions (batch, width)`.
+def draft_law(batch: Batch, tree: TokenTree, frontier: Tensor, logits: Tensor, depth: int, draws: bool) -> DraftLaw:
+    """Rank the tokens that may follow the frontier nodes `(batch, width)`, all of them at one depth.
 
     `draws`: the expansion draws a chain (residual rows only); otherwise every node is deterministic. Nothing is drawn
     where the frontier is no node: a row that stopped must not use up its chance because a neighbour drafts on.
     """
-    params = [row.params for row in state.rows]
-    adjusted = state.adjusted(tree, logits, frontier)
-    if all(p.greedy for p in params):
-        return DraftLaw(logits, adjusted, frontier)
-    vocab = logits.shape[-1]
-    wide = widen(adjusted)
-    rank = torch.stack([wide[i] if p.greedy else log_law(wide[i], p) for i, p in enumerate(params)])
-    noisy = [i for i, p in enumerate(params) if not p.greedy and p.sampling == NOISE]
-    if noisy:
-        noise = state.gumbel(positions + 1, vocab)
-        rank[noisy] = rank[noisy] + noise[noisy]
-    residual = [i for i, p in enumerate(params) if not p.greedy and p.sampling != NOISE]
-    if not residual or not draws:
+    laws = batch.laws
+    adjusted = laws.adjusted(tree, logits, frontier)
+    depths = frontier.new_full((1, 1), depth)
+    rank = laws.scores(adjusted, batch.cache.host_lengths, batch.root_positions, depths, depth)
+    if not laws.residual or not draws:
         return DraftLaw(logits, rank, frontier)
     drawn = torch.full(logits.shape[:2], -1, device=logits.device)
     law = torch.zeros_like(rank, dtype=torch.float64)
-    for i in residual:
-        law[i] = log_law(adjusted[i].double(), params[i])
+    for i in laws.residual:
+        law[i] = log_law(adjusted[i].double(), batch.rows[i].params)
         for column in (frontier[i] >= 0).nonzero()[:, 0].tolist():
-            drawn[i, column] = state.rows[i].chance.categorical(law[i, column].exp())
+            drawn[i, column] = batch.rows[i].chance.categorical(law[i, column].exp())
     return DraftLaw(logits, rank, frontier, drawn, law)

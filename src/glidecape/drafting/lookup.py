@@ -6,12 +6,15 @@ matches the latest one counts, as text repeats what is near more often; a row wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ..batch import Batch
 from ..errors import InputError
-from ..state import DecodeState
+from ..round import Outcome
+from ..transfer import to_device
 from ..tree import TokenTree
 
 
@@ -47,12 +50,15 @@ class NgramIndex:
 
 @dataclass
 class LookupState:
-    """One index a row."""
+    """One index a row slot."""
 
     indexes: list[NgramIndex]
 
-    def select(self, rows: list[int]) -> None:
-        self.indexes = [self.indexes[i] for i in rows]
+    def move(self, source: int, goal: int) -> None:
+        self.indexes[goal] = self.indexes[source]
+
+    def clear(self, slot: int) -> None:
+        self.indexes[slot] = NgramIndex(self.indexes[slot].longest)
 
 
 class LookupDrafter:
@@ -75,21 +81,27 @@ class LookupDrafter:
     def budget(self, tokens: int) -> int:
         return 1 + min(self.length, max(1, tokens - 1))
 
-    def admit(self, state: DecodeState) -> None:
-        state.draft = LookupState([NgramIndex(self.ngram) for _ in state.rows])
+    def begin(self, rows: int, capacity: int) -> LookupState:
+        return LookupState([NgramIndex(self.ngram) for _ in range(rows)])
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        found = [
+    def read(self, batch: Batch, first: int, last: int) -> None:
+        return None
+
+    def propose(self, batch: Batch) -> TokenTree:
+        copies = [
             index.propose(row.tokens, min(self.length, max(1, row.budget - 1)))
-            for row, index in zip(state.rows, state.draft.indexes, strict=True)
+            for row, index in zip(batch.rows, batch.draft.indexes, strict=False)
         ]
-        tree = TokenTree(state.roots)
-        above = torch.zeros(tree.batch, 1, dtype=torch.long, device=tree.tokens.device)
-        for depth in range(max(len(tokens) for tokens in found)):
-            has = torch.tensor([[len(tokens) > depth] for tokens in found], device=above.device)
-            token = torch.tensor([[(tokens + [0] * self.length)[depth]] for tokens in found], device=above.device)
-            above = tree.add(above, token, torch.zeros_like(token, dtype=torch.float), has)
+        width = max(map(len, copies))
+        tree = TokenTree(batch.roots, 1 + width)
+        if width:
+            # The words are on the host, so they cross together; -1 where a row has no more.
+            words = to_device([copy + [-1] * (width - len(copy)) for copy in copies], batch.device)
+            above = words.new_zeros(tree.batch, 1)
+            for depth in range(width):
+                word = words[:, depth : depth + 1]
+                above = tree.add(above, word.clamp(min=0), torch.zeros_like(word, dtype=torch.float), word >= 0)
         return tree
 
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+    def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         return None

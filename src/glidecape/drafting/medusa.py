@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..batch import Batch
 from ..cache import KVCache
-from ..state import DecodeState
+from ..round import Outcome
 from ..tree import TokenTree
 from .drafter import DraftState, ModelDrafter
 from .expansion import Expansion
@@ -17,7 +19,7 @@ from .stop import StopPolicy
 
 @runtime_checkable
 class DepthModel(Protocol):
-    """A network that foretells every depth at once, from the target's last hidden states alone.
+    """A network that predicts every depth at once, from the target's last hidden states alone.
 
     Attributes:
         max_lag: deepest node it was trained for.
@@ -45,17 +47,20 @@ class MedusaDrafter(ModelDrafter):
         self.model: Any = model  # takes the place of the node-by-node model, which is what this drafter does without
         self.expansion, self.stop, self.cap = expansion, stop, min(stop.cap, model.max_lag)
 
-    def admit(self, state: DecodeState) -> None:
-        rows = len(state.rows)
-        state.draft = MedusaState(KVCache([], rows, 0), [], self._first_lengths(rows))
+    def begin(self, rows: int, capacity: int) -> MedusaState:
+        base = self._begin(KVCache([], rows, 0), rows)
+        return MedusaState(base.own, lengths=base.lengths, first=base.first)
 
-    def _first_step(self, state: DecodeState, own: KVCache) -> Tensor:
-        state.draft.logits = self.model.all_depths(state.cache)
-        return state.draft.logits[:, :1]
+    def read(self, batch: Batch, first: int, last: int, chunk: int = 512) -> None:
+        """There is nothing to catch up with."""
 
-    def _step(self, state: DecodeState, own: KVCache, tree: TokenTree, frontier: Tensor, roots: Tensor) -> Tensor:
+    def _first_step(self, batch: Batch, own: KVCache) -> Tensor:
+        batch.draft.logits = self.model.all_depths(batch.cache)
+        return batch.draft.logits[:, :1]
+
+    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Tensor:
         """The law of the frontier's depth for each of its nodes, `(batch, width, vocab)`."""
-        return state.draft.logits[:, int(tree.depth.max()), None].expand(-1, frontier.shape[1], -1)
+        return batch.draft.logits[:, tree.levels, None].expand(-1, frontier.shape[1], -1)
 
-    def _trust(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
+    def _trust(self, draft: DraftState, outcomes: Sequence[Outcome]) -> None:
         """Nothing was written."""

@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import torch
 
+from ..batch import Batch
 from ..decode import run_round, start
+from ..drafting.drafter import NoDraft
 from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
-from ..state import DecodeState
 from ..stats import Stats
 from ..tree import TokenTree
 
@@ -61,10 +62,8 @@ class Verification:
     step_s: float
 
 
-class _Sized:
+class _Sized(NoDraft):
     """Proposes `length` copies of the root, so that verification of any size can be timed in the loop itself."""
-
-    reads_hidden = False
 
     def __init__(self, most: int) -> None:
         self.length, self.most = 0, most
@@ -72,18 +71,13 @@ class _Sized:
     def budget(self, tokens: int) -> int:
         return 1 + self.most
 
-    def admit(self, state: DecodeState) -> None:
-        state.draft = None
-
-    def propose(self, state: DecodeState) -> TokenTree:
-        tree = TokenTree(state.roots)
-        above = torch.zeros(tree.batch, 1, dtype=torch.long, device=tree.tokens.device)
+    def propose(self, batch: Batch) -> TokenTree:
+        roots = batch.roots
+        tree = TokenTree(roots, 1 + self.length)
+        above = torch.zeros_like(roots)[:, None]
         for _ in range(self.length):
-            above = tree.add(above, state.roots[:, None], torch.zeros(tree.batch, 1, device=tree.tokens.device))
+            above = tree.add(above, roots[:, None], torch.zeros(tree.batch, 1, device=roots.device))
         return tree
-
-    def commit(self, state: DecodeState, tree: TokenTree, paths: list[list[int]]) -> None:
-        return None
 
 
 def verification_ratios(

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from ..batch import Batch
 from ..bench.draw import draw
 from ..bench.methods import read_methods
 from ..bench.settings import Settings
@@ -25,7 +26,6 @@ from ..errors import InputError
 from ..models.target import Target
 from ..sampling import SamplingParams
 from ..significance import bootstrap_ratio
-from ..state import DecodeState
 from ..stats import RoundStats, Stats
 from ..stats import merged as merged_stats
 from ..tree import TokenTree
@@ -154,8 +154,8 @@ class Watched(Around):
         super().__init__(inner)
         self.nodes: list[tuple[int, ...]] = []
 
-    def propose(self, state: DecodeState) -> TokenTree:
-        tree = self.inner.propose(state)
+    def propose(self, batch: Batch) -> TokenTree:
+        tree = self.inner.propose(batch)
         self.nodes.append(tuple(tree.depth[0][tree.valid[0]].bincount().cumsum(0).sub(1)[1:].tolist()))
         return tree
 

@@ -224,7 +224,7 @@ class EagleDraft:
         if parents is None:
             features = target_cache.hidden_at(positions - 1)
         else:
-            features = own.hidden_at(torch.tensor(own.lengths, device=parents.device)[:, None] + parents)
+            features = own.hidden_at(own.lengths[:, None] + parents)
         hidden = self.module.hidden(tokens, positions, features, own, own_mask)
         own.write_hidden(hidden)
         return self.module.logits(hidden)

@@ -43,18 +43,16 @@ class Readable:
 
     Args:
         layers: keys and values `(batch, kv_heads, keys, head_dim)` by the number of the target layer.
-        visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; or one number for all.
+        visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all keys.
     """
 
-    def __init__(self, layers: dict[int, KV], visible: Tensor | int) -> None:
-        most, least = (visible, visible) if isinstance(visible, int) else (int(visible.max()), int(visible.min()))
-        self.layers = {layer: (k[:, :, :most], v[:, :, :most]) for layer, (k, v) in layers.items()}
-        self.empty = most == 0 or not layers  # the very beginning of a text
-        self.mask: Tensor | None = None
-        self.sees: Tensor | None = None  # (batch, queries, 1): a query that sees nothing gets zero; None: all see
-        if not isinstance(visible, int) and least < most:
-            self.mask = visible_mask(visible, most)
-            self.sees = (visible > 0)[..., None] if least == 0 else None
+    def __init__(self, layers: dict[int, KV], visible: Tensor | None) -> None:
+        self.layers = layers
+        keys = next(iter(layers.values()))[0].shape[2] if layers else 0
+        self.empty = keys == 0  # the very beginning of a text
+        # A query that sees nothing gets zero.
+        self.mask = None if visible is None else visible_mask(visible, keys)
+        self.sees = None if visible is None else (visible > 0)[..., None]
 
 
 class CrossAttention(nn.Module):
@@ -254,7 +252,7 @@ class GlideModel(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         target_kv: dict[int, KV],
-        visible: Tensor | int,
+        visible: Tensor | None,
         own: KVCache | None = None,
         own_mask: Tensor | None = None,
         glimpse: Tensor | None = None,
@@ -265,7 +263,7 @@ class GlideModel(nn.Module):
         Args:
             tokens, positions: `(batch, queries)`.
             target_kv: keys and values `(batch, kv_heads, keys, head_dim)` of the target layers that are read, by number.
-            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; or one number for all.
+            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all.
             own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
                 queries are whole sequences from position 0.
             own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
@@ -283,7 +281,7 @@ class GlideModel(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, target_kv: dict[int, KV], visible: Tensor | int, **more: Any
+        self, tokens: Tensor, positions: Tensor, target_kv: dict[int, KV], visible: Tensor | None, **more: Any
     ) -> Tensor:
         """Draft logits `(batch, queries, vocab)`; arguments as of `hidden`."""
         return self.logits(self.hidden(tokens, positions, target_kv, visible, **more))

@@ -39,7 +39,7 @@ class GlideDraft:
         if self.config.layers == 1:
             self.module.write_first_keys_values(tokens, positions, own)
         else:
-            mask = tree_mask(own.lengths, None, tokens.shape[1], max(own.lengths) + tokens.shape[1])
+            mask = tree_mask(own, None, tokens.shape[1])
             self.step(tokens, positions, own, mask, target_cache, positions, logits=False)
 
     def step(
@@ -69,21 +69,18 @@ class GlideDraft:
             own.write_hidden(hidden)
         return self.module.logits(hidden) if logits else hidden
 
-    def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | int:
-        lengths = target_cache.lengths
+    def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | None:
+        lengths = target_cache.lengths[:, None]
         if self.config.layers > 1:
             # Tokens caught up with, even a single one, have lag 1: the second layer's keys and values depend on it.
-            most = torch.tensor(lengths, device=positions.device)[:, None]
-            return torch.minimum(lag_one_visible(positions), most)
-        if len(set(lengths)) == 1:
-            return lengths[0]
-        return torch.tensor(lengths, device=positions.device)[:, None].expand_as(positions)
+            return torch.minimum(lag_one_visible(positions), lengths)
+        return lengths.expand_as(positions) if target_cache.ragged else None
 
     def _window(
         self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor
     ) -> tuple[Tensor | None, int]:
         """The window of the self-attention, as a mask, or where one query sees every slot as a number of slots."""
-        window, keys = self.config.window, max(own.lengths) + scratch.shape[1]
+        window, keys = self.config.window, own.longest + scratch.shape[1]
         if not window or keys <= window:
             return mask, 0
         if mask is None and positions.shape[1] == 1:
@@ -94,8 +91,7 @@ class GlideDraft:
     def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
         if parents is None:
             return self.module.look(target_cache.hidden_at(positions - 1).to(self.module.dtype))
-        start = torch.tensor(own.lengths, device=parents.device)[:, None]
-        return self.module.recall(own.hidden_at(start + parents))
+        return self.module.recall(own.hidden_at(own.lengths[:, None] + parents))
 
     @classmethod
     def from_pretrained(cls, name: str, target: Target) -> GlideDraft:

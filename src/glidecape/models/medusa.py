@@ -109,6 +109,4 @@ class MedusaDraft:
 
     def all_depths(self, target_cache: KVCache) -> Tensor:
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
-        device = target_cache.keys[0].device
-        newest = torch.tensor(target_cache.lengths, device=device)[:, None] - 1
-        return self.module(target_cache.hidden_at(newest)[:, 0])
+        return self.module(target_cache.hidden_at(target_cache.lengths[:, None] - 1)[:, 0])

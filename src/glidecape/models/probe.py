@@ -27,7 +27,7 @@ MAX_SHARE = 0.1
 
 def _probe_tree(vocab: int, device: torch.device) -> TokenTree:
     """Root 0 with children 1 and 2; 1 has child 3, 2 has child 4, 3 has child 5."""
-    tree = TokenTree(torch.tensor([3 % vocab], device=device))
+    tree = TokenTree(torch.tensor([3 % vocab], device=device), capacity=6)
     for at, token in ((0, 11), (0, 17), (1, 23), (2, 5), (3, 29)):
         one = torch.tensor([[at]], device=device)
         tree.add(one, torch.tensor([[token % vocab]], device=device), torch.zeros(1, 1, device=device))
@@ -98,7 +98,7 @@ def _check_rule(target: Target) -> None:
             rule = chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long, device=device))
         else:
             rule = sliding_window_causal_mask_function(size)
-        ours = positional_rule(rule, [length], positions, positions, length + 4)[0, 0]
+        ours = positional_rule(rule, torch.tensor([length], device=device), positions, positions, length + 4)[0, 0]
         for query, position in enumerate(positions[0].tolist()):
             slots = [*range(length), *positions[0].tolist()]
             for slot in (

@@ -21,6 +21,7 @@ from ..cache import KVCache
 from ..compat import DynamicCache, cache_argument, causal_mask_function, register_attention
 from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError, first_line
 from ..masks import slot_positions, tree_mask
+from ..transfer import to_device
 from .layers import attend
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
@@ -34,11 +35,11 @@ ATTENTION = "glidecape"
 class _Layout:
     """Where the queries of the forward in progress stand.
 
-    `lengths` of the rows, `positions (batch, queries)` of the queries, `scratch (batch, slots)` positions of all scratch
-    slots, and the tree's mask as made by `masks.tree_mask`, None where every query sees every slot before it.
+    `lengths (batch,)` of the rows, `positions (batch, queries)` of the queries, `scratch (batch, slots)` positions of all
+    scratch slots, and the tree's mask as made by `masks.tree_mask`, None where every query sees every slot before it.
     """
 
-    lengths: list[int]
+    lengths: Tensor
     positions: Tensor
     scratch: Tensor
     mask: Tensor | None
@@ -101,9 +102,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def positional_rule(
-    rule: Callable[..., Any], lengths: list[int], positions: Tensor, scratch: Tensor, keys: int
-) -> Tensor:
+def positional_rule(rule: Callable[..., Any], lengths: Tensor, positions: Tensor, scratch: Tensor, keys: int) -> Tensor:
     """A model's own mask rule at the positions of slots (see `masks.slot_positions`), `(batch, 1, queries, keys)`."""
     batch, queries = positions.shape
     at = slot_positions(lengths, scratch, keys)
@@ -131,6 +130,8 @@ class Target:
     Raises:
         UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
     """
+
+    chunk = 512  # tokens of a prompt that are read in one forward
 
     def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True, pack: bool | torch.dtype = False) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
@@ -300,10 +301,9 @@ class Target:
             mask, scratch_positions: for a draft that runs its tree in several forwards: the mask over all slots (instead
                 of `ancestors`) and the positions `(batch, scratch)` of all scratch slots, the queries' last.
         """
-        keys = max(cache.lengths) + cache.scratch + tokens.shape[1]
-        causal = ancestors is None and keys == tokens.shape[1]
+        causal = ancestors is None and cache.longest + cache.scratch == 0
         if scratch_positions is None and not causal:
-            mask = tree_mask(cache.lengths, ancestors, tokens.shape[1], keys)
+            mask = tree_mask(cache, ancestors, tokens.shape[1])
         scratch = positions if scratch_positions is None else scratch_positions
         token = _LAYOUT.set(_Layout(cache.lengths, positions, scratch, mask))
         watch = None if cache.hidden is None else self._body().register_forward_hook(_keep_hidden(cache))
@@ -328,9 +328,10 @@ class Target:
         body = self.model.base_model
         return self.model.get_decoder() if body is self.model else body
 
-    def prefill(self, prompts: list[list[int]], cache: KVCache, chunk: int = 512) -> None:
+    def prefill(self, prompts: list[list[int]], cache: KVCache) -> None:
         """Commit each row's prompt but for its last token, which becomes the root. Rows may differ in length."""
-        read_prompts(self, prompts, cache, chunk)
+        while read_chunk(self, prompts, cache):
+            pass
 
 
 def _keep_hidden(cache: KVCache) -> Callable[..., None]:
@@ -354,17 +355,19 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_prompts(target: Target, prompts: list[list[int]], cache: KVCache, chunk: int) -> None:
-    done, longest = 0, max(len(p) - 1 for p in prompts)
-    while done < longest:
-        width = min(chunk, longest - done)
-        pieces = [p[:-1][done : done + width] for p in prompts]
-        tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=target.device)
-        start = torch.tensor(cache.lengths, device=target.device)[:, None]
-        # Padding comes after a row's own tokens, so causal order hides it from them; it is not committed.
-        target.forward(tokens, start + torch.arange(width, device=target.device), cache, logits_to_keep=1)
-        cache.commit([len(piece) for piece in pieces])
-        done += width
+def read_chunk(target: Target, rows: list[list[int]], cache: KVCache) -> bool:
+    """Commit the next tokens of each row, `target.chunk` at most and never the last one; False if all were read."""
+    rest = [tokens[n:-1] for n, tokens in zip(cache.host_lengths, rows, strict=True)]
+    width = min(target.chunk, max(map(len, rest)), cache.capacity - cache.longest)
+    if width == 0:
+        return False
+    pieces = [tokens[:width] for tokens in rest]
+    tokens = to_device([piece + [0] * (width - len(piece)) for piece in pieces], target.device)
+    # Padding comes after a row's own tokens, so causal order hides it from them; it is not committed.
+    positions = cache.lengths[:, None] + torch.arange(width, device=target.device)
+    target.forward(tokens, positions, cache, logits_to_keep=1)
+    cache.commit([len(piece) for piece in pieces])
+    return True
 
 
 def refuse_by_config(config: Any) -> None:
@@ -396,7 +399,7 @@ def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
 
     device = model.get_input_embeddings().weight.device
     one = torch.zeros(1, 1, dtype=torch.long, device=device)
-    token = _LAYOUT.set(_Layout([0], one, one, None))
+    token = _LAYOUT.set(_Layout(one[0], one, one, None))
     try:
         with torch.no_grad():
             model(input_ids=one, position_ids=one, use_cache=True, **{cache_argument(model): Recorder()})
