@@ -340,15 +340,15 @@ def test_other_settings_are_refused(option, message, finished, world, prompts, m
 
 
 def test_a_wrong_output_fails_the_run(world, prompts, tmp_path, monkeypatch, capfd) -> None:
-    import glidecape.decode as loop
+    import glidecape.round as loop
 
-    right = loop.verify_row
+    right = loop.verify_points
 
-    def wrong(tree, row, law_at, chance):
-        path, bonus = right(tree, row, law_at, chance)
-        return path, (bonus + 1) % 400 if tree.nodes > 3 else bonus
+    def wrong(tree, chosen):
+        verdict = right(tree, chosen)
+        return replace(verdict, bonus=(verdict.bonus + 1) % 400) if tree.nodes > 3 else verdict
 
-    monkeypatch.setattr(loop, "verify_row", wrong)
+    monkeypatch.setattr(loop, "verify_points", wrong)
     argv = words(world, prompts, tmp_path / "run", methods="plain,glide")
     code, _, err = run_cli(monkeypatch, capfd, argv)
     assert code == 1
@@ -356,10 +356,10 @@ def test_a_wrong_output_fails_the_run(world, prompts, tmp_path, monkeypatch, cap
         r"error: glide on prompt code/\d: new token \d+ is \d+, plain decoding's is \d+; run glidecape certify", err
     )
     assert all(not r.differs for r in RunFolder(tmp_path / "run").records)
-    monkeypatch.setattr(loop, "verify_row", right)
+    monkeypatch.setattr(loop, "verify_points", right)
     assert run_cli(monkeypatch, capfd, argv)[0] == 0
     # with temperature it is counted, not refused: rounding may be the cause
-    monkeypatch.setattr(loop, "verify_row", wrong)
+    monkeypatch.setattr(loop, "verify_points", wrong)
     sampled = words(world, prompts, tmp_path / "sampled", methods="plain,glide", temperature=1, repeats=1, peers="")
     assert run_cli(monkeypatch, capfd, sampled)[0] == 0
     rows = {

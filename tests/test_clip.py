@@ -90,7 +90,7 @@ def test_no_new_tokens_means_no_round(method: str) -> None:
     events = list(decode(model, METHODS[method](), [PROMPT], SamplingParams(max_new_tokens=0), stats))
     assert [(event.tokens, event.finish) for event in events] == [([], "length")]
     assert stats.rounds == 0
-    assert model.forwards == 1  # the prompt
+    assert model.forwards == 0  # not even the prompt is read
     (done,) = generate(model, [PROMPT], METHODS[method](), SamplingParams(max_new_tokens=0))
     assert (done.tokens, done.finish, done.rounds) == ([], "length", [])
 

@@ -36,7 +36,7 @@ def target(world):
 
 @pytest.mark.parametrize("depth", [255, 256, 257, 600])
 def test_deep_chains_know_all_their_ancestors(depth):
-    tree = TokenTree(torch.tensor([1]))
+    tree = TokenTree(torch.tensor([1]), depth + 1)
     above = torch.zeros(1, 1, dtype=torch.long)
     for _ in range(depth):
         above = tree.add(above, torch.tensor([[2]]), torch.zeros(1, 1))

@@ -30,6 +30,7 @@ class Batch:
         self.rows: list[Row] = []
         self.cache, self.draft, self.noise = cache, draft, noise
         self._laws: Laws | None = None
+        cache.use(0, 0)
 
     @property
     def laws(self) -> Laws:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 
 from .batch import Batch
+from .drafting.drafter import Drafter
 from .errors import InputError
-from .models.target import read_chunk
+from .models.target import Target, read_chunk
 from .noise import Noise, gumbel
 from .round import run_round
 from .row import Emitted, Row
 from .stats import RoundStats, Stats
-
-if TYPE_CHECKING:
-    from .drafting.drafter import Drafter
-    from .models.target import Target
 
 
 class Engine:

@@ -4,47 +4,19 @@ evaluation and the engine all call it, with any drafter."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
+from .drafting.drafter import Drafter
 from .laws import refuse_no_number
-from .row import Emitted, Row
+from .models.target import Target
+from .row import Emitted, Outcome, Row
 from .stats import RoundStats, Stats
 from .transfer import to_host
 from .tree import TokenTree
 from .verify import verify_points, verify_row
-
-if TYPE_CHECKING:
-    from .drafting.drafter import Drafter
-    from .models.target import Target
-
-
-@dataclass
-class Outcome:
-    """What verify made of one row's tree, on the host.
-
-    Attributes:
-        path: accepted nodes, the root first; after clipping only those to commit.
-        tokens: accepted tokens and the bonus token; after clipping those to emit.
-        origins: of each accepted token: "chain" if it is its parent's first child, else "sibling".
-        drafted, depth: nodes sent to verify without the root, and their deepest depth.
-        rejected: did the last node of the path have children?
-        grown: numbers of the path's nodes before the tree was packed or pruned.
-        memo: the row of `TokenTree.memo`.
-    """
-
-    path: list[int]
-    tokens: list[int]
-    origins: list[str]
-    drafted: int
-    depth: int
-    rejected: bool
-    grown: list[int]
-    memo: list[int]
 
 
 @torch.no_grad()

@@ -88,6 +88,30 @@ class Row:
 
 
 @dataclass
+class Outcome:
+    """What verify made of one row's tree, on the host.
+
+    Attributes:
+        path: accepted nodes, the root first; after clipping only those to commit.
+        tokens: accepted tokens and the bonus token; after clipping those to emit.
+        origins: of each accepted token: "chain" if it is its parent's first child, else "sibling".
+        drafted, depth: nodes sent to verify without the root, and their deepest depth.
+        rejected: did the last node of the path have children?
+        grown: numbers of the path's nodes before the tree was packed or pruned.
+        memo: the row of `TokenTree.memo`.
+    """
+
+    path: list[int]
+    tokens: list[int]
+    origins: list[str]
+    drafted: int
+    depth: int
+    rejected: bool
+    grown: list[int]
+    memo: list[int]
+
+
+@dataclass
 class Emitted:
     """What one row got from one round: tokens with their origins ("chain", "sibling", "bonus"), and the round's counts.
 
@@ -142,12 +166,12 @@ def _check_prompt(index: int, prompt: list[int], params: SamplingParams, target:
     if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:
         raise InputError(f"prompt {index} holds token id {bad[0]}, outside the vocabulary of {target.vocab_size}")
     room = target.context - len(prompt)
+    if room <= 0:
+        raise InputError(
+            f"prompt {index} has {len(prompt)} tokens and fills the target's context of {target.context}: shorten the prompt"
+        )
     if params.max_new_tokens > room:
         raise InputError(
-            f"prompt {index} has {len(prompt)} tokens and the target's context is {target.context}: "
-            + (
-                f"shorten the prompt, or set max_new_tokens to {room} at most (it is {params.max_new_tokens})"
-                if room > 0
-                else "the prompt alone fills it, so shorten the prompt"
-            )
+            f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that is more than the "
+            f"target's context of {target.context}: shorten the prompt, or emit {room} tokens at most"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..cache import KVCache
 from ..masks import tree_mask
-from ..round import Outcome
+from ..row import Outcome
 from ..transfer import to_device, to_host
 from ..tree import TokenTree
 from .expansion import Expansion

@@ -13,7 +13,7 @@ import torch
 
 from ..batch import Batch
 from ..errors import InputError
-from ..round import Outcome
+from ..row import Outcome
 from ..transfer import to_device
 from ..tree import TokenTree
 

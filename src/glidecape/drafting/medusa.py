@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..cache import KVCache
-from ..round import Outcome
+from ..row import Outcome
 from ..tree import TokenTree
 from .drafter import DraftState, ModelDrafter
 from .expansion import Expansion
