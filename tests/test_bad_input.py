@@ -116,7 +116,7 @@ def torn_target(world, folder):
 
 def newer_format(world, folder):
     draft = copied(world, "glide", folder)
-    card = read_card(draft) | {"format": 99}
+    card = read_card(draft).model_dump() | {"format": 99}
     (draft / WEIGHTS).write_bytes(save(load_file(draft / WEIGHTS), metadata={"glidecape": json.dumps(card)}))
     return options(world, draft=draft)
 

@@ -264,7 +264,7 @@ def test_a_trained_draft_decodes_losslessly_and_is_worth_something(world, base):
         plain = [o.tokens for o in generate(target, prompts, None, params)]
         for method in (m for m in METHODS if m.split("+")[0] == base):
             assert [o.tokens for o in generate(target, prompts, make_drafter(method, draft), params)] == plain, method
-    figures = read_card(world[base])["figures"]
+    figures = read_card(world[base]).figures
     assert figures["acceptance_length_greedy"] > 1.1
     assert len(figures["overlap_by_lag"]) == (1 if base == "eagle" else 5)
     tokens = torch.randint(3, 90, (400,)).numpy()

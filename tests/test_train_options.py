@@ -112,7 +112,7 @@ def test_card_and_curve_carry_the_figures(world, target, capfd, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     recipe = DraftRecipe(rows=2, length=32)
     train_draft(target, world["corpus"], tmp_path, recipe, Budget(tokens=3 * 64), prompts=1)
-    card, curve = read_card(tmp_path)["figures"], json.loads((tmp_path / figures.CURVE).read_text())
+    card, curve = read_card(tmp_path).figures, json.loads((tmp_path / figures.CURVE).read_text())
     assert len(curve["loss"]) == 3
     assert curve["tokens_a_step"] == 64
     for name in ("lags", "overlap_by_lag", "greedy_acceptance_by_lag"):

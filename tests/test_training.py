@@ -336,7 +336,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path, monkeypatch
     monkeypatch.setattr("glidecape.files.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.save_network(tmp_path, draft.module, target, "second", {}, torch.float32)
-    assert checkpoint.read_card(tmp_path)["command"] == "first"
+    assert checkpoint.read_card(tmp_path).command == "first"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "draft.safetensors"]
 
 

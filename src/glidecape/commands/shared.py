@@ -104,7 +104,7 @@ def base_of(folder: str) -> str:
     from ..models.checkpoint import WEIGHTS, read_card, resolve
 
     path = resolve(folder)
-    return read_card(path)["kind"] if (path / WEIGHTS).is_file() else "vanilla"
+    return read_card(path).kind if (path / WEIGHTS).is_file() else "vanilla"
 
 
 def named_folders(items: list[str]) -> dict[str, str]:

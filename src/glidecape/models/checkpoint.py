@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError, first_line
 from ..files import write_atomic
+from .card import FORMAT, Card, checked, read_card_text
 from .eagle import EagleConfig, EagleDraft, EagleModel
 from .glide import GlideModel
 from .glide_config import GlideConfig
@@ -38,7 +39,6 @@ KINDS: dict[str, tuple[Any, Any, Any]] = {
     EagleModel.kind: (EagleConfig, EagleModel, EagleDraft),
     MedusaModel.kind: (MedusaConfig, MedusaModel, MedusaDraft),
 }
-FORMAT = 2
 WEIGHTS, CARD = "draft.safetensors", "card.json"
 _SHAPE_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -111,38 +111,93 @@ def save_network(
     write_atomic(folder / CARD, lambda path: path.write_text(json.dumps(card, indent=1) + "\n"))
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> Card:
     """The description of a draft network's checkpoint.
 
     Raises:
-        CheckpointError: missing, torn, of a newer format, or of a kind that this version does not know.
+        CheckpointError: missing, torn, of a newer format, of a kind that this version does not know, or with a field that
+            is missing, unknown or wrong.
     """
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"no draft in {folder}: it has no {WEIGHTS} (make one with `glidecape train`)")
     try:
         with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {})["glidecape"])
+            text = (file.metadata() or {})["glidecape"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is torn or not a GlideCape draft ({type(error).__name__}: {error})") from None
-    if card.get("format") not in (1, FORMAT):
-        raise CheckpointError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: update GlideCape")
-    if card.get("kind") not in KINDS:
-        raise CheckpointError(f"{path} holds a draft of kind '{card.get('kind')}', unknown here: update GlideCape")
-    return card
+    try:
+        return read_card_text(text, tuple(KINDS))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a draft that can be read: {first_line(error)}") from None
 
 
-def _from_format_1(config: dict[str, Any], tensors: dict[str, Tensor], target: Target) -> None:
-    """Format 1 knew one layer that read one target layer, and kept queries, keys and values in one matrix."""
-    config["reads"] = [[config.pop("target_layer")]]
-    config["embed_width"], config["hidden_size"] = config["width"], target.hidden_size
-    inner = config["heads"] * config["head_dim"]
-    for name in list(tensors):
-        own, weight = name.replace("layer.", "layers.0.").replace("cross_", "cross."), tensors.pop(name)
+def _config_from_format_1(config: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Format 1 knew one draft layer that read one target layer."""
+    config = dict(config)
+    config["reads"] = [[config.pop("target_layer", None)]]
+    config["embed_width"], config["hidden_size"] = config.get("width"), target.hidden_size
+    return config
+
+
+def _tensors_from_format_1(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Format 1 kept queries, keys and values in one matrix."""
+    inner, made = config.heads * config.head_dim, {}
+    for name, weight in tensors.items():
+        own = name.replace("layer.", "layers.0.").replace("cross_", "cross.")
         if own.endswith("qkv.weight"):
-            tensors[own.replace("qkv", "q")], tensors[own.replace("qkv", "kv")] = weight[:inner], weight[inner:]
+            made[own.replace("qkv", "q")], made[own.replace("qkv", "kv")] = weight[:inner], weight[inner:]
         else:
-            tensors[own] = weight
+            made[own] = weight
+    return made
+
+
+def _check_config(config: Any, target: Target, path: Path) -> None:
+    """Raises ValueError where a configuration does not fit its target, which its fingerprint belongs to, or its file."""
+    with safe_open(path, framework="pt") as file:
+        largest = max((n for name in file.keys() for n in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
+    # Before a network of that size is made: it could be larger than the memory.
+    for name in ("width", "ffn", "heads", "head_dim", "draft_vocab"):
+        if getattr(config, name, 0) > largest:
+            raise ValueError(f"its {name} is {getattr(config, name)}, and no tensor in it is larger than {largest}")
+    layers = len(target.shapes)
+    read = [n for reads in getattr(config, "reads", ()) for n in reads] + [getattr(config, "layer", 0)]
+    if wrong := [n for n in read if n >= layers]:
+        raise ValueError(f"it reads target layer {wrong[0]}, and the target's are 0 to {layers - 1}")
+    sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    sizes["embed_width"] = target.model.get_input_embeddings().weight.shape[1]
+    if hasattr(config, "reads"):
+        sizes["target_kv_heads"], sizes["target_head_dim"] = target.shapes[read[0]]
+        if config.target_heads % config.target_kv_heads or config.draft_vocab > config.vocab_size:
+            raise ValueError("its numbers of heads or tokens do not fit together")
+    elif hasattr(config, "kv_heads") and config.heads % config.kv_heads:
+        raise ValueError("its numbers of heads do not fit together")
+    for name, size in sizes.items():
+        if getattr(config, name, size) != size:
+            raise ValueError(f"its {name} is {getattr(config, name)}, and the target's is {size}")
+
+
+def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[str, Tensor]:
+    """The weights of a draft file, if they are exactly those of its network.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of another shape, or hold values that are not finite numbers.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if card.format == 1:
+        tensors = _tensors_from_format_1(tensors, config)
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    for what, names in (
+        ("lacks", wanted.keys() - shapes.keys()),
+        ("holds, beside those of its network,", shapes.keys() - wanted.keys()),
+        ("has another shape for", {name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name]}),
+        ("holds values that are not finite in", {n for n, t in tensors.items() if not bool(t.isfinite().all())}),
+    ):
+        if names:
+            raise ValueError(f"it {what} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}")
+    return tensors
 
 
 def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:
@@ -152,20 +207,19 @@ def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None)
         CheckpointError: see `read_card`; also weights that don't fit the description.
         MismatchError: trained for another target.
     """
-    card = read_card(folder)
-    check_fingerprint(card["fingerprint"], target, str(folder))
+    card, path = read_card(folder), folder / WEIGHTS
+    form, network, draft = KINDS[card.kind]
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if card["format"] == 1:
-            _from_format_1(card["config"], tensors, target)
-        config, network, draft = KINDS[card["kind"]]
-        module = network(config.from_card(card["config"]), target)
-        module.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit its description ({error})") from None
+        fields = _config_from_format_1(card.config, target) if card.format == 1 else card.config
+        config = checked(form, fields)
+        check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
+        _check_config(config, target, path)
+        module = network(config, target)
+        module.load_state_dict(_read_tensors(path, card, config, module))
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
     module.to(dtype or target.dtype).serve()
-    return draft(module, card["figures"])
+    return draft(module, card.figures)
 
 
 def resolve(name: str | Path) -> Path:

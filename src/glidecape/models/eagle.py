@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import KVCache
 from .borrowed import Borrowed
+from .card import STRICT, Count, Epsilon, Lag, Size, Vocabulary
 from .layers import GatedFeedForward, RMSNorm, attend, linear, rotate, side_by_side, split_heads
 from .packed import draft_products, pack
 from .rotary import TargetRotary
@@ -41,25 +42,17 @@ class EagleConfig:
         eps: of the norm before the feed-forward network.
     """
 
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layer: int
-    vocab_size: int
-    embed_width: int
-    hidden_size: int
-    max_lag: int = 10
-    eps: float = 1e-6
-
-    @classmethod
-    def from_card(cls, config: dict[str, Any]) -> EagleConfig:
-        """From a checkpoint's JSON.
-
-        Raises:
-            TypeError: a field is missing or unknown.
-        """
-        return cls(**config)
+    __pydantic_config__ = STRICT
+    ffn: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    layer: Count
+    vocab_size: Vocabulary
+    embed_width: Size
+    hidden_size: Size
+    max_lag: Lag = 10
+    eps: Epsilon = 1e-6
 
     @classmethod
     def for_target(cls, target: Target, **changes: Any) -> EagleConfig:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from ..errors import UnsupportedError
+from .card import STRICT, Count, Epsilon, Lag, Size, Vocabulary
 
 if TYPE_CHECKING:
     from .target import Target
 
 PRESETS = ("default", "paper")
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=64)]
+Reads = Annotated[tuple[Layers, ...], Field(min_length=1, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,27 @@ class GlideConfig:
         eps: of the norms.
     """
 
-    width: int
-    ffn: int
-    heads: int
-    head_dim: int
-    target_heads: int
-    target_kv_heads: int
-    target_head_dim: int
-    reads: tuple[tuple[int, ...], ...]
-    vocab_size: int
-    embed_width: int
-    hidden_size: int
-    max_lag: int = 8
+    __pydantic_config__ = STRICT
+    width: Size
+    ffn: Size
+    heads: Size
+    head_dim: Size
+    target_heads: Size
+    target_kv_heads: Size
+    target_head_dim: Size
+    reads: Reads
+    vocab_size: Vocabulary
+    embed_width: Size
+    hidden_size: Size
+    max_lag: Lag = 8
     cross_attention: bool = True
     cross_norm: bool = True
     share_embedding: bool = True
     mix: bool = False
     glimpse: bool = False
-    window: int = 0
-    draft_vocab: int = 0
-    eps: float = 1e-6
+    window: Count = 0
+    draft_vocab: Annotated[int, Field(ge=0, le=2**24)] = 0
+    eps: Epsilon = 1e-6
 
     @property
     def layers(self) -> int:
@@ -62,16 +68,6 @@ class GlideConfig:
     def layers_read(self) -> tuple[int, ...]:
         """Numbers of all target layers that are read, ascending."""
         return tuple(sorted({layer for reads in self.reads for layer in reads})) if self.cross_attention else ()
-
-    @classmethod
-    def from_card(cls, config: dict[str, Any]) -> GlideConfig:
-        """From a checkpoint's JSON.
-
-        Raises:
-            TypeError: a field is missing or unknown.
-        """
-        reads = tuple(tuple(layers) for layers in config["reads"])
-        return cls(**(config | {"reads": reads}))
 
     @classmethod
     def for_target(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..cache import KVCache
 from .borrowed import Borrowed
+from .card import STRICT, Lag, Size, Vocabulary
 from .packed import draft_products, pack
 
 if TYPE_CHECKING:
@@ -33,18 +34,10 @@ class MedusaConfig:
         vocab_size, hidden_size: the target's.
     """
 
-    heads: int
-    vocab_size: int
-    hidden_size: int
-
-    @classmethod
-    def from_card(cls, config: dict[str, Any]) -> MedusaConfig:
-        """From a checkpoint's JSON.
-
-        Raises:
-            TypeError: a field is missing or unknown.
-        """
-        return cls(**config)
+    __pydantic_config__ = STRICT
+    heads: Lag
+    vocab_size: Vocabulary
+    hidden_size: Size
 
     @classmethod
     def for_target(cls, target: Target, heads: int = 5) -> MedusaConfig:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..compat import DynamicCache, cache_argument, causal_mask_function, register_attention
-from ..errors import CheckpointError, GlideCapeError, InputError, UnsupportedError, first_line
+from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
 from ..masks import slot_positions, tree_mask
 from ..transfer import to_device
 from .layers import attend
+from .loading import load_model
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
 from .quantize import dense
@@ -174,30 +175,11 @@ class Target:
         """Load a model folder, or a model of the Hub by name; `quantize`: "int8" weights (see `quantize`).
 
         Raises:
-            CheckpointError: nothing there, or not a causal LM folder.
+            CheckpointError: see `loading.load_model`.
             InputError: an unknown quantizer, or torchao is not installed.
             UnsupportedError: see the class.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = Path(name).expanduser()
-        if isinstance(name, Path) or folder.exists() or str(name).startswith((".", "/", "~")):
-            if not folder.is_dir():
-                raise CheckpointError(f"no model folder at {name}: name a folder with config.json, or a Hub model")
-            if not (folder / "config.json").is_file():
-                raise CheckpointError(f"{name} has no config.json: is it a Hugging Face model folder?")
-            name = folder
-        try:
-            options = {"revision": revision, "trust_remote_code": trust_remote_code}
-            model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load {name} as a causal LM: {first_line(error)}") from None
-        except Exception as error:  # safetensors has its own exception types
-            raise CheckpointError(f"the weights of {name} are torn or unreadable: {first_line(error)}") from None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
-        except Exception as error:
-            raise CheckpointError(f"cannot load the tokenizer of {name}: {first_line(error)}") from None
+        model, tokenizer = load_model(name, dtype, {"revision": revision, "trust_remote_code": trust_remote_code})
         if quantize is not None:
             quantize_layers(model, quantize)
         target = cls(model.to(device), tokenizer, probe, pack)

@@ -1,0 +1,120 @@
+"""A whole round on a CUDA device that is not there: nothing is made on the wrong device, and the host waits as seldom as
+docs/design.md says.
+
+`fake_cuda` refuses operands on two devices, and every read of a number on the host. So each wait must go through
+`transfer.to_host`, which is counted here and answers with made-up numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+import glidecape.drafting.drafter as drafter_module
+import glidecape.drafting.expansion as expansion_module
+import glidecape.round as round_module
+from fake_cuda import fake_cuda, move_to_cuda
+from glidecape import noise
+from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
+from glidecape.engine import Engine
+from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
+from glidecape.models.glide import GlideModel
+from glidecape.models.glide_config import GlideConfig
+from glidecape.models.glide_draft import GlideDraft
+from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
+from glidecape.models.standalone import StandaloneDraft
+from glidecape.models.target import Target
+from glidecape.row import new_row
+from glidecape.sampling import SamplingParams
+from test_against_transformers import build
+
+LENGTH = 4
+RAGGED = [[5, 6, 7], [8] * 9, [9, 10, 11, 12, 13], [7]]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of each tensor that was brought to the host; numbers are made up so that a draft goes on."""
+    seen: list[tuple[int, ...]] = []
+
+    def answer(tensor: torch.Tensor):
+        seen.append(tuple(tensor.shape))
+        if tensor.ndim == 0:  # does any row draft on; nodes of the row with the most
+            return True if tensor.dtype == torch.bool else 2 * LENGTH
+        length = 2  # of each accepted path: the root and node 1
+        return [[length, 3, LENGTH, LENGTH, 0, 0, *range(tensor.shape[1] - 6)] for _ in range(tensor.shape[0])]
+
+    for module in (drafter_module, expansion_module, round_module):
+        monkeypatch.setattr(module, "to_host", answer)
+    return seen
+
+
+def pair(method: str) -> tuple[Target, Any]:
+    """A target of its own and a draft for a method, on the CPU."""
+    target = copy.deepcopy(build("llama")[0])
+    base = method.split("+")[0]
+    if base in DRAFTLESS:
+        return target, None
+    if base == "vanilla":
+        return target, StandaloneDraft(target)
+    if base == "glide":
+        return target, GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+    if base == "eagle":
+        return target, EagleDraft(EagleModel(EagleConfig.for_target(target), target))
+    return target, MedusaDraft(MedusaModel(MedusaConfig.for_target(target), target))
+
+
+def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, waits: list) -> int:
+    """Waits of the third round: the first ones read prompts, and make what is kept for later rounds."""
+    target, draft = pair(method)
+    noise._columns.cache_clear()  # kept for later calls, which are on another device
+    with fake_cuda():
+        for module in (target.model, getattr(draft, "module", None)):
+            if module is not None:
+                move_to_cuda(module)
+        drafter = make_drafter(method, draft, length=LENGTH, cap=LENGTH, bins=(2, 1), top=3, total=8)
+        engine = Engine(target, drafter, len(prompts), tokens=64, new_tokens=32)
+        for i, prompt in enumerate(prompts):
+            params = SamplingParams(
+                temperature, top_p=0.9, min_p=0.01, top_k=40, seed=i, max_new_tokens=32, ignore_eos=True
+            )
+            engine.submit(new_row(i, prompt, params, target))
+        while not engine.batch.rows or engine.read_prompts():
+            engine.step()
+        for _ in range(3):
+            waits.clear()
+            assert len(engine.step()) == len(prompts)
+    noise._columns.cache_clear()
+    return len(waits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "T=1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_round_stays_on_its_device_and_waits_as_often_alone_as_in_a_ragged_batch(
+    method: str, temperature: float, waits: list[tuple[int, ...]]
+) -> None:
+    alone = waits_of_a_round(method, RAGGED[:1], temperature, waits)
+    assert waits_of_a_round(method, RAGGED, temperature, waits) == alone
+    asks_each_depth = "svip" in method or method in ("eagle", "glide+tree")
+    packs = "cape" in method
+    assert alone <= 1 + packs + (LENGTH - 1) * asks_each_depth, waits
+    if not asks_each_depth:
+        assert alone <= 2
+
+
+def test_a_wait_that_is_not_counted_is_an_error() -> None:
+    """The mode refuses what this file relies on it to refuse."""
+    with fake_cuda():
+        x = torch.randn(2, 3, device="cuda")
+        for refused in (
+            lambda: x + torch.ones(3),
+            lambda: x.argmax().item(),
+            lambda: x.tolist(),
+            lambda: bool(x.any()),
+        ):
+            with pytest.raises((RuntimeError, DataDependentOutputException)):
+                refused()
