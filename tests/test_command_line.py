@@ -89,7 +89,7 @@ def test_svip_is_fitted_on_calibration_prompts(world, capfd, monkeypatch, tmp_pa
     code, _, err = run(capfd, monkeypatch, *words, "--method", "glide+cape+svip")
     assert code == 0
     assert "[svip threshold 0." in err
-    only_sentence(*run(capfd, monkeypatch, *words, "--method", "glide")[::2], r"method with \+svip")
+    only_sentence(*run(capfd, monkeypatch, *words, "--method", "glide")[::2], r"needs \+svip")
 
 
 def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp_path):
@@ -197,7 +197,7 @@ def test_training_without_an_end_or_into_a_file_is_one_sentence(world, capfd, mo
     words = ["train", "--target", world["target"], "--data", world["corpus"], "--out"]
     only_sentence(*run(capfd, monkeypatch, *words, tmp_path / "o")[::2], "--tokens or --minutes")
     (tmp_path / "file").write_text("in the way")
-    only_sentence(*run(capfd, monkeypatch, *words, tmp_path / "file", "--tokens", "64")[::2], "exists")
+    only_sentence(*run(capfd, monkeypatch, *words, tmp_path / "file", "--tokens", "64")[::2], "is a file, and a folder")
     words = ["train-target", "--data", tmp_path, "--out", tmp_path / "t", "--tokens", "64"]
     only_sentence(*run(capfd, monkeypatch, *words)[::2], "no corpus")
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from glidecape.errors import DataError
 from glidecape.models.target import Target
-from glidecape.train.data import Windows, load_streams, read_prompt_texts
+from glidecape.train.data import Windows, load_streams, read_prompts
 from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.rows import preview
@@ -116,7 +116,7 @@ def test_a_corpus_has_no_completions_and_may_not_leave_the_vocabulary(world, tar
 def test_prompts_of_token_ids_are_no_texts(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"tokens": [1]}\n')
     with pytest.raises(DataError, match="row 2 holds token ids"):
-        list(read_prompt_texts(tmp_path / "p.jsonl"))
+        list(read_prompts(tmp_path / "p.jsonl"))
 
 
 def test_a_preview_is_coloured_on_a_terminal_and_plain_where_piped():

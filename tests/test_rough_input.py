@@ -98,7 +98,7 @@ def test_the_answers_of_a_file_are_not_prompts(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_prompts(None, path) == ["def f(", "hi\n", "once"]
+    assert [prompt.text for prompt in read_prompts(None, path)] == ["def f(", "hi\n", "once"]
 
 
 def test_an_empty_file_is_not_standard_input(tmp_path, monkeypatch):

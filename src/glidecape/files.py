@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,23 +57,32 @@ def write_folder(folder: Path, write: Callable[[Path], object], last: str) -> No
 
 
 @contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """While it lasts, no other process that asks here writes to the file or folder `out`. A killed one frees it.
+def only_writer(out: Path, folder: bool = True) -> Iterator[None]:
+    """While it lasts, no other process that asks here writes to the folder `out`, or file. A killed one frees it.
 
     Raises:
-        CheckpointError: another process does already, or the folder above is not writable.
+        CheckpointError: another process does already, `out` is a file where a folder is wanted or the other way round, or
+            the folder above is not writable.
     """
+    if out.exists() and out.is_dir() != folder:
+        there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise CheckpointError(f"{out} is a {there}, and a {wanted} is to be written: name another --out")
     path = out.absolute().with_name(f".{out.absolute().name}.lock")
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A lock that cannot be made looks like one that is held, so writing is tried first.
+        with tempfile.TemporaryFile(dir=out if out.is_dir() else path.parent):
+            pass
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(
             f"another run is writing to {out}: wait until it has ended, or name another --out"
         ) from None
     except OSError as error:
-        raise _not_written(out, error) from None
+        raise CheckpointError(
+            f"cannot write to {out} ({error.strerror or first_line(error)}): name another --out"
+        ) from None
     try:
         yield
     finally:

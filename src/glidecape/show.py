@@ -11,13 +11,13 @@ from .models.target import Target
 from .row import new_row
 from .sampling import SamplingParams
 from .stats import Stats
-from .text import TextStream, chat_ids, text_of
+from .text import Prompt, TextStream, text_of
 
 
 def show(
     target: Target,
     drafter: Drafter,
-    prompts: list[str],
+    prompts: list[Prompt],
     params: list[SamplingParams],
     batch: int,
     method: str,
@@ -26,9 +26,9 @@ def show(
 ) -> None:
     """Complete the prompts, `batch` of them side by side, and print them; figures go to standard error.
 
-    With `chat` each prompt is a user's message and the completion an answer, shown without it.
+    With `chat` prompts go through the chat template, and answers are shown without them.
     """
-    ids = [chat_ids(target.tokenizer, text) if chat else target.encode(text) for text in prompts]
+    ids = [prompt.ids(target, chat) for prompt in prompts]
     for i, (prompt, own) in enumerate(zip(ids, params, strict=True)):
         new_row(i, prompt, own, target)  # all of them, before anything is printed
     for first in range(0, len(ids), batch):
@@ -42,7 +42,7 @@ def show(
             TextStream(target.tokenizer, params[first].stop, ids[first]) if not as_json and len(rows) == 1 else None
         )
         if stream:
-            print("" if chat else prompts[first], end="", flush=True)
+            print("" if chat else prompts[first].text, end="", flush=True)
         for event in decode(target, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
             row = rows[event.row]
             tokens[row] += event.tokens
@@ -56,12 +56,12 @@ def show(
         for row in rows:
             text = texts.get(row, text_of(target.tokenizer, tokens[row], ids[row]))
             if as_json:
-                line = {"prompt": prompts[row], "text": text, "tokens": tokens[row], "origins": origins[row]}
+                line = {"prompt": prompts[row].text, "text": text, "tokens": tokens[row], "origins": origins[row]}
                 print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
             elif stream:
                 print()
             else:
-                print(f"--- {row}\n{'' if chat else prompts[row]}{text}")
+                print(f"--- {row}\n{'' if chat else prompts[row].text}{text}")
         if not as_json:
             print(
                 f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "

@@ -31,23 +31,38 @@ def text_of(tokenizer: Any, tokens: Sequence[int], prompt: Sequence[int] = ()) -
     return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """Token ids of a chat that begins with one message of the user's, up to where the assistant's answer begins.
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued: text, or a conversation.
 
-    Raises:
-        InputError: the tokenizer has no chat template, or its template refuses the message.
+    Attributes:
+        text: of a conversation all its turns, one after the other.
+        messages: turns with `role` and `content`, the last of them not the assistant's; None: plain text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "this target's tokenizer has no chat template: leave --chat out, and write the prompt as it is"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # templates raise what they like
-        raise InputError(f"the tokenizer's chat template refuses the prompt ({error})") from None
-    return list(tokenizer.encode(text, add_special_tokens=False))
+
+    text: str
+    messages: tuple[dict[str, Any], ...] | None = None
+
+    def ids(self, target: Any, chat: bool = False) -> list[int]:
+        """Token ids for a target; with `chat` through its tokenizer's chat template, up to where the assistant's answer
+        begins, each turn in its own role. Text is then one turn of the user's.
+
+        Raises:
+            InputError: the prompt is empty, the tokenizer has no chat template, or the template refuses the conversation.
+        """
+        if not chat:
+            return target.encode(self.text)
+        tokenizer = target.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                "this target's tokenizer has no chat template: leave --chat out, and write the prompt as it is"
+            )
+        messages = self.messages or ({"role": "user", "content": self.text},)
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise InputError(f"the tokenizer's chat template refuses the prompt ({error})") from None
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _settled(tokenizer: Any, tokens: list[int], prompt: Sequence[int]) -> str:

@@ -51,7 +51,7 @@ def certify(
     from ..sampling import SamplingParams
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
-    texts = list(PROMPTS) if prompts is None else read_prompts(None, prompts)
+    texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
     folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from .effects import note_unused, refuse_unused, typed
 from .shared import Device, Dtype, Quantize, Revision, TargetName, Threads, Trust, load_target, parse_bins, read_prompts
 
 
 def generate(
+    ctx: typer.Context,
     target: TargetName,
     draft: Annotated[
         str | None, typer.Option(help="GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name.")
@@ -91,6 +93,8 @@ def generate(
     from ..show import show
 
     base, _ = parse_method(method)
+    refuse_unused(ctx, [method])
+    note_unused(ctx, method, temperature)
     prompts = read_prompts(prompt, file)
     params = [
         SamplingParams(
@@ -115,6 +119,10 @@ def generate(
     bins = parse_bins(cape_bins)
     model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
     loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
+    if loaded is not None and typed(ctx, "draft_length") and draft_length > loaded.max_lag:
+        print(
+            f"note: this draft was trained for {loaded.max_lag} tokens a round, so it drafts no more", file=sys.stderr
+        )
     _check_kind(base, loaded, draft)
     drafter = make_drafter(
         method,
@@ -133,7 +141,7 @@ def generate(
         from ..fit import with_fitted_threshold
 
         drafter, fit = with_fitted_threshold(
-            model, drafter, [model.encode(text) for text in read_prompts(None, svip_fit)], params[0]
+            model, drafter, [one.ids(model, chat) for one in read_prompts(None, svip_fit)], params[0]
         )
         print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
     show(model, drafter, prompts, params, batch, method, as_json, chat)

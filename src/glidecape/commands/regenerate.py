@@ -48,5 +48,5 @@ def regenerate(
     model = load_target(target, dtype, device, threads, revision, trust_remote_code)
     loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
     _check_kind(base, loaded, draft)
-    with only_writer(out):
+    with only_writer(out, folder=False):
         run(model, data, out, plan, make_drafter(method, loaded, draft_length), batch, command_line())

@@ -12,6 +12,7 @@ from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
     from ..models.target import Target
+    from ..text import Prompt
 
 TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -72,29 +73,31 @@ def parse_bins(text: str) -> tuple[int, ...]:
         raise InputError(f"--cape-bins takes 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
 
 
-def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
     """The prompts that were given and those of a file; with neither, standard input. A row's own answer is left out.
 
     Raises:
         InputError: there is none, or an empty one.
         DataError: the file cannot be read.
     """
-    prompts = list(given or [])
-    if file is not None:
-        from ..train.data import read_prompt_texts
+    from ..text import Prompt
 
-        prompts += list(read_prompt_texts(file))
+    prompts = [Prompt(text) for text in given or []]
+    if file is not None:
+        from ..train.data import read_prompts as of_file
+
+        prompts += list(of_file(file))
         if not prompts:
             raise InputError(f"{file} holds no prompt")
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("no prompt: give --prompt, --file, or text on standard input")
         try:
-            prompts = [sys.stdin.read()]
+            prompts = [Prompt(sys.stdin.read())]
         except UnicodeDecodeError as error:
             raise InputError(f"standard input is not UTF-8 text ({error})") from None
-    for i, text in enumerate(prompts):
-        if not text.strip():
+    for i, prompt in enumerate(prompts):
+        if not prompt.text.strip():
             raise InputError(f"prompt {i} is empty: give at least one token to continue")
     return prompts
 

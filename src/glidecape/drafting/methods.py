@@ -66,6 +66,11 @@ def parse_method(method: str) -> tuple[str, set[str]]:
     return base, set(added)
 
 
+def form_of(base: str, added: set[str]) -> str:
+    """The expansion of a method: the one that is named, or the base's usual one."""
+    return next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
+
+
 def make_drafter(
     method: str,
     draft: AnyDraft | None,
@@ -112,7 +117,6 @@ def make_drafter(
         stop = Entropy(threshold, cap, over)
     elif "heuristic" in added:
         stop = Heuristic(length, cap)
-    form = next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
         "cape": lambda: Cape(bins),
@@ -120,7 +124,7 @@ def make_drafter(
         "tree": lambda: EagleTree(top, total),
         "static": lambda: StaticTree(top, total, min(stop.cap, draft.max_lag)),
     }
-    return joined(draft, makers[form](), stop)
+    return joined(draft, makers[form_of(base, added)](), stop)
 
 
 def joined(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:

@@ -88,8 +88,8 @@ def _check_format(folder: Path) -> None:
         return
     if pickle := next((name for name in PICKLES if (folder / name).exists()), None):
         raise CheckpointError(
-            f"the weights in {folder} are a pickle ({pickle}), which can run any code when it is loaded: convert them to "
-            "safetensors with `save_pretrained` on a machine that may run it"
+            f"cannot load {folder}: its weights are a pickle ({pickle}), which can run any code when it is loaded; convert "
+            "them to safetensors with `save_pretrained` on a machine that may run it"
         )
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError, first_line
+from ..text import Prompt
 from .corpus import MARKS
-from .rows import check_completion, pieces_of, prompt_of
+from .rows import check_completion, pieces_of, prompt_of, turns_before_the_answer
 
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
 
@@ -97,7 +98,8 @@ class Windows:
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    # Some editors begin a file with a byte-order mark, which "utf-8-sig" leaves out.
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -115,20 +117,32 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         return
     if not path.is_file():
         raise DataError(f"no data at {path}: name a .jsonl or text file, a folder of them, or a corpus folder")
+    if tables := {".csv", ".tsv", ".parquet", ".xlsx", ".arrow"} & set(path.suffixes):
+        raise DataError(f"{path} is a table ({tables.pop()}), which is not read: write its rows as .jsonl")
     number = 0
     try:
         with _open(path) as lines:
+            if ".json" in path.suffixes:
+                yield from _rows_of_array(json.load(lines), path)
+                return
             if ".jsonl" not in path.suffixes:
                 yield str(path), {"text": lines.read()}
                 return
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path} row {number}", json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} row {number} is not readable as UTF-8 text or JSON lines ({error})") from None
 
 
-def read_prompt_texts(path: Path) -> Iterator[str]:
+def _rows_of_array(rows: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds no JSON list of rows, but {type(rows).__name__}: write one, or .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", row
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
     """What there is to continue in a file or folder: the text of a document, a row's prompt without its completion, a talk
     without the assistant's turn that ends it.
 
@@ -142,7 +156,8 @@ def read_prompt_texts(path: Path) -> Iterator[str]:
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(f"{place} holds token ids, where text is wanted")
             prompt = "".join(map(str, texts))
-        yield prompt
+        turns = turns_before_the_answer(row, place)
+        yield Prompt(prompt, None if turns is None else tuple(turns))
 
 
 def load_streams(

@@ -27,7 +27,8 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
             return _of_tokens(row, place)
         if isinstance(row.get("text"), str):
             return [(row["text"], False)]
-        if isinstance(row.get("prompt"), str):
+        if "prompt" in row:
+            _check_prompt(row, place)
             completion = row.get("completion", "")
             if not isinstance(completion, str):
                 raise DataError(f"{place}: its completion is no text, but {type(completion).__name__}")
@@ -36,6 +37,28 @@ def pieces_of(row: Any, place: str, tokenizer: Any) -> list[Piece]:
             return _of_messages(row["messages"], place, tokenizer)
     columns = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise DataError(f"{place} has no text, prompt, messages or tokens column, but {columns}")
+
+
+def _check_prompt(row: dict[str, Any], place: str) -> None:
+    if not isinstance(row["prompt"], str):
+        raise DataError(f"{place}: its prompt is no text, but {type(row['prompt']).__name__}")
+
+
+def turns_before_the_answer(row: Any, place: str) -> list[dict[str, Any]] | None:
+    """The messages of a row without the assistant's that ends them; None: a row without messages.
+
+    Raises:
+        DataError: messages that are no talk, or nothing before the assistant's turn.
+    """
+    first = ("tokens", "text", "prompt")
+    if not isinstance(row, dict) or any(name in row for name in first) or not isinstance(row.get("messages"), list):
+        return None
+    messages = row["messages"]
+    _check_messages(messages, place)
+    before = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if not before:
+        raise DataError(f"{place} has no turn before the assistant's: there is nothing to continue")
+    return before
 
 
 def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
@@ -47,15 +70,12 @@ def prompt_of(row: Any, place: str, tokenizer: Any) -> str | None:
     """
     if not isinstance(row, dict) or "tokens" in row or isinstance(row.get("text"), str):
         return None
-    if isinstance(row.get("prompt"), str):
+    if "prompt" in row:
+        _check_prompt(row, place)
         return row["prompt"]
-    if not isinstance(row.get("messages"), list):
+    before = turns_before_the_answer(row, place)
+    if before is None:
         return None
-    messages = row["messages"]
-    _check_messages(messages, place)
-    before = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
-    if not before:
-        raise DataError(f"{place} has no turn before the assistant's: there is nothing to continue")
     if getattr(tokenizer, "chat_template", None):
         return _rendered(tokenizer, before, True, place)
     return "".join(message["content"] + "\n" for message in before)

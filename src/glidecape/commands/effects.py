@@ -1,0 +1,80 @@
+"""Options that would have no effect: refused where a method does not use them, noted where the sampling does not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import typer
+
+from ..errors import InputError
+
+# By parameter: which methods use it, and what is to be added to a method's name that does not.
+SVIP, CAPE, BEAM, TREE = "+svip", "+cape", "+beam", "+tree or +static"
+USES = {
+    "svip_threshold": SVIP,
+    "svip_fit": SVIP,
+    "svip_over": SVIP,
+    "svip_cap": "+svip or +heuristic",
+    "cape_bins": CAPE,
+    "beams": BEAM,
+    "tree_top": TREE,
+    "tree_total": TREE,
+    "lookup_ngram": "lookup",
+    "draft_length": "a fixed length",
+}
+SAMPLES = ("top_k", "top_p", "min_p", "seed", "sampling")  # used at temperatures above 0 only
+
+
+def typed(ctx: typer.Context, name: str) -> bool:
+    """Did the user give this option?"""
+    source = ctx.get_parameter_source(name)  # an enumeration of click, which newer versions of typer bring with them
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def uses_of(method: str) -> set[str]:
+    """What of `USES` a method has.
+
+    >>> sorted(uses_of("glide+cape"))
+    ['+cape', 'a fixed length']
+    """
+    from ..drafting.methods import form_of, parse_method
+
+    base, added = parse_method(method)
+    if base == "plain":
+        return set()
+    uses = {"lookup"} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
+    uses |= {f"+{name}" for name in added}
+    if {"svip", "heuristic"} & added:
+        uses.add("+svip or +heuristic")
+    if "svip" not in added:
+        uses.add("a fixed length")
+    return uses - {"", "+chain", "+tree", "+static", "+heuristic"}
+
+
+def refuse_unused(ctx: typer.Context, methods: Iterable[str]) -> None:
+    """Refuse options that none of the methods uses.
+
+    Raises:
+        InputError: naming the option and the methods that would use it.
+    """
+    methods = list(methods)
+    used = set().union(*(uses_of(method) for method in methods))
+    for name, need in USES.items():
+        if typed(ctx, name) and need not in used:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{option} has no effect with method {', '.join(methods)}: it needs {need}, so choose such a method or leave "
+                f"{option} out"
+            )
+
+
+def note_unused(ctx: typer.Context, method: str, temperature: float) -> None:
+    """Say on standard error that a method needs no draft, and which sampling options greedy decoding leaves unused."""
+    from ..drafting.methods import DRAFTLESS, parse_method
+
+    if typed(ctx, "draft") and parse_method(method)[0] in DRAFTLESS:
+        print(f"note: method {method} needs no draft model, so --draft is not loaded", file=sys.stderr)
+    unused = [f"--{name.replace('_', '-')}" for name in SAMPLES if temperature == 0 and typed(ctx, name)]
+    if unused:
+        print(f"note: {', '.join(unused)}: no effect at temperature 0", file=sys.stderr)
