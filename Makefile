@@ -9,6 +9,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_OLDEST ?= torch==2.13.0
 TORCH_NEWEST ?= torch
+# Tests run side by side, one thread each: their models are too small for two.
+JOBS ?= 2
+ONE_THREAD = env OMP_NUM_THREADS=1
+PYTEST = -m pytest -n $(JOBS) --dist loadfile
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -31,10 +35,10 @@ demo: install ## race plain decoding against GliDe on the shipped model
 	$(BIN)/glidecape demo
 
 test: $(VENV)/.installed-dev ## run the default test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python $(PYTEST)
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
@@ -51,7 +55,7 @@ test-versions: $(VENV)/.installed-dev
 	.venv-$(VERSIONS)/bin/python -m pip install -r build/$(VERSIONS).txt
 	.venv-$(VERSIONS)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	.venv-$(VERSIONS)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|numpy|pydantic|filelock|typer|rich|Jinja2|jinja2)=="
-	.venv-$(VERSIONS)/bin/python -m pytest -m "not slow"
+	$(ONE_THREAD) .venv-$(VERSIONS)/bin/python $(PYTEST) -m "not slow"
 
 check: $(VENV)/.installed-dev ## lint, formatting, types and import layers
 	$(BIN)/ruff check
