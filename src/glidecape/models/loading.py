@@ -14,7 +14,6 @@ from ..errors import CheckpointError, first_line
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-CONVERT = "https://huggingface.co/spaces/safetensors/convert"
 COPY = "copy it there again"
 
 
@@ -154,7 +153,8 @@ def _loading_error(name: str | Path, folder: Path | None, error: Exception) -> C
     if isinstance(error, pickle.UnpicklingError):
         return CheckpointError(
             f"cannot load {name}: its weights are a pickle{stored and f' ({stored})'} that could run any code when it is "
-            f"loaded; use a copy whose weights are model.safetensors, or convert them at {CONVERT}"
+            "loaded; use a copy whose weights are model.safetensors, or convert them to safetensors with `save_pretrained` on "
+            "a machine that may run it"
         )
     if type(error).__name__ == "SafetensorError" or "PytorchStreamReader" in str(error):
         reason = first_line(error).split(". ")[0]
