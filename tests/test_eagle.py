@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glidecape.decode import generate, run_round, start
+from glidecape.decode import generate, start
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.errors import CheckpointError, InputError
 from glidecape.models.checkpoint import load_draft, read_card, save_network
 from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
 from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
 from glidecape.models.target import Target
+from glidecape.round import run_round
 from glidecape.sampling import SamplingParams
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft

@@ -15,7 +15,7 @@ from glidecape import cli
 from glidecape.bench.draw import Drawn
 from glidecape.bench.records import Item
 from glidecape.bench.settings import Settings
-from glidecape.decode import run_round, start
+from glidecape.decode import start
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansion import Beam, Cape, Chain
 from glidecape.drafting.stop import Entropy, FixedLength
@@ -28,6 +28,7 @@ from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, pr
 from glidecape.measure.svip import Lengths, study_svip
 from glidecape.measure.sweeps import marks, study_batches, study_long, up_to
 from glidecape.measure.table import Study, Table
+from glidecape.round import run_round
 from glidecape.sampling import RESIDUAL, SamplingParams
 from glidecape.stats import RoundStats, Stats
 from toys import ToyDraft, ToyTarget, scripted_rule

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from glidecape.decode import run_round, start
+from glidecape.decode import start
 from glidecape.drafting.drafter import ModelDrafter
 from glidecape.drafting.expansion import Beam, Cape, Chain
 from glidecape.drafting.law import DraftLaw
@@ -15,6 +15,7 @@ from glidecape.drafting.lookup import LookupDrafter, NgramIndex
 from glidecape.drafting.methods import METHODS, make_drafter, parse_method
 from glidecape.drafting.stop import Entropy, Heuristic
 from glidecape.errors import InputError
+from glidecape.round import run_round
 from glidecape.row import new_row
 from glidecape.sampling import SamplingParams
 from glidecape.tree import TokenTree

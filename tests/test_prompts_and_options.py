@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glidecape import decode as decode_module
+from glidecape import engine as engine_module
 from glidecape import fit as fit_module
 from glidecape.commands import effects
 from glidecape.commands.shared import read_prompts
@@ -19,6 +19,7 @@ from glidecape.errors import CheckpointError, DataError, InputError
 from glidecape.files import only_writer
 from glidecape.models.target import Target
 from glidecape.sampling import SamplingParams
+from glidecape.stats import Stats
 from glidecape.text import Prompt
 from test_command_line import only_sentence, run
 
@@ -135,7 +136,7 @@ def test_rows_under_one_set_of_options_get_noise_of_their_own(target: Target) ->
 
 def test_a_long_list_is_decoded_a_batch_at_a_time(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
-    run_round = decode_module.run_round
+    run_round = engine_module.run_round
 
     def counted(target, drafter, batch, stats=None):
         most.append(len(batch.rows))
@@ -149,6 +150,14 @@ def test_a_long_list_is_decoded_a_batch_at_a_time(target: Target, monkeypatch: p
     assert [one.tokens for one in bounded] == [one.tokens for one in generate(target, prompts, NoDraft(), params)]
     with pytest.raises(InputError, match="at least 1 prompt"):
         generate(target, prompts, batch=0)
+
+
+def test_a_prompt_that_may_emit_nothing_takes_no_round_wherever_it_waits(target: Target) -> None:
+    stats, params = Stats(), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 0, 2, 0)]
+    found = generate(target, [[3], [4], [5], [6]], NoDraft(), params, stats, batch=1)
+    assert [len(one.tokens) for one in found] == [3, 0, 2, 0]
+    assert [one.finish for one in found] == ["length"] * 4
+    assert stats.rounds == 5
 
 
 # --- options

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from glidecape.batch import Batch
 from glidecape.cache import KVCache
-from glidecape.decode import run_round, start
+from glidecape.decode import start
 from glidecape.drafting.drafter import Drafter, ModelDrafter
 from glidecape.masks import tree_mask
 from glidecape.models.target import TargetOutput
+from glidecape.round import run_round
 from glidecape.row import Emitted
 from glidecape.sampling import SamplingParams
 

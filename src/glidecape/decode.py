@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,13 +14,10 @@ from .engine import Engine
 from .errors import InputError
 from .models.target import Target
 from .noise import Noise, gumbel
-from .round import run_round
 from .row import Emitted, Row, new_row
 from .sampling import SamplingParams
 from .stats import RoundStats, Stats
 from .text import text_of
-
-__all__ = ["Completion", "Emitted", "decode", "generate", "new_rows", "run_round", "start"]
 
 BATCH = 16  # rows decoded together, at most, where the caller does not say
 
@@ -99,13 +95,7 @@ def decode(
     rows = new_rows(target, prompts, params or SamplingParams())
     engine = _engine(target, drafter, rows, min(batch or len(rows), len(rows)), noise, limit_bytes)
     while not engine.idle:
-        started, before = time.perf_counter(), 0.0 if stats is None else stats.total_s
-        events = engine.step(stats)
-        if stats is not None and stats.total_s == before:  # a chunk of a prompt
-            if engine.batch.device.type == "cuda":
-                torch.cuda.synchronize(engine.batch.device)
-            stats.prefill_s += time.perf_counter() - started
-        yield from events
+        yield from engine.step(stats)
 
 
 @dataclass

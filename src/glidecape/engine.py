@@ -11,7 +11,7 @@ from .drafting.drafter import Drafter
 from .errors import InputError
 from .models.target import Target, read_chunk
 from .noise import Noise, gumbel
-from .round import run_round
+from .round import run_round, seconds
 from .row import Emitted, Row
 from .stats import RoundStats, Stats
 
@@ -70,18 +70,25 @@ class Engine:
     @torch.no_grad()
     def step(self, stats: Stats | None = None) -> list[Emitted]:
         """Read a chunk of a prompt, or run a round; rows that ended leave, and waiting ones take their slots."""
-        ended = self._schedule()
-        if self.read_prompts() or not self.batch.rows:
+        ended = self._end_empty_rows()
+        self._fill_slots()
+        started = seconds(self.batch, stats)
+        if self.read_prompts():
+            if stats is not None:
+                stats.prefill_s += seconds(self.batch, stats) - started
             return ended
-        return ended + run_round(self.target, self.drafter, self.batch, stats)
+        return ended + (run_round(self.target, self.drafter, self.batch, stats) if self.batch.rows else [])
 
-    def _schedule(self) -> list[Emitted]:
-        """Fill free slots; returns the ends of waiting rows that may not emit anything."""
-        ended, rows = [], self.batch.rows
-        while self.waiting and self.waiting[0].budget == 0:
-            row = self.waiting.popleft()
+    def _end_empty_rows(self) -> list[Emitted]:
+        """End the waiting rows that may not emit anything: their prompts need not be read."""
+        empty = [row for row in self.waiting if row.budget == 0]
+        for row in empty:
             row.finish = "length"
-            ended.append(Emitted(row.index, [], [], RoundStats(0, 0, 0, 0), "length"))
+            self.waiting.remove(row)
+        return [Emitted(row.index, [], [], RoundStats(0, 0, 0, 0), "length") for row in empty]
+
+    def _fill_slots(self) -> None:
+        rows = self.batch.rows
         for slot in reversed([i for i, row in enumerate(rows) if row.finish is not None]):
             if self.waiting:
                 self.batch.replace(slot, self.waiting.popleft())
@@ -89,7 +96,6 @@ class Engine:
                 self.batch.release(slot)
         while self.waiting and len(rows) < self.slots:
             self.batch.admit(self.waiting.popleft())
-        return ended
 
     def read_prompts(self) -> bool:
         """Read a chunk of the first rows, side by side, whose prompts were not read yet; False if all were."""

@@ -22,25 +22,25 @@ from .verify import verify_points, verify_row
 @torch.no_grad()
 def run_round(target: Target, drafter: Drafter, batch: Batch, stats: Stats | None = None) -> list[Emitted]:
     """One proposal and one target forward: every row emits its accepted tokens and a bonus token."""
-    started = _seconds(batch, stats)
+    started = seconds(batch, stats)
     tree = drafter.propose(batch)
-    drafted = _seconds(batch, stats)
+    drafted = seconds(batch, stats)
     output = target.forward(tree.tokens, tree.positions(batch.root_positions), batch.cache, tree.ancestors)
     outcomes = verify(batch, tree, output.logits)
-    verified = _seconds(batch, stats)
+    verified = seconds(batch, stats)
     events = [_emit(row, outcome) for row, outcome in zip(batch.rows, outcomes, strict=True)]
     batch.cache.keep([outcome.path for outcome in outcomes])
     drafter.commit(batch, outcomes)
     if stats is not None:
         stats.draft_s += drafted - started
         stats.verify_s += verified - drafted
-        stats.total_s += _seconds(batch, stats) - started
+        stats.total_s += seconds(batch, stats) - started
         for event in events:
             stats.add(event.stats)
     return events
 
 
-def _seconds(batch: Batch, stats: Stats | None) -> float:
+def seconds(batch: Batch, stats: Stats | None) -> float:
     """The time now; where somebody counts it, after all work on the device."""
     if stats is not None and batch.device.type == "cuda":
         torch.cuda.synchronize(batch.device)
@@ -62,11 +62,12 @@ def verify(batch: Batch, tree: TokenTree, logits: Tensor) -> list[Outcome]:
     if laws.points:
         scores = laws.scores(logits, roots, positions, tree.depth, tree.levels)
         outcomes = _verify_points(tree, scores, laws.points)
+    noise = None
+    if laws.one_by_one and laws.ahead is not None:
+        noise = laws.ahead.at(roots, positions, tree.depth, tree.levels, logits.shape[-1])
     for i in laws.one_by_one:
-        noise = None
-        if laws.ahead is not None:
-            noise = laws.ahead.at(roots, positions, tree.depth, tree.levels, logits.shape[-1])[i]
-        path, bonus = verify_row(tree, i, laws.law_at(i, tree, logits[i], noise), batch.rows[i].chance)
+        law_at = laws.law_at(i, tree, logits[i], None if noise is None else noise[i])
+        path, bonus = verify_row(tree, i, law_at, batch.rows[i].chance)
         outcomes[i] = _outcome_of_row(tree, i, path, bonus)
     return [outcomes[i] for i in range(len(outcomes))]
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..decode import run_round, start
+from ..decode import start
 from ..drafting.drafter import Around, DraftModel, ModelDrafter
 from ..drafting.expansion import Chain
 from ..drafting.law import DraftLaw
 from ..drafting.stop import FixedLength
 from ..models.target import Target, TargetOutput
+from ..round import run_round
 from ..sampling import SamplingParams, log_law, widen
 from ..tree import TokenTree
 

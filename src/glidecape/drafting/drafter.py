@@ -217,11 +217,13 @@ class ModelDrafter:
             law = draft_law(batch, tree, frontier, logits, depth - 1, self.expansion.draws)
             frontier = self.expansion.grow(tree, frontier, law)
             more = depth < longest and self.stop.more(tree, depth, law)
+            # Without a policy that looks at the law, the host knows that the row of the largest cap drafts on.
+            unknown = isinstance(more, Tensor) or self.expansion.may_end
             if more is not False and depth >= shortest and row_caps is not None:
                 more = more & (row_caps > depth)
             if isinstance(more, Tensor):
                 frontier = frontier.masked_fill(~more[:, None], -1)
-            if more is not False and (isinstance(more, Tensor) or self.expansion.may_end):
+            if more is not False and unknown:
                 # Asked of the frontier: a stopped row has no say.
                 more = to_host((frontier >= 0).any())
             if more is False or frontier.shape[1] == 0:

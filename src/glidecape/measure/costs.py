@@ -10,10 +10,11 @@ from itertools import pairwise
 import torch
 
 from ..batch import Batch
-from ..decode import run_round, start
+from ..decode import start
 from ..drafting.drafter import NoDraft
 from ..errors import InputError
 from ..models.target import Target
+from ..round import run_round
 from ..sampling import SamplingParams
 from ..stats import Stats
 from ..tree import TokenTree
