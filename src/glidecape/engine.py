@@ -70,14 +70,15 @@ class Engine:
     @torch.no_grad()
     def step(self, stats: Stats | None = None) -> list[Emitted]:
         """Read a chunk of a prompt, or run a round; rows that ended leave, and waiting ones take their slots."""
+        started = seconds(self.batch, stats)
         ended = self._end_empty_rows()
         self._fill_slots()
-        started = seconds(self.batch, stats)
-        if self.read_prompts():
-            if stats is not None:
-                stats.prefill_s += seconds(self.batch, stats) - started
+        reads = self.read_prompts()
+        if stats is not None:
+            stats.prefill_s += seconds(self.batch, stats) - started
+        if reads or not self.batch.rows:
             return ended
-        return ended + (run_round(self.target, self.drafter, self.batch, stats) if self.batch.rows else [])
+        return ended + run_round(self.target, self.drafter, self.batch, stats)
 
     def _end_empty_rows(self) -> list[Emitted]:
         """End the waiting rows that may not emit anything: their prompts need not be read."""

@@ -31,7 +31,7 @@ class Stats:
         tested: depths tested: accepted + 1 when a round ends in a rejection, else accepted.
         depths: deepest drafted depths, summed over rounds.
         draft_s, verify_s, total_s: seconds drafting, in the target's forward, and in whole rounds.
-        prefill_s: seconds to read the prompts, not part of total_s.
+        prefill_s: seconds to take rows in and read their prompts, not part of total_s.
     """
 
     rounds: int = 0
