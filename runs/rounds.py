@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from glidecape import SamplingParams, Target, load_draft, make_drafter
 from glidecape.bench.prompts import stdlib_prompts
-from glidecape.decode import start
 from glidecape.drafting.drafter import NoDraft
-from glidecape.round import run_round
+from glidecape.engine.decode import start
+from glidecape.engine.round import run_round
 
 
 class Alone:
@@ -135,10 +135,15 @@ def main():
                 f"| {padding:.0%} | {statistics.median(paces):.0f} |",
                 flush=True,
             )
-        plain = [(plain_pace(target, prompts, 48), transformers_pace(reference, prompts, 48)) for _ in range(options.repeats)]
+        plain = [
+            (plain_pace(target, prompts, 48), transformers_pace(reference, prompts, 48)) for _ in range(options.repeats)
+        ]
         ours, theirs = (statistics.median(column) for column in zip(*plain, strict=True))
         ratio = statistics.median(a / b for a, b in plain)
-        print(f"plain at batch {size}: {ours:.0f} tokens/s, transformers.generate {theirs:.0f}, ratio {ratio:.2f}", flush=True)
+        print(
+            f"plain at batch {size}: {ours:.0f} tokens/s, transformers.generate {theirs:.0f}, ratio {ratio:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@ import warnings
 import pytest
 import torch
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
-from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
-from glidecape.models.glide import GlideModel
-from glidecape.models.glide_config import GlideConfig
-from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.drafts.eagle.adapter import EagleDraft
+from glidecape.drafts.eagle.config import EagleConfig
+from glidecape.drafts.eagle.network import EagleModel
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.drafts.medusa.adapter import MedusaDraft
+from glidecape.drafts.medusa.config import MedusaConfig
+from glidecape.drafts.medusa.network import MedusaModel
+from glidecape.engine.decode import generate
+from glidecape.target.target import Target
 
 BASE = {
     "vocab_size": 97,

@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from glidecape import cli
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
+from glidecape.drafts.checkpoint import WEIGHTS, read_card
+from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, InputError, MismatchError, UnsupportedError
-from glidecape.models.checkpoint import WEIGHTS, read_card
-from glidecape.models.target import Target, TargetOutput
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target, TargetOutput
 from test_command_line import only_sentence, run
 
 

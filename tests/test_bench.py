@@ -20,7 +20,7 @@ from glidecape import cli
 from glidecape.bench import runner
 from glidecape.bench.draw import Drawn, draw, encode, in_jobs, pad
 from glidecape.bench.methods import read_methods
-from glidecape.bench.peers import PEERS
+from glidecape.bench.peers.registry import PEERS
 from glidecape.bench.plots import have_matplotlib
 from glidecape.bench.records import Difference, Item, RunFolder
 from glidecape.bench.report import html, markdown, write_report
@@ -28,11 +28,11 @@ from glidecape.bench.runner import run_job, run_peer
 from glidecape.bench.settings import Settings
 from glidecape.bench.suites import Prompt, Suite
 from glidecape.bench.watch import overlap, watch
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Chain
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import FixedLength
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 VOCAB = 64
@@ -340,7 +340,7 @@ def test_other_settings_are_refused(option, message, finished, world, prompts, m
 
 
 def test_a_wrong_output_fails_the_run(world, prompts, tmp_path, monkeypatch, capfd) -> None:
-    import glidecape.round as loop
+    import glidecape.engine.round as loop
 
     right = loop.verify_points
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.beside import Beside
 from glidecape.train.draft import DraftRecipe

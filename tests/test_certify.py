@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from glidecape import certify as certify_module
 from glidecape import cli
-from glidecape import round as round_module
 from glidecape.certify import BUG, EQUAL, NEAR_TIE, certify
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.verify import verify_points
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.engine import round as round_module
 from glidecape.errors import InputError
-from glidecape.models import target as target_module
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
-from glidecape.verify import verify_points
+from glidecape.target import target as target_module
+from glidecape.target.target import Target
 
 PROMPTS = [[7, 11, 13, 17, 19], [(i * 37) % 90 + 3 for i in range(30)]]
 PARAMS = SamplingParams(max_new_tokens=24)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
 from glidecape.errors import DataError, InputError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from glidecape.train.chat import ChatSource, build_chat, rendered
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, train_draft

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from glidecape.decode import decode, generate
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.stats import RoundStats, Stats
 from glidecape.drafting.drafter import Drafter, ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import FixedLength
-from glidecape.sampling import SamplingParams
-from glidecape.stats import RoundStats, Stats
+from glidecape.engine.decode import decode, generate
 from toys import ToyDraft, ToyTarget, random_rule, run_checked, scripted_rule
 
 # The target emits n at place n; 60 is in no text, and the draft's wrong first choice where a sibling is to be accepted.

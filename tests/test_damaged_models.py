@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GPTNeoConfig, GPTNeoForCausalLM
 
 from glidecape.errors import CheckpointError
-from glidecape.models.loading import _check_sizes, load_model
-from glidecape.models.target import Target, digest_of
+from glidecape.target.loading import _check_sizes, load_model
+from glidecape.target.target import Target, digest_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
 SHIPPED = Path(__file__).parents[1] / "models" / "pysource"

@@ -16,15 +16,15 @@ from collections import Counter
 import pytest
 import torch
 
-from glidecape import laws
-from glidecape import round as round_module
-from glidecape.decode import generate
+from glidecape.batch import laws
+from glidecape.core.noise import NoiseAhead
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.verify import DenseLaw, verify_points, verify_row
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
-from glidecape.noise import NoiseAhead
-from glidecape.sampling import SamplingParams
-from glidecape.verify import DenseLaw, verify_points, verify_row
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine import round as round_module
+from glidecape.engine.decode import generate
+from glidecape.target.target import Target
 from test_exact_law import tail
 from test_real_models import PAIR, reference_of
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from glidecape.drafts.checkpoint import CARD, WEIGHTS, load_draft, read_card
 from glidecape.errors import CheckpointError, GlideCapeError, MismatchError
-from glidecape.models.checkpoint import CARD, WEIGHTS, load_draft, read_card
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 
 MISSING = object()
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.target.target import Target
 from glidecape.train.draft import DraftRecipe, make_draft
 from test_against_transformers import build
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glidecape.decode import generate, start
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import METHODS, make_drafter
+from glidecape.drafts.checkpoint import load_draft, read_card, save_network
+from glidecape.drafts.eagle.adapter import EagleDraft
+from glidecape.drafts.eagle.config import EagleConfig
+from glidecape.drafts.eagle.network import EagleModel
+from glidecape.drafts.medusa.adapter import MedusaDraft
+from glidecape.drafts.medusa.config import MedusaConfig
+from glidecape.drafts.medusa.network import MedusaModel
+from glidecape.engine.decode import generate, start
+from glidecape.engine.round import run_round
 from glidecape.errors import CheckpointError, InputError
-from glidecape.models.checkpoint import load_draft, read_card, save_network
-from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
-from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
-from glidecape.models.target import Target
-from glidecape.round import run_round
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
 from glidecape.train.features import eagle_loss, medusa_loss, noisy

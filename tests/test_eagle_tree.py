@@ -8,16 +8,17 @@ import math
 import pytest
 import torch
 
-from glidecape.decode import start
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.tree import TokenTree
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.eagle_tree import EagleTree, StaticTree, static_paths
+from glidecape.drafting.expansions.eagle_tree import EagleTree
+from glidecape.drafting.expansions.static_tree import StaticTree, static_paths
 from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.medusa import MedusaDrafter
 from glidecape.drafting.stop import Entropy, FixedLength, Heuristic
+from glidecape.engine.decode import start
+from glidecape.engine.round import run_round
 from glidecape.errors import InputError
-from glidecape.round import run_round
-from glidecape.sampling import SamplingParams
-from glidecape.tree import TokenTree
 from toys import Rule, ToyDraft, ToyHeads, ToyTarget, check_invariants, random_rule, run_checked, scripted_rule
 
 Path = tuple[int, ...]

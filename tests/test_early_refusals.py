@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from glidecape import cli
 from glidecape.errors import CheckpointError, DataError, InputError
 from glidecape.files import write_atomic
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train import losses
 from glidecape.train.corpus import build_pysource
 from glidecape.train.draft import DraftRecipe, make_draft, train_draft

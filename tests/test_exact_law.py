@@ -15,22 +15,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from glidecape import laws as laws_module
+from glidecape.batch import laws as laws_module
+from glidecape.core.noise import gumbel
+from glidecape.core.penalties import adjust
+from glidecape.core.sampling import RESIDUAL, SamplingParams
+from glidecape.core.stats import RoundStats
+from glidecape.core.tree import TokenTree
+from glidecape.core.verify import DenseLaw, verify_row
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.eagle_tree import EagleTree, StaticTree
-from glidecape.drafting.expansion import Beam, Cape, Chain, Expansion
+from glidecape.drafting.expansions.base import Expansion
+from glidecape.drafting.expansions.beam import Beam
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
+from glidecape.drafting.expansions.eagle_tree import EagleTree
+from glidecape.drafting.expansions.static_tree import StaticTree
 from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.lookup import LookupDrafter
 from glidecape.drafting.medusa import MedusaDrafter
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.drafting.stop import Entropy, FixedLength, Heuristic, StopPolicy
 from glidecape.errors import InputError
-from glidecape.noise import gumbel
-from glidecape.penalties import adjust
-from glidecape.sampling import RESIDUAL, SamplingParams
-from glidecape.stats import RoundStats
-from glidecape.tree import TokenTree
-from glidecape.verify import DenseLaw, verify_row
 from toys import (
     Context,
     EnumeratingChance,

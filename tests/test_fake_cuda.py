@@ -15,21 +15,25 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import glidecape.drafting.drafter as drafter_module
-import glidecape.drafting.expansion as expansion_module
-import glidecape.round as round_module
+import glidecape.drafting.expansions.cape as expansion_module
+import glidecape.engine.round as round_module
 from fake_cuda import fake_cuda, move_to_cuda
-from glidecape import noise
+from glidecape.batch.row import new_row
+from glidecape.core import noise
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
-from glidecape.engine import Engine
-from glidecape.models.eagle import EagleConfig, EagleDraft, EagleModel
-from glidecape.models.glide import GlideModel
-from glidecape.models.glide_config import GlideConfig
-from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.medusa import MedusaConfig, MedusaDraft, MedusaModel
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
-from glidecape.row import new_row
-from glidecape.sampling import SamplingParams
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.drafts.eagle.adapter import EagleDraft
+from glidecape.drafts.eagle.config import EagleConfig
+from glidecape.drafts.eagle.network import EagleModel
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.drafts.medusa.adapter import MedusaDraft
+from glidecape.drafts.medusa.config import MedusaConfig
+from glidecape.drafts.medusa.network import MedusaModel
+from glidecape.engine.engine import Engine
+from glidecape.target.target import Target
 from test_against_transformers import build
 
 LENGTH = 3

@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from glidecape import fit as fit_module
+from glidecape.core.sampling import NOISE, RESIDUAL, SamplingParams
+from glidecape.core.stats import Stats
+from glidecape.costmodel import RoundCosts
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Beam, Cape, Chain
+from glidecape.drafting.expansions.beam import Beam
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import Entropy, FixedLength
 from glidecape.errors import InputError
-from glidecape.fit import Costs, Recorded, best_threshold, fit_threshold, record, with_fitted_threshold
-from glidecape.sampling import NOISE, RESIDUAL, SamplingParams
-from glidecape.stats import Stats
+from glidecape.fit import best_threshold, fit_threshold, record, with_fitted_threshold
+from glidecape.replay import Recorded, replay
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 VOCAB = 64
@@ -45,7 +49,7 @@ def test_the_best_threshold_by_hand() -> None:
     sure, unsure = Recorded((0.1, 0.1, 0.1), (1, 2, 3, 4), 4), Recorded((0.25, 0.1, 0.1), (1, 2, 3, 4), 0)
     never = Recorded((9.0, 9.0, 9.0), (1, 2, 3, 4), 0)
     text = [sure, never, Recorded((0.1,), (1, 2), 1), never, Recorded((0.1,), (1, 2), 0), unsure]
-    fit = best_threshold([text], Costs(draft=0.1, node=0.0))
+    fit = best_threshold([text], RoundCosts.linear(draft=0.1, node=0.0))
     assert fit.threshold == pytest.approx(0.1)
     # Rounds at 0 and 5: 5 + 1 tokens for 1 + 0.4 and 1 + 0.1.
     assert fit.speedup == pytest.approx(6 / 2.5)
@@ -53,16 +57,16 @@ def test_the_best_threshold_by_hand() -> None:
     table = dict(fit.table)
     assert table[0.26] == pytest.approx(6 / 2.8)
     assert table[0.0] == pytest.approx(6 / 4.4)  # rounds at 0, 2, 4 and 5, of one depth each
-    assert best_threshold([text], Costs(0.0, 0.1)).speedup == pytest.approx(6 / 2.5)
-    assert best_threshold([text], Costs(0.1, 0.0, start=0.5)).speedup == pytest.approx(6 / 3.5)
-    assert best_threshold([text, text], Costs(0.1, 0.0)).speedup == pytest.approx(6 / 2.5)
+    assert best_threshold([text], RoundCosts.linear(0.0, 0.1)).speedup == pytest.approx(6 / 2.5)
+    assert best_threshold([text], RoundCosts.linear(0.1, 0.0, start=0.5)).speedup == pytest.approx(6 / 3.5)
+    assert best_threshold([text, text], RoundCosts.linear(0.1, 0.0)).speedup == pytest.approx(6 / 2.5)
 
 
 def test_drafting_that_costs_nothing_goes_on_and_drafting_that_costs_much_ends_at_once() -> None:
     rounds = record(TARGET, DRAFT, [[0], [0, 1, 2]], PARAMS, cap=8)
-    assert best_threshold(rounds, Costs(9.0, 0.0)).threshold == 0.0
-    assert best_threshold(rounds, Costs(9.0, 0.0)).drafted == pytest.approx(1.0)
-    free = best_threshold(rounds, Costs(0.0, 0.0))
+    assert best_threshold(rounds, RoundCosts.linear(9.0, 0.0)).threshold == 0.0
+    assert best_threshold(rounds, RoundCosts.linear(9.0, 0.0)).drafted == pytest.approx(1.0)
+    free = best_threshold(rounds, RoundCosts.linear(0.0, 0.0))
     best = max(s for _, s in free.table)
     assert best == dict(free.table)[free.table[-1][0]]
     near = [(t, s) for t, s in free.table if s >= 0.99 * best]
@@ -79,11 +83,8 @@ def test_from_the_record_follow_the_rounds_of_any_threshold(expansion, temperatu
     lengths = set()
     for threshold in (0.0, 0.3, 0.6, 99.0):
         _, events, _ = run_checked(TARGET, ModelDrafter(DRAFT, expansion, Entropy(threshold, 6)), [[0]], params)
-        at, walked = 0, []
-        while at < len(text):
-            length = text[at].length(threshold)
-            walked.append((text[at].nodes[length - 1], min(text[at].accepted, length)))
-            at += walked[-1][1] + 1
+        rounds = replay(text, lambda draft, h=threshold: draft.length(h))
+        walked = [(one.nodes[-1], one.accepted) for one in rounds]
         assert walked == [(event.stats.drafted, event.stats.accepted) for event in events]
         lengths.add(len(walked))
     assert len(lengths) > 1, "the thresholds made no difference"
@@ -98,7 +99,7 @@ def test_under_the_residual_rule_the_record_is_that_of_shared_noise() -> None:
 
 
 def test_the_fitted_threshold_stops_where_the_draft_is_wrong() -> None:
-    fit = fit_threshold(TARGET, DRAFT, [[0], [0, 1, 2]], PARAMS, cap=8, costs=Costs(0.2, 0.02))
+    fit = fit_threshold(TARGET, DRAFT, [[0], [0, 1, 2]], PARAMS, cap=8, costs=RoundCosts.linear(0.2, 0.02))
     _, events, _ = run_checked(TARGET, ModelDrafter(DRAFT, Chain(), Entropy(fit.threshold, 8)), [[0]], PARAMS)
     assert all(event.stats.drafted - event.stats.accepted <= 1 for event in events), "it drafted on after a wrong token"
     assert sum(event.stats.emitted for event in events) / len(events) > 3.5
@@ -108,7 +109,8 @@ def test_the_fitted_threshold_stops_where_the_draft_is_wrong() -> None:
 def test_costs_are_measured_where_none_are_given() -> None:
     fit = fit_threshold(TARGET, DRAFT, [[0]], PARAMS, cap=4)
     assert fit.costs.draft > 0
-    assert min(fit.costs.node, fit.costs.start) >= 0
+    assert fit.costs.verify(2) >= 1
+    assert fit.costs.start >= 0
     assert fit.speedup > 0
 
 
@@ -117,12 +119,13 @@ def test_costs_lie_on_the_lines_through_short_and_long_drafts() -> None:
     # A round of the short one: 0.3 for 1 depth, 1.1 for 2 nodes. Of the long one: 0.7 for 5, 1.3 for 10.
     short = Stats(rounds=4, drafted=8, depths=4, draft_s=1.2, total_s=5.6)
     long = Stats(rounds=2, drafted=20, depths=10, draft_s=1.4, total_s=4.0)
-    costs = fit_module._from_timed(plain, short, long)
-    assert (costs.draft, costs.node) == (pytest.approx(0.1), pytest.approx(0.025))
+    draft, node, begin = fit_module._from_timed(plain, short, long)
+    assert (draft, node) == (pytest.approx(0.1), pytest.approx(0.025))
+    costs = RoundCosts.linear(draft, node, begin)
     assert costs.start == pytest.approx(0.2 + 0.05)
     assert costs.of(1, 2) == pytest.approx(1.4)
     assert costs.of(5, 10) == pytest.approx(2.0)
-    one = fit_module._from_timed(plain, short, short)
+    one = RoundCosts.linear(*fit_module._from_timed(plain, short, short))
     assert one.of(1, 2) == pytest.approx(1.4)
 
 

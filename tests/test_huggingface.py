@@ -17,11 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from glidecape import glidecape_generate
 from glidecape.compat import DynamicCache, cache_argument
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.stats import Stats
+from glidecape.engine.decode import generate
 from glidecape.errors import GlideCapeError, InputError, UnsupportedError
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
-from glidecape.stats import Stats
+from glidecape.target.target import Target
 from test_against_transformers import PROMPTS, build
 
 NEW = 16

@@ -13,7 +13,7 @@ import glidecape
 
 SOURCE = Path(glidecape.__file__).parent
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-[CONTRACT] = PROJECT["tool"]["importlinter"]["contracts"]
+CONTRACT = PROJECT["tool"]["importlinter"]["contracts"][0]
 LAYERS = [
     {name.strip().removeprefix("glidecape.") for name in line.split(":")} for line in reversed(CONTRACT["layers"])
 ]

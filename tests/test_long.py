@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import zoo
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.engine.decode import generate
 from glidecape.errors import GlideCapeError
-from glidecape.models.glide import GlideModel
-from glidecape.models.glide_config import GlideConfig
-from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from test_against_transformers import PROMPTS, Agreeing, reference_tokens
 
 FAMILIES = (

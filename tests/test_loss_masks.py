@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from glidecape.errors import DataError
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.data import Windows, load_streams, read_prompts
 from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
 from glidecape.train.loop import Budget

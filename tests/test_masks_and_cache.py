@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from glidecape.cache import KVCache, cache_bytes
+from glidecape.core.cache import KVCache, cache_bytes
+from glidecape.core.masks import block_visible, tree_mask, visible_mask
+from glidecape.core.tree import TokenTree
 from glidecape.errors import InputError, UnsupportedError
-from glidecape.masks import block_visible, tree_mask, visible_mask
-from glidecape.models.target import Target, positional_rule
-from glidecape.tree import TokenTree
+from glidecape.target.attention import positional_rule
+from glidecape.target.target import Target
 from test_against_transformers import build
 
 
@@ -144,7 +145,7 @@ def test_architectures_that_cannot_hold_a_tree_are_refused_with_the_reason(kind)
 
 
 def test_the_probe_refuses_a_target_whose_mask_ignores_the_tree(monkeypatch):
-    from glidecape.models import target as module
+    from glidecape.target import target as module
 
     real = module.tree_mask
 

@@ -15,22 +15,26 @@ from glidecape import cli
 from glidecape.bench.draw import Drawn
 from glidecape.bench.records import Item
 from glidecape.bench.settings import Settings
-from glidecape.decode import start
+from glidecape.core.sampling import RESIDUAL, SamplingParams
+from glidecape.core.stats import RoundStats, Stats
+from glidecape.costmodel import RoundCosts
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Beam, Cape, Chain
+from glidecape.drafting.expansions.beam import Beam
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import Entropy, FixedLength
+from glidecape.engine.decode import start
+from glidecape.engine.round import run_round
 from glidecape.errors import InputError
 from glidecape.measure import runs as runs_module
 from glidecape.measure.cape import best_of, study_cape
-from glidecape.measure.costs import RoundCosts, Verification, verification_ratios
-from glidecape.measure.oracle import Round, distance, expected, joined, oracle
+from glidecape.measure.costs import Verification, verification_ratios
+from glidecape.measure.oracle import distance, oracle, rounds_of
 from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, prompts_of, run
 from glidecape.measure.svip import Lengths, study_svip
 from glidecape.measure.sweeps import marks, study_batches, study_long, up_to
 from glidecape.measure.table import Study, Table
-from glidecape.round import run_round
-from glidecape.sampling import RESIDUAL, SamplingParams
-from glidecape.stats import RoundStats, Stats
+from glidecape.replay import Round, expected
 from toys import ToyDraft, ToyTarget, scripted_rule
 
 VOCAB = 64
@@ -80,7 +84,7 @@ def test_the_oracle_is_the_best_of_all_sequences_of_lengths() -> None:
     text = tuple(n % 50 for n in range(80))
     watched = Watched(ModelDrafter(DRAFT, Chain(), FixedLength(5)))
     decoded = run(TARGET, watched, [[0]], SamplingParams(max_new_tokens=60, ignore_eos=True))
-    rounds = joined(watched.nodes, decoded.rounds)[:10]
+    rounds = rounds_of(watched.nodes, decoded.rounds)[:10]
     end = 1 + sum(r.emitted for r in rounds)
     best = oracle(rounds, COSTS)
 
@@ -103,7 +107,7 @@ def test_the_oracle_is_the_best_of_all_sequences_of_lengths() -> None:
 def test_nodes_by_depth_are_those_that_were_proposed(expansion) -> None:
     watched = Watched(ModelDrafter(DRAFT, expansion, FixedLength(4)))
     decoded = run(TARGET, watched, [[0]], PARAMS)
-    rounds = joined(watched.nodes, decoded.rounds)
+    rounds = rounds_of(watched.nodes, decoded.rounds)
     assert [r.nodes[-1] for r in rounds] == [r.drafted for r in decoded.rounds]
     assert max(len(r.nodes) for r in rounds) == 4
     assert sum(r.emitted for r in rounds) == 40 == decoded.marks[-1][0]

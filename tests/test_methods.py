@@ -7,18 +7,20 @@ import math
 import pytest
 import torch
 
-from glidecape.decode import start
+from glidecape.batch.row import new_row
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.tree import TokenTree
 from glidecape.drafting.drafter import ModelDrafter
-from glidecape.drafting.expansion import Beam, Cape, Chain
+from glidecape.drafting.expansions.beam import Beam
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.law import DraftLaw
 from glidecape.drafting.lookup import LookupDrafter, NgramIndex
 from glidecape.drafting.methods import METHODS, make_drafter, parse_method
 from glidecape.drafting.stop import Entropy, Heuristic
+from glidecape.engine.decode import start
+from glidecape.engine.round import run_round
 from glidecape.errors import InputError
-from glidecape.round import run_round
-from glidecape.row import new_row
-from glidecape.sampling import SamplingParams
-from glidecape.tree import TokenTree
 from toys import ToyDraft, ToyTarget, check_invariants, run_checked, scripted_rule
 
 # --- names

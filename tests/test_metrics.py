@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from glidecape.bench.curves import binned, constant, oracle, ratio_at, replay, svip, svip_bound, watched_figures
+from glidecape.bench.curves import binned, policies, records_of, svip_bound, watched_figures
 from glidecape.bench.metrics import (
     Totals,
     expected_speedup,
@@ -20,8 +20,10 @@ from glidecape.bench.metrics import (
 )
 from glidecape.bench.records import Counts, Difference, Item, Record
 from glidecape.bench.settings import Settings
+from glidecape.core.stats import loops, repetition
+from glidecape.costmodel import RoundCosts
+from glidecape.replay import expected, replay
 from glidecape.significance import bootstrap_ratio, paired_permutation
-from glidecape.stats import loops, repetition
 
 
 def item(number: int, category: str = "a", kind: str = "steady") -> Item:
@@ -183,17 +185,24 @@ NOTES = {
 }
 
 
+def replayed(kind: str, value: float) -> tuple[float, float, float]:
+    """Acceptance length, drafted and accepted depths of a policy."""
+    length = next(length for name, number, length in policies(3, 0.0) if (name, number) == (kind, value))
+    found = expected(replay(records_of(NOTES), length), RoundCosts(0.0))
+    return found.acceptance_length, found.depths, found.accepted
+
+
 def test_stop_policies_replayed_by_hand() -> None:
     # length 1: t=0 drafts 1, right, emits 2; t=2 drafts 1, wrong, emits 1; t=3 emits 2; t=5 drafts 1, emits 1 (the end)
-    assert replay([NOTES], constant(1)) == {"acceptance_length": 1.5, "drafted": 1.0, "accepted": 0.75}
+    assert replayed("constant", 1) == (1.5, 1.0, 0.75)
     # length 3: t=0 has 2 right and emits 3; t=3 has room for 2, both right, and emits 3
-    assert replay([NOTES], constant(3)) == {"acceptance_length": 3.0, "drafted": 2.5, "accepted": 2.0}
+    assert replayed("constant", 3) == (3.0, 2.5, 2.0)
     # the oracle drafts just what is accepted
-    assert replay([NOTES], oracle) == {"acceptance_length": 3.0, "drafted": 2.0, "accepted": 2.0}
+    assert replayed("oracle", 0) == (3.0, 2.0, 2.0)
     # SVIP keeps the uncertain token and stops after it: 3 at t=0, then 2 at t=3
-    assert replay([NOTES], svip(0.3))["drafted"] == 2.5
-    assert replay([NOTES], svip(0.0))["drafted"] == 1.0
-    assert [svip(0.3)(NOTES, at) for at in range(4)] == [3, 2, 1, 2]
+    assert replayed("svip", 0.3)[1] == 2.5
+    assert replayed("svip", 0.0)[1] == 1.0
+    assert [one.length(0.3) for one in records_of(NOTES)[:4]] == [3, 2, 1, 2]
 
 
 def test_what_drafts_think_against_what_is_accepted() -> None:
@@ -214,4 +223,3 @@ def test_bins_bounds_and_lines_between() -> None:
     assert svip_bound(0.0) == 1.0
     assert svip_bound(1.0) == pytest.approx(1 - math.sqrt(0.15))
     assert binned([(9.0, 1.0)], 0.1, 10) == [{"x": 9.0, "y": 1.0, "count": 1}]
-    assert ratio_at({"0": 1.0, "8": 2.0, "4": 1.2}, 6) == pytest.approx(1.6)

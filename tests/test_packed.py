@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from glidecape.errors import UnsupportedError
-from glidecape.models.packed import PackedLinear, draft_products, pack, packs, unpack
-from glidecape.models.target import Target
+from glidecape.target.packed import PackedLinear, draft_products, pack, packs, unpack
+from glidecape.target.target import Target
 from tinyworld import make_world
 
 needs_packing = pytest.mark.skipif(not packs(torch.float32), reason="this build of PyTorch has no oneDNN")

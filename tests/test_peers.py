@@ -17,14 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from glidecape.bench.gguf import interleaved, write_gguf
-from glidecape.bench.llama_cpp import LlamaCppPeer, LlamaServer, find_program
-from glidecape.bench.peers import PeerSource, draft_lm, make_peers
+from glidecape.bench.peers.base import PeerSource, draft_lm
+from glidecape.bench.peers.gguf import interleaved, write_gguf
+from glidecape.bench.peers.llama_cpp import LlamaCppPeer, LlamaServer, find_program
+from glidecape.bench.peers.registry import make_peers
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.drafter import NoDraft
 from glidecape.errors import InputError
 from glidecape.measure.runs import run
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 
@@ -256,7 +257,7 @@ def test_a_server_that_cannot_start_says_why(program: Path, tmp_path: Path) -> N
 def test_a_server_outlives_nobody(program: Path, tmp_path: Path) -> None:
     """Its owner is killed where it stands; the server's socket is answered no more."""
     code = (
-        "import sys, time; from pathlib import Path; from glidecape.bench.llama_cpp import LlamaServer;"
+        "import sys, time; from pathlib import Path; from glidecape.bench.peers.llama_cpp import LlamaServer;"
         f"s = LlamaServer(Path({str(tmp_path / 'model')!r}), 1, 64, program=Path({str(program)!r}));"
         "print(s.process.pid, s.socket, flush=True); time.sleep(60)"
     )
@@ -319,7 +320,7 @@ def test_transformers_speculates_and_emits_the_same_tokens(folder: Path, target:
 
 def test_the_time_of_the_first_round_is_not_counted(folder: Path, target: Target, monkeypatch) -> None:
     """The assistant is the target itself, so the first round emits several tokens: the others took 4 seconds here."""
-    from glidecape.bench import transformers_peers
+    from glidecape.bench.peers import transformers as transformers_peers
 
     notes = []
 
@@ -340,7 +341,7 @@ def test_the_time_of_the_first_round_is_not_counted(folder: Path, target: Target
 
 
 def test_a_peer_that_drafts_needs_a_draft_lm(tmp_path: Path, target: Target) -> None:
-    from glidecape.models.checkpoint import WEIGHTS
+    from glidecape.drafts.checkpoint import WEIGHTS
 
     (tmp_path / WEIGHTS).write_bytes(b"")
     with pytest.raises(InputError, match="--draft vanilla=FOLDER"):

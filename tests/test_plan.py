@@ -7,7 +7,7 @@ import torch
 
 from glidecape.commands import plan as planning
 from glidecape.errors import InputError
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import STATE_FILE, Budget
 from test_command_line import run

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from glidecape import engine as engine_module
 from glidecape import fit as fit_module
+from glidecape.batch.text import Prompt
 from glidecape.commands import effects
 from glidecape.commands.shared import read_prompts
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.stats import Stats
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import METHODS
+from glidecape.engine import engine as engine_module
+from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, DataError, InputError
 from glidecape.files import only_writer
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
-from glidecape.stats import Stats
-from glidecape.text import Prompt
+from glidecape.target.target import Target
 from test_command_line import only_sentence, run
 
 TALK = [
@@ -70,7 +70,7 @@ def test_the_prompts_that_svip_is_fitted_on_go_through_the_template_too(world, t
     monkeypatch.setattr(fit_module, "with_fitted_threshold", fit)
     monkeypatch.setattr(Target, "from_pretrained", classmethod(lambda cls, *a, **k: target))
     monkeypatch.setattr(
-        "glidecape.models.checkpoint.load_draft", lambda *a: type("Any", (), {"base": "glide", "max_lag": 8})()
+        "glidecape.drafts.checkpoint.load_draft", lambda *a: type("Any", (), {"base": "glide", "max_lag": 8})()
     )
     path = write(tmp_path / "chats.jsonl", json.dumps({"messages": TALK}))
     words = ["--target", "x", "--draft", "y", "--method", "glide+svip", "--svip-fit", path, "--chat", "-p", "hi"]
@@ -142,7 +142,7 @@ def test_a_long_list_is_decoded_a_batch_at_a_time(target: Target, monkeypatch: p
         most.append(len(batch.rows))
         return run_round(target, drafter, batch, stats)
 
-    monkeypatch.setattr("glidecape.engine.run_round", counted)
+    monkeypatch.setattr("glidecape.engine.engine.run_round", counted)
     prompts = [[3 + i, 4, 5][: 1 + i % 3] for i in range(7)]
     params = [SamplingParams(1.0, seed=i, max_new_tokens=2 + i, ignore_eos=True) for i in range(7)]
     bounded = generate(target, prompts, NoDraft(), params, batch=3)

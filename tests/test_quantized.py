@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glidecape.certify import BUG, EQUAL, certify
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
+from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import InputError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.packed import PackedLinear
-from glidecape.models.quantize import quantize
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.packed import PackedLinear
+from glidecape.target.quantize import quantize
+from glidecape.target.target import Target
 from test_command_line import pair, run
 
 PROMPTS = ["def load_table(", "    return"]

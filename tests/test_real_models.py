@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import METHODS, make_drafter
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
+from glidecape.target.target import Target
 from test_against_transformers import Agreeing, reference_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def test_the_shipped_draft_is_worth_its_cross_attention():
         pytest.skip("the shipped pair models/pysource is not in this checkout")
     import json
 
-    from glidecape.stats import Stats
+    from glidecape.core.stats import Stats
 
     target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)
     lines = (ROOT / "evaluation" / "prompts" / "python.jsonl").read_text().splitlines()[:8]
@@ -97,8 +97,8 @@ def test_acceptance_in_training_is_acceptance_in_serving():
         pytest.skip("the shipped pair models/pysource is not in this checkout")
     import json
 
-    from glidecape.decode import decode
-    from glidecape.stats import Stats
+    from glidecape.core.stats import Stats
+    from glidecape.engine.decode import decode
     from glidecape.train.teacher import Teacher, hidden_by_lag, reads_hidden
 
     target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, DataError, InputError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget
@@ -83,7 +83,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.regenerate import regenerate
 from test_regenerate import PLAN
 target = Target.from_pretrained(sys.argv[1], dtype=torch.float32)

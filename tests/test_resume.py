@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glidecape.drafts.checkpoint import CARD, WEIGHTS
 from glidecape.errors import CheckpointError
 from glidecape.files import only_writer, remove_leftovers, write_folder
-from glidecape.models.checkpoint import CARD, WEIGHTS
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
 
@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.draft import train_draft
 from test_resume import BUDGET, RECIPE
 target, data, out = map(Path, sys.argv[1:4])
@@ -99,7 +99,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train import figures
 from glidecape.train.draft import train_draft
 from test_resume import SHORT, short_recipe

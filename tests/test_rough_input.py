@@ -11,21 +11,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from glidecape import cli
+from glidecape.batch.text import StopStrings, TextStream, text_of
 from glidecape.bench.provenance import commit
 from glidecape.bench.records import JsonLines, RunFolder
 from glidecape.bench.settings import Settings
 from glidecape.commands.shared import base_of, read_prompts
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.tree import TokenTree
 from glidecape.demo import run_demo
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafting.stop import Entropy
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
 from glidecape.errors import DataError, InputError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
-from glidecape.text import StopStrings, TextStream, text_of
-from glidecape.tree import TokenTree
+from glidecape.target.target import Target
 from test_command_line import run
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from glidecape.core.sampling import SamplingParams, log_law, widen
 from glidecape.errors import InputError
-from glidecape.sampling import SamplingParams, log_law, widen
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 

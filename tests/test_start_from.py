@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from glidecape.cli import app
+from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import CheckpointError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.loop import Budget
 from glidecape.train.target import TargetShape, Windowing, train_target
 

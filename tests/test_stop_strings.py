@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glidecape.decode import decode, generate
+from glidecape.batch.text import StopStrings, TextStream
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
-from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import FixedLength
+from glidecape.engine.decode import decode, generate
 from glidecape.errors import InputError
-from glidecape.sampling import SamplingParams
-from glidecape.text import StopStrings, TextStream
 from toys import ToyDraft, ToyTarget, random_rule, run_checked, scripted_rule
 
 # Token n of the vocabulary; "\u00e9" comes in two halves, as in a byte-level vocabulary, and token 9 is special.

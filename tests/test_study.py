@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import CheckpointError, InputError
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train import study
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import STATE_FILE, Budget
 from glidecape.train.study import Trial, changes_of, run_study, study_rows
-from glidecape.train.study_table import markdown, summary
+from glidecape.train.study_table import summary, table_of
 from test_command_line import run
 
 BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2, max_lag=2)
@@ -144,7 +144,7 @@ def test_the_table_compares_with_the_first_row_prompt_by_prompt():
     assert better["p_greedy"] < 1e-3
     turned = {"0": figures(high), "1": figures(low)}  # the same over seeds
     assert summary(results | {"same": turned})[2]["p_t1"] == 1.0
-    table = markdown(summary(results)).splitlines()
+    table = table_of(summary(results)).markdown().splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert "| better | 0.2950 ± 0.0000 | +0.0500 | 0.0" in table[3]
     assert "1.50 M" in table[3]
@@ -187,7 +187,7 @@ def test_the_command_writes_and_prints_the_table(world, tmp_path, capfd, monkeyp
     assert "cross-none" in out
     table = json.loads((tmp_path / "study.json").read_text())["table"]
     assert [line["row"] for line in table] == ["baseline", "cross-none"]
-    assert (tmp_path / "study.md").read_text() == markdown(table)
+    assert (tmp_path / "study.md").read_text() == table_of(table).markdown() + "\n"
     assert json.loads((tmp_path / "seed-0" / "baseline" / "row.json").read_text())["identity"]["recipe"]["muon"] is True
     code, _, err = run(capfd, monkeypatch, *words)
     assert (code, "equal tokens" in err) == (2, True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from glidecape.drafts.checkpoint import load_draft, load_network, read_card
 from glidecape.errors import InputError
-from glidecape.models.checkpoint import load_draft, load_network, read_card
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train import draft as drafts
 from glidecape.train import figures
 from glidecape.train.data import load_tokens

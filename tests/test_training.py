@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import zoo
-from glidecape.decode import decode, generate
+from glidecape.core.masks import block_visible
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.stats import Stats
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts import checkpoint
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.engine.decode import decode, generate
 from glidecape.errors import CheckpointError, DataError, MismatchError, UnsupportedError
-from glidecape.masks import block_visible
-from glidecape.models import checkpoint
-from glidecape.models.checkpoint import load_draft
-from glidecape.models.glide import GlideModel
-from glidecape.models.glide_config import GlideConfig
-from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.target import Target
-from glidecape.sampling import SamplingParams
-from glidecape.stats import Stats
+from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.data import Windows, load_tokens
 from glidecape.train.draft import DraftRecipe, Teacher, train_draft

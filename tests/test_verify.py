@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from glidecape.decode import decode
+from glidecape.core.sampling import SamplingParams
+from glidecape.core.stats import RoundStats, Stats
+from glidecape.core.tree import TokenTree
+from glidecape.core.verify import DenseLaw, PointLaw, RandomChance, verify_row
 from glidecape.drafting.drafter import ModelDrafter
-from glidecape.drafting.expansion import Cape, Chain
+from glidecape.drafting.expansions.cape import Cape
+from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.stop import FixedLength
-from glidecape.sampling import SamplingParams
-from glidecape.stats import RoundStats, Stats
-from glidecape.tree import TokenTree
-from glidecape.verify import DenseLaw, PointLaw, RandomChance, verify_row
+from glidecape.engine.decode import decode
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 P = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glidecape.tree import TokenTree
-from glidecape.verify import PointLaw, RandomChance, Verdict, verify_points, verify_row
+from glidecape.core.tree import TokenTree
+from glidecape.core.verify import PointLaw, RandomChance, Verdict, verify_points, verify_row
 
 VOCAB = 3  # so few that siblings often hold the same token, and the target often agrees
 ROWS = 50

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glidecape.tree import TokenTree
-from glidecape.verify import DenseLaw, verify_row
+from glidecape.core.tree import TokenTree
+from glidecape.core.verify import DenseLaw, verify_row
 from toys import EnumeratingChance
 
 VOCAB = 4

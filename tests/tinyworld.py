@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from glidecape.models.target import Target
+from glidecape.target.target import Target
 from glidecape.train.corpus import build_pysource
 from glidecape.train.draft import DraftRecipe, train_draft
 from glidecape.train.loop import Budget

@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glidecape.batch import Batch
-from glidecape.cache import KVCache
-from glidecape.decode import start
+from glidecape.batch.batch import Batch
+from glidecape.batch.row import Emitted
+from glidecape.core.cache import KVCache
+from glidecape.core.masks import tree_mask
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.drafter import Drafter, ModelDrafter
-from glidecape.masks import tree_mask
-from glidecape.models.target import TargetOutput
-from glidecape.round import run_round
-from glidecape.row import Emitted
-from glidecape.sampling import SamplingParams
+from glidecape.engine.decode import start
+from glidecape.engine.round import run_round
+from glidecape.target.target import TargetOutput
 
 Context = tuple[int, ...]
 Rule = Callable[[Context], Tensor]

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from glidecape.decode import generate
+from glidecape.core.sampling import SamplingParams
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.engine.decode import generate
 from glidecape.errors import GlideCapeError
-from glidecape.models.glide import GlideModel
-from glidecape.models.glide_config import GlideConfig
-from glidecape.models.glide_draft import GlideDraft
-from glidecape.models.standalone import StandaloneDraft
-from glidecape.models.target import Target, refuse_by_config
-from glidecape.sampling import SamplingParams
+from glidecape.target.target import Target, refuse_by_config
 from test_against_transformers import BASE
 
 TINY = BASE | {

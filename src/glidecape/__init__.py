@@ -11,33 +11,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decode import Completion, generate
+    from .batch.text import TextStream
+    from .core.sampling import SamplingParams
+    from .core.stats import Stats
     from .drafting.methods import METHODS, make_drafter
+    from .drafts.causal_lm import StandaloneDraft
+    from .drafts.checkpoint import load_draft
+    from .drafts.glide.adapter import GlideDraft
+    from .engine.decode import Completion, generate
     from .errors import GlideCapeError
-    from .huggingface import glidecape_generate
-    from .models.checkpoint import load_draft
-    from .models.glide_draft import GlideDraft
-    from .models.standalone import StandaloneDraft
-    from .models.target import Target
-    from .sampling import SamplingParams
-    from .stats import Stats
-    from .text import TextStream
+    from .integrations.huggingface import glidecape_generate
+    from .target.target import Target
 
 # Loaded when first used: `import glidecape` itself imports neither torch nor transformers.
 _HOME = {
-    "Completion": "decode",
-    "generate": "decode",
+    "Completion": "engine.decode",
+    "generate": "engine.decode",
     "METHODS": "drafting.methods",
     "make_drafter": "drafting.methods",
     "GlideCapeError": "errors",
-    "glidecape_generate": "huggingface",
-    "load_draft": "models.checkpoint",
-    "GlideDraft": "models.glide_draft",
-    "StandaloneDraft": "models.standalone",
-    "Target": "models.target",
-    "SamplingParams": "sampling",
-    "Stats": "stats",
-    "TextStream": "text",
+    "glidecape_generate": "integrations.huggingface",
+    "load_draft": "drafts.checkpoint",
+    "GlideDraft": "drafts.glide.adapter",
+    "StandaloneDraft": "drafts.causal_lm",
+    "Target": "target.target",
+    "SamplingParams": "core.sampling",
+    "Stats": "core.stats",
+    "TextStream": "batch.text",
 }
 __all__ = [
     "METHODS",

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .compat import cache_argument, cache_of
-from .decode import generate
+from .core.noise import gumbel
+from .core.sampling import NOISE, SamplingParams, log_law, widen
+from .core.tree import TokenTree
 from .drafting.drafter import Drafter, NoDraft
+from .engine.decode import generate
 from .errors import InputError
-from .models.target import Target
-from .noise import gumbel
-from .sampling import NOISE, SamplingParams, log_law, widen
-from .tree import TokenTree
+from .target.target import Target
 
 EQUAL, NEAR_TIE, BUG = "equal", "near-tie", "bug"
 SPAN = 6  # tokens that the many-node forward runs as a tree

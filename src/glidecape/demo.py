@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from .decode import decode
+from .batch.text import TextStream
+from .core.sampling import SamplingParams
+from .core.stats import Stats
 from .drafting.drafter import Drafter
-from .drafting.expansion import Cape
+from .drafting.expansions.cape import Cape
 from .drafting.methods import make_drafter
+from .drafts.checkpoint import load_draft
+from .engine.decode import decode
 from .errors import CheckpointError, InputError
-from .models.checkpoint import load_draft
-from .models.target import Target
-from .sampling import SamplingParams
-from .stats import Stats
-from .text import TextStream
+from .tables import TextTable
+from .target.target import Target
 
 COLOURS = {"chain": "green", "sibling": "magenta", "bonus": "default"}
 
@@ -97,17 +97,17 @@ def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, 
             tokens = _stream(model, drafter, prompt, params, stats[name], console)
             expected = tokens if expected is None else expected
             equal[name] = equal[name] and tokens == expected
-    table = Table(title="greedy, batch 1; prefill not counted")
-    for column in ("method", "tokens/s", "speed-up", "acceptance length", "outputs equal"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, one in stats.items():
-        speedup = one.tokens_per_s / stats["plain"].tokens_per_s
-        table.add_row(
+    pace = stats["plain"].tokens_per_s
+    rows = [
+        [
             name,
             f"{one.tokens_per_s:.0f}",
-            f"{speedup:.2f}x",
+            f"{one.tokens_per_s / pace:.2f}x",
             f"{one.acceptance_length:.2f}",
             "yes" if equal[name] else "NO",
-        )
-    console.print(table)
+        ]
+        for name, one in stats.items()
+    ]
+    heads = ["method", "tokens/s", "speed-up", "acceptance length", "outputs equal"]
+    TextTable("greedy, batch 1; prefill not counted", heads, rows).print(console)
     return all(equal.values())

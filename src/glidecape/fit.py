@@ -1,9 +1,8 @@
 """SVIP's threshold for a pair of models, fitted on calibration prompts instead of taken from the paper.
 
 The prompts are decoded token by token, and at every token a draft that never stops early is made, thrown away, and
-written down with the uncertainty of each of its depths. The output is the same with any draft, so how much of each draft
-would have been accepted is known at the end, and with it the rounds of every threshold: each begins where the one before
-ended. The smallest threshold within a hundredth of the most tokens for their cost wins.
+written down with the uncertainty of each of its depths. From that record `replay` makes the rounds of every threshold. The
+smallest threshold within a hundredth of the most tokens for their cost wins.
 
 Under the residual rule the output depends on the draft; there the threshold of shared noise is taken. The output's law
 does not depend on the threshold, so a bad fit costs speed only.
@@ -13,60 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 from torch import Tensor
 
-from .batch import Batch
-from .decode import decode
+from .batch.batch import Batch
+from .core.sampling import NOISE, SamplingParams
+from .core.stats import Stats
+from .core.tree import TokenTree
+from .costmodel import RoundCosts, line
 from .drafting.drafter import Around, Drafter, ModelDrafter, NoDraft
-from .drafting.expansion import Chain, Expansion
+from .drafting.expansions.base import Expansion
+from .drafting.expansions.chain import Chain
 from .drafting.law import DraftLaw
 from .drafting.methods import AnyDraft, joined
 from .drafting.stop import Entropy, FixedLength
+from .engine.decode import decode
 from .errors import InputError
-from .models.target import Target
-from .sampling import NOISE, SamplingParams
-from .stats import Stats
-from .tree import TokenTree
+from .replay import Recorded, expected, replay
+from .target.target import Target
 
 STEP = 0.02  # between the thresholds that are tried
 # The optimum is flat, and prompts harder than the calibration's lose more to long drafts than to short ones.
 NEAR = 0.99
 SHORT, LONG = 1, 5  # depths whose rounds are timed: most of SVIP's drafts end between them
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Times in units of a plain target step: a round of g depths and n nodes takes 1 + start + g draft + n node.
-
-    Attributes:
-        draft: of one more depth drafted.
-        node: of one more node to verify.
-        start: of a round with a draft, whatever its length: catching up, the tree, a target step of more than one token.
-    """
-
-    draft: float
-    node: float
-    start: float = 0.0
-
-    def of(self, depths: int, nodes: int) -> float:
-        """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
-        return 1 + self.start + self.draft * depths + self.node * nodes
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A draft made to its end: uncertainty after each depth but the last, nodes down to each depth, accepted depths."""
-
-    uncertainty: tuple[float, ...]
-    nodes: tuple[int, ...]
-    accepted: int
-
-    def length(self, threshold: float) -> int:
-        """Depths that SVIP would have drafted: the uncertain one is kept."""
-        above = (depth for depth, u in enumerate(self.uncertainty, 1) if u > threshold)
-        return next(above, len(self.nodes))
 
 
 @dataclass(frozen=True)
@@ -86,7 +56,7 @@ class Fit:
     acceptance_length: float
     drafted: float
     table: tuple[tuple[float, float], ...]
-    costs: Costs
+    costs: RoundCosts
 
 
 class _Recorder(Entropy):
@@ -160,7 +130,7 @@ def record(
     return texts
 
 
-def best_threshold(texts: Sequence[Sequence[Recorded]], costs: Costs) -> Fit:
+def best_threshold(texts: Sequence[Sequence[Recorded]], costs: RoundCosts) -> Fit:
     """The smallest threshold within a hundredth of the most tokens for their cost.
 
     Args:
@@ -174,19 +144,12 @@ def best_threshold(texts: Sequence[Sequence[Recorded]], costs: Costs) -> Fit:
         raise InputError("nothing to fit SVIP's threshold on: give calibration prompts and at least 3 new tokens each")
     found = []
     for threshold in (round(STEP * i, 4) for i in range(int(highest / STEP) + 2)):
-        rounds, emitted, depths, cost = 0, 0, 0, 0.0
-        for text in texts:
-            at = 0
-            while at < len(text):
-                length = text[at].length(threshold)
-                cost += costs.of(length, text[at].nodes[length - 1])
-                rounds, depths = rounds + 1, depths + length
-                at += min(text[at].accepted, length) + 1
-            emitted += len(text)
-        found.append((emitted / cost, threshold, emitted / rounds, depths / rounds))
-    enough = NEAR * max(found)[0]
-    speedup, threshold, tau, drafted = next(f for f in found if f[0] >= enough)
-    return Fit(threshold, speedup, tau, drafted, tuple((f[1], f[0]) for f in found), costs)
+        rounds = [one for text in texts for one in replay(text, partial(Recorded.length, threshold=threshold))]
+        found.append((expected(rounds, costs), threshold))
+    enough = NEAR * max(one.speedup for one, _ in found)
+    best, threshold = next((one, h) for one, h in found if one.speedup >= enough)
+    table = tuple((h, one.speedup) for one, h in found)
+    return Fit(threshold, best.speedup, best.acceptance_length, best.depths, table, costs)
 
 
 def measured_costs(
@@ -196,7 +159,7 @@ def measured_costs(
     params: SamplingParams,
     expansion: Expansion | None = None,
     cap: int = 40,
-) -> Costs:
+) -> RoundCosts:
     """Costs on this machine: each prompt is decoded plainly, with short and with long drafts, one right after the other, since
     a drifting machine slows all three; medians over prompts."""
     drafted = (joined(draft, expansion or Chain(), FixedLength(min(n, cap))) for n in (SHORT, LONG))
@@ -210,24 +173,23 @@ def measured_costs(
                 pass
             timed.append(stats)
         found.append(_from_timed(*timed))
-    return Costs(median(c.draft for c in found), median(c.node for c in found), median(c.start for c in found))
+    return RoundCosts.linear(*(median(column) for column in zip(*found, strict=True)))
 
 
-def _from_timed(plain: Stats, short: Stats, long: Stats) -> Costs:
-    """The straight lines through two lengths' rounds: drafting by depths, the rest by nodes."""
+def _from_timed(plain: Stats, short: Stats, long: Stats) -> tuple[float, float, float]:
+    """Costs of a depth, a node and a start: straight lines through two lengths' rounds, drafting by depths, the rest by nodes.
+
+    The start holds what any draft costs: catching up, the tree, a target step of more than one token.
+    """
     step = plain.total_s / plain.rounds
     drafting = [one.draft_s / one.rounds / step for one in (short, long)]
     rest = [(one.total_s - one.draft_s) / one.rounds / step - 1 for one in (short, long)]
-    depths = [one.depths / one.rounds for one in (short, long)]
-    nodes = [one.drafted / one.rounds for one in (short, long)]
-    draft = slope(depths, drafting)
-    node = slope(nodes, rest)
-    return Costs(draft, node, max(0.0, drafting[0] - draft * depths[0] + rest[0] - node * nodes[0]))
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Through two points, or through the origin if they are one; never downwards."""
-    return max(0.0, (y[1] - y[0]) / (x[1] - x[0]) if x[1] > x[0] else y[1] / x[1])
+    draft, node = (
+        line([getattr(one, name) / one.rounds for one in (short, long)], y)[0]
+        for name, y in (("depths", drafting), ("drafted", rest))
+    )
+    start = drafting[0] - draft * short.depths / short.rounds + rest[0] - node * short.drafted / short.rounds
+    return draft, node, max(0.0, start)
 
 
 def fit_threshold(
@@ -238,7 +200,7 @@ def fit_threshold(
     expansion: Expansion | None = None,
     cap: int = 40,
     over: str = "best",
-    costs: Costs | None = None,
+    costs: RoundCosts | None = None,
 ) -> Fit:
     """Fit SVIP's threshold for a target and a draft on calibration prompts (token ids).
 
@@ -256,7 +218,7 @@ def fit_threshold(
     texts = record(target, draft, prompts, params, expansion, cap, over)
     if costs is None and any(texts):
         costs = measured_costs(target, draft, prompts, params, expansion, cap)
-    return best_threshold(texts, costs or Costs(0.0, 0.0))
+    return best_threshold(texts, costs or RoundCosts(0.0))
 
 
 def with_fitted_threshold(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
-from .decode import decode
+from .batch.row import new_row
+from .batch.text import Prompt, TextStream, text_of
+from .core.sampling import SamplingParams
+from .core.stats import Stats
 from .drafting.drafter import Drafter
-from .models.target import Target
-from .row import new_row
-from .sampling import SamplingParams
-from .stats import Stats
-from .text import Prompt, TextStream, text_of
+from .engine.decode import decode
+from .target.target import Target
 
 
 def show(

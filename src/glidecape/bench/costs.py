@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..decode import start
-from ..drafting.drafter import DraftModel, ModelDrafter
-from ..drafting.expansion import Chain
-from ..drafting.medusa import DepthModel
+from ..core.sampling import SamplingParams
+from ..drafting.drafter import ModelDrafter
+from ..drafting.expansions.chain import Chain
 from ..drafting.methods import AnyDraft
 from ..drafting.stop import FixedLength
-from ..models.target import Target
-from ..sampling import SamplingParams
+from ..drafts.base import DepthModel, DraftModel
+from ..engine.decode import start
+from ..target.target import Target
 
 NODES = (0, 1, 2, 4, 8, 16, 32, 64)  # besides the root
 REPEATS = 15

@@ -3,18 +3,18 @@ replayed beside the oracle that knows how much will be accepted."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..costmodel import RoundCosts
 from ..drafting.stop import Entropy
+from ..replay import Recorded, expected, replay
 from .settings import Settings
 
 BINS = 10
-Line = Mapping[str, Any]
-Policy = Callable[[Line, int], int]  # (notes, position) -> depths that are drafted there
+Note = Mapping[str, Any]  # what `watch` wrote down of one prompt
 
 
 def svip_bound(entropy: float) -> float:
@@ -47,54 +47,30 @@ def binned(pairs: Iterable[tuple[float, float]], width: float, most: int) -> lis
     ]
 
 
-def replay(lines: Sequence[Line], policy: Policy) -> dict[str, float]:
-    """Rounds that a chain with this stop policy would have made: a round at position t drafts `policy` tokens, of which the
-    first `matches[t]` are accepted. Returns acceptance length, mean drafted and accepted depths.
-
-    Exact for chains: the output does not depend on the policy, and a draft from a position does not either, as far as its
-    cache holds the same keys and values. That is so for draft LMs and for GliDe of one layer.
-    """
-    rounds = emitted = drafted = accepted = 0
-    for line in lines:
-        at = 0
-        while at < len(line["matches"]):
-            length = max(1, min(policy(line, at), len(line["entropy"][at])))
-            right = min(length, line["matches"][at])
-            rounds, drafted, accepted = rounds + 1, drafted + length, accepted + right
-            emitted += min(right + 1, len(line["matches"]) - at)
-            at += right + 1
-    return {
-        "acceptance_length": round(emitted / rounds, 4),
-        "drafted": round(drafted / rounds, 4),
-        "accepted": round(accepted / rounds, 4),
-    }
+def records_of(note: Note) -> list[Recorded]:
+    """The drafts of a watched chain at every token of its text."""
+    return [
+        Recorded(tuple(math.sqrt(Entropy.C * h) for h in entropy), tuple(range(1, len(entropy) + 1)), accepted)
+        for entropy, accepted in zip(note["entropy"], note["matches"], strict=True)
+    ]
 
 
-def constant(length: int) -> Policy:
-    return lambda line, at: length
-
-
-def svip(threshold: float) -> Policy:
-    """Down to the first depth with sqrt(0.15 H) above the threshold; that one is kept."""
-
-    def length(line: Line, at: int) -> int:
-        own = line["entropy"][at]
-        return next((d for d, h in enumerate(own, 1) if math.sqrt(Entropy.C * h) > threshold), len(own))
-
-    return length
-
-
-def oracle(line: Line, at: int) -> int:
-    """What will be accepted, no more; at least one."""
-    return max(1, line["matches"][at])
+def policies(deepest: int, threshold: float) -> list[tuple[str, float, Callable[[Recorded], int]]]:
+    """Kind, value and length of the policies that are compared; the oracle drafts what will be accepted."""
+    thresholds = sorted({round(0.1 * i, 1) for i in range(1, 10)} | {threshold})
+    return [
+        *(("constant", n, lambda draft, n=n: n) for n in range(1, deepest + 1)),
+        *(("svip", h, lambda draft, h=h: draft.length(h)) for h in thresholds),
+        ("oracle", 0, lambda draft: draft.accepted),
+    ]
 
 
 def watched_figures(
-    lines: Sequence[Line], costs: Mapping[str, Any] | None, settings: Settings
+    lines: Sequence[Note], costs: Mapping[str, Any] | None, settings: Settings
 ) -> dict[str, dict[str, Any]]:
     """For each draft: mean overlap, confidence and entropy against acceptance, and replayed stop policies.
 
-    With `costs`, policies have an expected speed-up: tau / (gamma c + v(gamma)), v between the measured numbers of nodes.
+    With `costs`, policies have an expected speed-up: tokens for their cost, v between the measured numbers of nodes.
     """
     made = {}
     for draft in dict.fromkeys(line["draft"] for line in lines):
@@ -118,7 +94,7 @@ def watched_figures(
     return made
 
 
-def _reached(lines: Sequence[Line], name: str, depth: int) -> Iterable[tuple[float, float]]:
+def _reached(lines: Sequence[Note], name: str, depth: int) -> Iterable[tuple[float, float]]:
     """(what the draft showed, was its token the target's) at every depth whose ancestors all were right."""
     for line in lines:
         for at, (shown, right) in enumerate(zip(line[name], line["matches"], strict=True)):
@@ -128,31 +104,23 @@ def _reached(lines: Sequence[Line], name: str, depth: int) -> Iterable[tuple[flo
 
 
 def _policies(
-    lines: Sequence[Line], costs: Mapping[str, Any] | None, draft: str, settings: Settings
+    notes: Sequence[Note], costs: Mapping[str, Any] | None, draft: str, settings: Settings
 ) -> list[dict[str, Any]]:
-    deepest = max(len(each) for line in lines for each in line["entropy"])
-    named: list[tuple[str, float, Policy]] = [("constant", n, constant(n)) for n in range(1, deepest + 1)]
-    thresholds = sorted({round(0.1 * i, 1) for i in range(1, 10)} | {settings.threshold})
-    named += [("svip", h, svip(h)) for h in thresholds]
-    named.append(("oracle", 0, oracle))
+    texts = [records_of(note) for note in notes]
+    priced, model = False, RoundCosts(0.0)
+    if costs and draft in costs["c"]:
+        priced = True
+        points = sorted((1 + int(nodes), ratio) for nodes, ratio in costs["v"].items())
+        model = RoundCosts(costs["c"][draft], tuple(n for n, _ in points), tuple(ratio for _, ratio in points))
     found = []
-    for kind, value, policy in named:
-        one: dict[str, Any] = {"policy": kind, "value": value, **replay(lines, policy)}
-        if costs and draft in costs["c"]:
-            price = one["drafted"] * costs["c"][draft] + ratio_at(costs["v"], one["drafted"])
-            one["expected"] = round(one["acceptance_length"] / price, 4)
-        found.append(one)
+    for kind, value, length in policies(max(len(one.nodes) for text in texts for one in text), settings.threshold):
+        figures = expected([one for text in texts for one in replay(text, length)], model)
+        row: dict[str, Any] = {"policy": kind, "value": value}
+        for name, figure in (
+            ("acceptance_length", "acceptance_length"),
+            ("drafted", "depths"),
+            ("accepted", "accepted"),
+        ):
+            row[name] = round(getattr(figures, figure), 4)
+        found.append(row | ({"expected": round(figures.speedup, 4)} if priced else {}))
     return found
-
-
-def ratio_at(ratios: Mapping[str, float], nodes: float) -> float:
-    """v(n) between the measured numbers of nodes, by straight lines.
-
-    >>> ratio_at({"0": 1.0, "2": 1.5, "4": 2.0}, 3), ratio_at({"0": 1.0, "2": 1.5}, 9)
-    (1.75, 1.5)
-    """
-    known = sorted((int(n), v) for n, v in ratios.items())
-    for (low, a), (high, b) in itertools.pairwise(known):
-        if nodes <= high:
-            return a + (b - a) * (nodes - low) / (high - low)
-    return known[-1][1]

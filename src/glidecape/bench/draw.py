@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..decode import generate
+from ..batch.text import text_of
+from ..core.stats import loops
+from ..engine.decode import generate
 from ..errors import InputError
-from ..models.target import Target
-from ..stats import loops
-from ..text import text_of
+from ..target.target import Target
 from .records import Item
 from .settings import Settings
 from .suites import Prompt, Suite

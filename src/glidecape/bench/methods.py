@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..drafting.drafter import Drafter
-from ..drafting.expansion import Cape
+from ..drafting.expansions.cape import Cape
 from ..drafting.methods import DRAFTLESS, AnyDraft, make_drafter, parse_method
 from ..errors import InputError
 from .settings import Settings

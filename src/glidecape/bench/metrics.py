@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.stats import repetition
 from ..significance import bootstrap_ratio, paired_permutation
-from ..stats import repetition
 from .curves import watched_figures
 from .draw import KINDS
 from .methods import read_method

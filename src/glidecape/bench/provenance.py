@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.target import Target
+from ..target.target import Target
 
 
 def commit() -> str:

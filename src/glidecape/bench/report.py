@@ -8,25 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..tables import TextTable
 from .metrics import summarise
 from .plots import Plot, have_matplotlib, plots_of
 from .records import RunFolder
 from .tables import by_category, cells, circumstances_line, columns_of, title_of
 
 Summary = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table as text."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = ["| " + " | ".join(self.heads) + " |", "|" + "---|" * len(self.heads)]
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -48,8 +36,8 @@ class Section:
     command: str
     provenance: list[tuple[str, str]]
     unfinished: str
-    tables: list[Sheet]
-    details: list[Sheet]
+    tables: list[TextTable]
+    details: list[TextTable]
     plots: list[Drawing] = field(default_factory=list)
 
 
@@ -134,20 +122,20 @@ def _provenance(summary: Summary) -> list[tuple[str, str]]:
     return found
 
 
-def _main(summary: Summary, group: Mapping[str, Any]) -> Iterable[Sheet]:
+def _main(summary: Summary, group: Mapping[str, Any]) -> Iterable[TextTable]:
     yield _sheet(group, summary)
     heads, rows = by_category(summary, group["kind"])
     if rows:
-        yield Sheet(f"Speed-up over plain by category (prompts), {group['kind']}", heads, rows)
+        yield TextTable(f"Speed-up over plain by category (prompts), {group['kind']}", heads, rows)
 
 
-def _sheet(group: Mapping[str, Any], summary: Summary) -> Sheet:
+def _sheet(group: Mapping[str, Any], summary: Summary) -> TextTable:
     heads, texts = columns_of(group["rows"]), [cells(row) for row in group["rows"]]
     rows = [[text.get(name, "") for name in heads] for text in texts]
-    return Sheet(title_of(group, summary["settings"]), list(heads.values()), rows)
+    return TextTable(title_of(group, summary["settings"]), list(heads.values()), rows)
 
 
-def _details(summary: Summary) -> list[Sheet]:
+def _details(summary: Summary) -> list[TextTable]:
     made = [_sheet(group, summary) for group in summary["groups"] if group["category"] != "all"]
     for kind, pairs in summary["pairs"].items():
         heads = [
@@ -177,15 +165,15 @@ def _details(summary: Summary) -> list[Sheet]:
             for pair in pairs
         ]
         if rows:
-            made.append(Sheet(f"Every two methods on the same prompts, {kind}", heads, rows))
+            made.append(TextTable(f"Every two methods on the same prompts, {kind}", heads, rows))
     made += _depth_sheets(summary)
     if costs := summary["costs"]:
         heads = ["forward of so many nodes beside the root", "ms", "v(n)"]
         rows = [[n, f"{1e3 * s:.3f}", f"{costs['v'][n]:.3f}"] for n, s in costs["forward_s"].items()]
-        made.append(Sheet(f"Verification ratio, measured alone after {costs['context']} tokens", heads, rows))
+        made.append(TextTable(f"Verification ratio, measured alone after {costs['context']} tokens", heads, rows))
         rows = [[name, f"{1e3 * s:.3f}", f"{costs['c'][name]:.3f}"] for name, s in costs["draft_step_s"].items()]
         if rows:
-            made.append(Sheet("Cost ratio, measured alone", ["draft", "ms a step", "c"], rows))
+            made.append(TextTable("Cost ratio, measured alone", ["draft", "ms a step", "c"], rows))
     for draft, one in summary["watched"].items():
         heads = ["stop policy", "value", "depths drafted", "accepted", "acceptance length", "expected speed-up"]
         rows = [
@@ -199,11 +187,11 @@ def _details(summary: Summary) -> list[Sheet]:
             ]
             for p in one["policies"]
         ]
-        made.append(Sheet(f"Stop policies replayed, {draft} ({one['prompts']} prompts, chains)", heads, rows))
+        made.append(TextTable(f"Stop policies replayed, {draft} ({one['prompts']} prompts, chains)", heads, rows))
     return made
 
 
-def _depth_sheets(summary: Summary) -> list[Sheet]:
+def _depth_sheets(summary: Summary) -> list[TextTable]:
     made = []
     for group in (g for g in summary["groups"] if g["category"] == "all"):
         rows = [row for row in group["rows"] if row.get("by_depth")]
@@ -213,11 +201,11 @@ def _depth_sheets(summary: Summary) -> list[Sheet]:
         heads = ["method", *(f"depth {d}" for d in range(1, deepest + 1))]
         texts = [[row["method"], *(f"{rate:.2f} ({n})" for rate, n in row["by_depth"])] for row in rows]
         texts = [text + [""] * (len(heads) - len(text)) for text in texts]
-        made.append(Sheet(f"Acceptance rate by depth (rounds that tested it), {group['kind']}", heads, texts))
+        made.append(TextTable(f"Acceptance rate by depth (rounds that tested it), {group['kind']}", heads, texts))
         longest = max(int(n) for row in rows for n in row["accepted_lengths"])
         heads = ["method", *(str(n) for n in range(longest + 1))]
         texts = [
             [row["method"], *(str(row["accepted_lengths"].get(str(n), 0)) for n in range(longest + 1))] for row in rows
         ]
-        made.append(Sheet(f"Rounds by accepted nodes, {group['kind']}", heads, texts))
+        made.append(TextTable(f"Rounds by accepted nodes, {group['kind']}", heads, texts))
     return made

@@ -15,19 +15,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..decode import decode
+from ..core.sampling import NOISE, SamplingParams
+from ..core.stats import Stats
 from ..drafting.drafter import Drafter
-from ..drafting.medusa import DepthModel
 from ..drafting.methods import AnyDraft
+from ..drafts.base import DepthModel
+from ..engine.decode import decode
 from ..errors import InputError, OutputError
 from ..fit import with_fitted_threshold
-from ..models.target import Target
-from ..sampling import NOISE, SamplingParams
-from ..stats import Stats
+from ..target.target import Target
 from .costs import measure_costs
 from .draw import categories_of, draw, draw_category, in_jobs
 from .methods import Method
-from .peers import Peer
+from .peers.base import Peer
 from .provenance import Peak, circumstances, session
 from .records import Counts, Difference, Item, Record, RunFolder
 from .settings import Settings

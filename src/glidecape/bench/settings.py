@@ -5,9 +5,9 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from ..drafting.expansion import Cape
+from ..core.sampling import NOISE, SamplingParams
+from ..drafting.expansions.cape import Cape
 from ..errors import InputError
-from ..sampling import NOISE, SamplingParams
 
 
 @dataclass(frozen=True)

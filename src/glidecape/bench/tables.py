@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from ..tables import TextTable, wide_console
 
 Row = Mapping[str, Any]
 
@@ -93,9 +92,8 @@ def title_of(group: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def markdown(rows: list[Row], wanted: tuple[str, ...] = tuple(COLUMNS)) -> str:
     """A Markdown table."""
     heads = columns_of(rows, wanted)
-    lines = ["| " + " | ".join(heads.values()) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(text.get(name, "") for name in heads) + " |" for text in map(cells, rows)]
-    return "\n".join(lines)
+    texts = [[text.get(name, "") for name in heads] for text in map(cells, rows)]
+    return TextTable("", list(heads.values()), texts).markdown()
 
 
 def circumstances_line(summary: Mapping[str, Any]) -> str:
@@ -119,26 +117,17 @@ def by_category(summary: Mapping[str, Any], kind: str) -> tuple[list[str], list[
 
 def show(summary: Mapping[str, Any]) -> None:
     """Print the tables."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = wide_console()
     for group in (group for group in summary["groups"] if group["category"] == "all"):
         heads = columns_of(group["rows"], SHORT)
         texts = [cells(row) for row in group["rows"]]
         title = title_of(group, summary["settings"])
-        _print(console, title, list(heads.values()), [[text.get(name, "") for name in heads] for text in texts])
+        TextTable(title, list(heads.values()), [[text.get(name, "") for name in heads] for text in texts]).print(
+            console
+        )
         over, rows = by_category(summary, group["kind"])
         if rows:
-            _print(console, f"{group['kind']}: speed-up over plain by category (prompts)", over, rows)
+            TextTable(f"{group['kind']}: speed-up over plain by category (prompts)", over, rows).print(console)
     for name, fit in summary["fits"].items():
         console.print(f"{name}: SVIP threshold fitted, {fit['threshold']}")
     console.print(circumstances_line(summary), highlight=False)
-
-
-def _print(console: Console, title: str, heads: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=not i)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

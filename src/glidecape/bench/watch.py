@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..decode import start
-from ..drafting.drafter import Around, DraftModel, ModelDrafter
-from ..drafting.expansion import Chain
+from ..batch.batch import Batch
+from ..core.sampling import SamplingParams, log_law, widen
+from ..core.tree import TokenTree
+from ..drafting.drafter import Around, ModelDrafter
+from ..drafting.expansions.chain import Chain
 from ..drafting.law import DraftLaw
 from ..drafting.stop import FixedLength
-from ..models.target import Target, TargetOutput
-from ..round import run_round
-from ..sampling import SamplingParams, log_law, widen
-from ..tree import TokenTree
+from ..drafts.base import DraftModel
+from ..engine.decode import start
+from ..engine.round import run_round
+from ..target.target import Target, TargetOutput
 
 
 @dataclass

@@ -116,14 +116,15 @@ def bench(
     """
     from ..bench.methods import read_methods
     from ..bench.metrics import summarise
-    from ..bench.peers import PeerSource, make_peers
+    from ..bench.peers.base import PeerSource
+    from ..bench.peers.registry import make_peers
     from ..bench.provenance import digest_of_model
     from ..bench.records import RunFolder, write_json
     from ..bench.runner import Plan, run
     from ..bench.settings import Settings
     from ..bench.suites import read_suites
     from ..bench.tables import show
-    from ..models.checkpoint import load_draft
+    from ..drafts.checkpoint import load_draft
 
     settings = Settings(
         temperature=temperature,

@@ -46,9 +46,9 @@ def certify(
 
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
-    from ..models.checkpoint import load_draft
-    from ..models.quantize import quantize as quantize_layers
-    from ..sampling import SamplingParams
+    from ..core.sampling import SamplingParams
+    from ..drafts.checkpoint import load_draft
+    from ..target.quantize import quantize as quantize_layers
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
@@ -123,29 +123,22 @@ def worst(findings: list[Finding]) -> str:
 
 def print_table(findings: list[Finding]) -> None:
     """A row a method, then one for each output that is not equal."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ..certify import BUG, EQUAL, NEAR_TIE
+    from ..tables import TextTable, wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    table = Table(title="output against the target's own")
-    for column in ("method", EQUAL, NEAR_TIE, BUG):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method in dict.fromkeys(f.method for f in findings):
-        own = [f.verdict for f in findings if f.method == method]
-        table.add_row(method, *(str(own.count(v)) for v in (EQUAL, NEAR_TIE, BUG)))
-    console.print(table)
-    apart = [f for f in findings if f.verdict != EQUAL]
+    console, verdicts = wide_console(), (EQUAL, NEAR_TIE, BUG)
+    by_method: dict[str, list[str]] = {}
+    for f in findings:
+        by_method.setdefault(f.method, []).append(f.verdict)
+    counts = [[method, *(str(own.count(v)) for v in verdicts)] for method, own in by_method.items()]
+    TextTable("output against the target's own", ["method", *verdicts], counts).print(console)
+    exact = ["method", "prompt", "verdict", "against", "index", "expected", "got"]
+    rounded = ["margin", "gap", "shapes", "error", "rounding"]
+    apart = [
+        [*(str(getattr(f, name)) for name in exact), *(f"{getattr(f, name):.2g}" for name in rounded)]
+        for f in findings
+        if f.verdict != EQUAL
+    ]
     if apart:
-        table = Table(title="first differing tokens")
-        columns = ("method", "prompt", "verdict", "against", "index", "expected", "got", "margin", "gap")
-        for column in (*columns, "shapes", "error", "rounding"):
-            table.add_column(column, justify="right")
-        for f in apart:
-            exact = (f.method, f.prompt, f.verdict, f.against, f.index, f.expected, f.got)
-            table.add_row(*map(str, exact), *(f"{x:.2g}" for x in (f.margin, f.gap, f.shapes, f.error, f.rounding)))
-        console.print(table)
+        TextTable("first differing tokens", [*exact, *rounded], apart).print(console)
     console.print(f"verdict: {worst(findings)}")

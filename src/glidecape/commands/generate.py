@@ -87,9 +87,9 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
+    from ..core.sampling import SamplingParams
     from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
-    from ..models.checkpoint import load_draft
-    from ..sampling import SamplingParams
+    from ..drafts.checkpoint import load_draft
     from ..show import show
 
     base, _ = parse_method(method)

@@ -26,10 +26,10 @@ from .shared import (
 if TYPE_CHECKING:
     from ..bench.settings import Settings
     from ..bench.suites import Suite
-    from ..drafting.drafter import DraftModel
     from ..drafting.methods import AnyDraft
+    from ..drafts.base import DraftModel
     from ..measure.table import Study
-    from ..models.target import Target
+    from ..target.target import Target
 
 app = typer.Typer(help="The papers' studies, on your own target and drafts.", no_args_is_help=True)
 
@@ -83,8 +83,8 @@ def _open(
     from ..bench.provenance import circumstances, digest_of_model
     from ..bench.settings import Settings
     from ..bench.suites import read_suites
+    from ..drafts.checkpoint import load_draft
     from ..measure.table import Study
-    from ..models.checkpoint import load_draft
 
     if out is not None and (out.suffix == ".md" or out.is_dir()):
         raise InputError(f"--out names a JSON file, beside which a .md is written, not {out}")
@@ -184,7 +184,7 @@ def cape(
 
 
 def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
-    from ..drafting.medusa import DepthModel
+    from ..drafts.base import DepthModel
 
     if name and name not in drafts:
         raise InputError(f"no draft named '{name}': give --draft {name}=FOLDER")

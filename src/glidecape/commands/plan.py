@@ -21,7 +21,7 @@ from .shared import Threads, load_target
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..models.target import Target
+    from ..target.target import Target
     from ..train.draft import DraftRecipe
 
 ROOM = 0.9  # of the free memory that a training may be planned to take
@@ -45,7 +45,7 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     frozen = sum(p.numel() * p.element_size() for p in target.model.parameters())
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
     # Logits: the target's, the draft's and twice their gradient in autocast's two bytes; a piece of them is widened.
-    from ..models.medusa import MedusaModel
+    from ..drafts.medusa.network import MedusaModel
     from ..train.losses import CHUNK
 
     heads = module.config.heads if isinstance(module, MedusaModel) else 1

@@ -34,7 +34,7 @@ def regenerate(
 ) -> None:
     """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
     from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
-    from ..models.checkpoint import load_draft
+    from ..drafts.checkpoint import load_draft
     from ..train.regenerate import Regeneration
     from ..train.regenerate import regenerate as run
     from .generate import _check_kind

@@ -11,8 +11,8 @@ import typer
 from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from ..models.target import Target
-    from ..text import Prompt
+    from ..batch.text import Prompt
+    from ..target.target import Target
 
 TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -36,7 +36,7 @@ def load_target(
     import torch
     from transformers.utils import logging
 
-    from ..models.target import Target
+    from ..target.target import Target
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -64,7 +64,7 @@ def command_line() -> str:
 
 
 def parse_bins(text: str) -> tuple[int, ...]:
-    from ..drafting.expansion import Cape
+    from ..drafting.expansions.cape import Cape
 
     named = {"paper": Cape.PAPER, "small": Cape.SMALL}
     try:
@@ -80,7 +80,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
         InputError: there is none, or an empty one.
         DataError: the file cannot be read.
     """
-    from ..text import Prompt
+    from ..batch.text import Prompt
 
     prompts = [Prompt(text) for text in given or []]
     if file is not None:
@@ -104,7 +104,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
 
 def base_of(folder: str) -> str:
     """The base of the methods that a draft folder is for, such as "glide" or "vanilla"."""
-    from ..models.checkpoint import WEIGHTS, read_card, resolve
+    from ..drafts.checkpoint import WEIGHTS, read_card, resolve
 
     path = resolve(folder)
     return read_card(path).kind if (path / WEIGHTS).is_file() else "vanilla"

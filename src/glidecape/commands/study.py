@@ -47,7 +47,7 @@ def study(
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
     from ..train.draft import DraftRecipe
     from ..train.study import Trial, changes_of, run_study, study_rows
-    from ..train.study_table import show_study
+    from ..train.study_table import table_of
 
     if tokens is None:
         raise InputError("give --tokens: the rows of a study are compared at equal tokens")
@@ -62,4 +62,4 @@ def study(
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
     with only_writer(out):
         result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
-    show_study(result["table"])
+    table_of(result["table"]).print()

@@ -10,56 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..cache import KVCache
-from ..masks import tree_mask
-from ..row import Outcome
-from ..transfer import to_device, to_host
-from ..tree import TokenTree
-from .expansion import Expansion
+from ..batch.batch import Batch
+from ..batch.row import Outcome
+from ..core.cache import KVCache
+from ..core.masks import tree_mask
+from ..core.transfer import to_device, to_host
+from ..core.tree import TokenTree
+from ..drafts.base import DraftModel
+from .expansions.base import Expansion
 from .law import draft_law
 from .stop import StopPolicy
-
-
-class DraftModel(Protocol):
-    """A network that proposes tokens. It writes its keys and values to the scratch of `own`; who is committed is the
-    drafter's business.
-
-    Attributes:
-        max_lag: deepest node it was trained for.
-        reads_hidden: does it read the target's last hidden states? Then the target's cache keeps them.
-        trusts_own: are its keys and values of an accepted node still right once the target has verified the node? If not,
-            accepted tokens are run again in the next round, with the target's true hidden states.
-    """
-
-    max_lag: int
-    reads_hidden: bool
-    trusts_own: bool
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache of `batch` row slots for its own keys and values."""
-
-    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
-        """Write the keys and values of committed tokens `(batch, count)`, without drafting from them."""
-
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        own_mask: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None,
-    ) -> Tensor:
-        """Run queries `(batch, queries)`; logits `(batch, queries, vocab)`.
-
-        Args:
-            own_mask: `(batch, 1, queries, slots)` over the slots of `own`; None: every slot.
-            scratch_positions: `(batch, scratch)` of all scratch slots of `own`, the queries' last.
-            parents: `(batch, queries)` scratch slots of the queries' parents, where `own` keeps hidden states. None: not
-                kept, or the first step of a round, whose queries are committed tokens and the root.
-        """
 
 
 class Drafter(Protocol):

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..sampling import log_law, widen
-from ..tree import TokenTree
+from ..batch.batch import Batch
+from ..core.sampling import log_law, widen
+from ..core.tree import TokenTree
 
 
 @dataclass

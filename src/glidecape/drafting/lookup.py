@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..batch import Batch
+from ..batch.batch import Batch
+from ..batch.row import Outcome
+from ..core.transfer import to_device
+from ..core.tree import TokenTree
 from ..errors import InputError
-from ..row import Outcome
-from ..transfer import to_device
-from ..tree import TokenTree
 
 
 @dataclass

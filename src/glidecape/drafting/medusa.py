@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
-from ..batch import Batch
-from ..cache import KVCache
-from ..row import Outcome
-from ..tree import TokenTree
+from ..batch.batch import Batch
+from ..batch.row import Outcome
+from ..core.cache import KVCache
+from ..core.tree import TokenTree
+from ..drafts.base import DepthModel
 from .drafter import DraftState, ModelDrafter
-from .expansion import Expansion
+from .expansions.base import Expansion
 from .stop import StopPolicy
-
-
-@runtime_checkable
-class DepthModel(Protocol):
-    """A network that predicts every depth at once, from the target's last hidden states alone.
-
-    Attributes:
-        max_lag: deepest node it was trained for.
-        reads_hidden: must the target's cache keep last hidden states?
-    """
-
-    max_lag: int
-    reads_hidden: bool
-
-    def all_depths(self, target_cache: KVCache) -> Tensor:
-        """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
 
 
 @dataclass

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
-from .drafter import Drafter, DraftModel, ModelDrafter, NoDraft
-from .eagle_tree import EagleTree, StaticTree
-from .expansion import Beam, Cape, Chain, Expansion
+from .drafter import Drafter, ModelDrafter, NoDraft
+from .expansions.base import Expansion
+from .expansions.beam import Beam
+from .expansions.cape import Cape
+from .expansions.chain import Chain
+from .expansions.eagle_tree import EagleTree
+from .expansions.static_tree import StaticTree
 from .lookup import LookupDrafter
-from .medusa import DepthModel, MedusaDrafter
+from .medusa import MedusaDrafter
 from .stop import Entropy, FixedLength, Heuristic, StopPolicy
 
 BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")

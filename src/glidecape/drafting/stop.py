@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..core.tree import TokenTree
 from ..errors import InputError
-from ..tree import TokenTree
 from .law import DraftLaw
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from ..drafting.drafter import Drafter, DraftModel, ModelDrafter, NoDraft
-from ..drafting.expansion import Beam, Cape, Chain, Expansion
+from ..core.sampling import SamplingParams
+from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
+from ..drafting.expansions.base import Expansion
+from ..drafting.expansions.beam import Beam
+from ..drafting.expansions.cape import Cape
+from ..drafting.expansions.chain import Chain
 from ..drafting.stop import FixedLength
+from ..drafts.base import DraftModel
 from ..errors import InputError
-from ..models.target import Target
-from ..sampling import SamplingParams
 from ..significance import paired_permutation
+from ..target.target import Target
 from .runs import PLAIN, Runs, figures, interleaved, paces
 from .table import Table
 

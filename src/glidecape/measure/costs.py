@@ -1,57 +1,24 @@
-"""What a round costs, in units of a plain target step: a start, c a drafted depth, v(n) the verification of n nodes."""
+"""v(n), the time to verify n nodes over a plain step, measured in the loop itself."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
-from ..batch import Batch
-from ..decode import start
+from ..batch.batch import Batch
+from ..core.sampling import SamplingParams
+from ..core.stats import Stats
+from ..core.tree import TokenTree
 from ..drafting.drafter import NoDraft
+from ..engine.decode import start
+from ..engine.round import run_round
 from ..errors import InputError
-from ..models.target import Target
-from ..round import run_round
-from ..sampling import SamplingParams
-from ..stats import Stats
-from ..tree import TokenTree
+from ..target.target import Target
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 24, 33, 48)
-
-
-@dataclass(frozen=True)
-class RoundCosts:
-    """Times over a plain target step.
-
-    Attributes:
-        draft: c, of one more depth drafted.
-        sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
-            the last it goes on with the last slope.
-        start: of a round's drafting, whatever its length; nothing where nothing is drafted.
-
-    >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
-    1.65
-    """
-
-    draft: float
-    sizes: tuple[int, ...]
-    verification: tuple[float, ...]
-    start: float = 0.0
-
-    def verify(self, nodes: int) -> float:
-        """v(nodes), the root counted."""
-        points = list(zip(self.sizes, self.verification, strict=True))
-        if len(points) == 1 or nodes <= points[0][0]:
-            return points[0][1]
-        (low, at_low), (high, at_high) = next((pair for pair in pairwise(points) if nodes <= pair[1][0]), points[-2:])
-        return at_low + (at_high - at_low) * (nodes - low) / (high - low)
-
-    def of(self, depths: int, nodes: int) -> float:
-        """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
-        return (self.start if depths else 0.0) + self.draft * depths + self.verify(1 + nodes)
 
 
 @dataclass(frozen=True)

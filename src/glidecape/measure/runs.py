@@ -14,21 +14,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from ..batch import Batch
+from ..batch.batch import Batch
 from ..bench.draw import draw
 from ..bench.methods import read_methods
 from ..bench.settings import Settings
 from ..bench.suites import Suite
-from ..decode import decode
+from ..core.sampling import SamplingParams
+from ..core.stats import RoundStats, Stats
+from ..core.stats import merged as merged_stats
+from ..core.tree import TokenTree
 from ..drafting.drafter import Around, Drafter
 from ..drafting.methods import AnyDraft
+from ..engine.decode import decode
 from ..errors import InputError
-from ..models.target import Target
-from ..sampling import SamplingParams
 from ..significance import bootstrap_ratio
-from ..stats import RoundStats, Stats
-from ..stats import merged as merged_stats
-from ..tree import TokenTree
+from ..target.target import Target
 
 PLAIN = "plain"
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..core.sampling import NOISE, SamplingParams
+from ..costmodel import RoundCosts, line
 from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
-from ..drafting.expansion import Expansion
+from ..drafting.expansions.base import Expansion
 from ..drafting.methods import AnyDraft
 from ..drafting.methods import joined as with_stop
 from ..drafting.stop import Entropy, FixedLength, Heuristic
 from ..errors import InputError
-from ..fit import Recorded, fit_threshold, record, slope
-from ..models.target import Target
-from ..sampling import NOISE, SamplingParams
-from .costs import RoundCosts, Verification
-from .oracle import Expected, Round, distance, expected, joined, oracle
+from ..fit import fit_threshold, record
+from ..replay import Expected, Recorded, Round, expected
+from ..target.target import Target
+from .costs import Verification
+from .oracle import distance, oracle, rounds_of
 from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged
 from .table import Table
 
@@ -128,7 +130,7 @@ def _row(method: str, runs: Runs, model: Expected, best: Expected, off: float | 
 def _rounds(name: str, watched: Watched, runs: Runs) -> list[Round]:
     """The rounds of all measured runs; those of the warm-up came first."""
     stats = [r for batches in runs[name] for one in batches for r in one.rounds]
-    return joined(watched.nodes[len(watched.nodes) - len(stats) :], stats)
+    return rounds_of(watched.nodes[len(watched.nodes) - len(stats) :], stats)
 
 
 def _costs(
@@ -142,8 +144,7 @@ def _costs(
         stats = merged(each)
         depths.append(sum(len(r.nodes) for r in rounds[: stats.rounds]) / stats.rounds)
         seconds.append(stats.draft_s / stats.rounds / step_s)
-    draft = slope(depths, seconds)
-    start = max(0.0, seconds[0] - draft * depths[0])
+    draft, start = line(depths, seconds)
     return RoundCosts(round(draft, 4), verification.sizes, verification.ratios, round(start, 4))
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..bench.settings import Settings
 from ..bench.suites import Suite
+from ..core.sampling import SamplingParams
+from ..core.stats import repetition
 from ..drafting.drafter import Drafter
 from ..errors import InputError
-from ..models.target import Target
-from ..sampling import SamplingParams
-from ..stats import repetition
+from ..target.target import Target
 from .runs import PLAIN, Run, figures, interleaved, prompts_of
 from .table import Table
 

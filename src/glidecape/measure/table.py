@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from ..files import write_atomic
+from ..tables import TextTable, wide_console
 
 
 @dataclass
@@ -25,25 +23,18 @@ class Table:
         """In the order of the row that has most of them."""
         return list(dict.fromkeys(key for row in sorted(self.rows, key=len, reverse=True) for key in row))
 
-    def cells(self) -> list[list[str]]:
-        return [[cell(row.get(column)) for column in self.columns] for row in self.rows]
-
-    def markdown(self) -> str:
-        """The table as Markdown, its title above.
+    def text(self) -> TextTable:
+        """The table as text.
 
         >>> rows = [{"method": "plain", "over_plain": 1.0}, {"method": "glide", "over_plain": 2.0, "equal": True}]
-        >>> print(Table("Two", rows).markdown())
-        Two:
-        <BLANKLINE>
+        >>> print(Table("Two", rows).text().markdown())
         | method | over plain | equal |
-        |---|---|---|
+        |---|---:|---:|
         | plain | 1.0 |  |
         | glide | 2.0 | yes |
         """
-        lines = [[column.replace("_", " ") for column in self.columns], ["---"] * len(self.columns), *self.cells()]
-        rows = ["| " + " | ".join(line) + " |" for line in lines]
-        rows[1] = "|" + "|".join(lines[1]) + "|"
-        return "\n".join([f"{self.title}:", "", *rows])
+        heads = [column.replace("_", " ") for column in self.columns]
+        return TextTable(self.title, heads, [[cell(row.get(column)) for column in self.columns] for row in self.rows])
 
 
 @dataclass
@@ -57,7 +48,11 @@ class Study:
     notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        made = [f"`{self.provenance.get('command', '')}`", *self.notes, *(t.markdown() for t in self.tables)]
+        made = [
+            f"`{self.provenance.get('command', '')}`",
+            *self.notes,
+            *(f"{t.title}:\n\n{t.text().markdown()}" for t in self.tables),
+        ]
         facts = ", ".join(f"{key} {value}" for key, value in self.provenance.items() if key != "command")
         return "\n\n".join([*made, f"({facts})"]) + "\n"
 
@@ -69,16 +64,9 @@ class Study:
         write_atomic(path.with_suffix(".md"), lambda temporary: temporary.write_text(self.markdown()))
 
     def print(self) -> None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=170)
+        console = wide_console()
         for table in self.tables:
-            drawn = RichTable(title=table.title)
-            for column in table.columns:
-                drawn.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
-            for row in table.cells():
-                drawn.add_row(*row)
-            console.print(drawn)
+            table.text().print(console)
         for note in self.notes:
             console.print(note)
         console.print(self.provenance)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.target import Target
+from ..target.target import Target
 from .draft import DraftRecipe, Lesson, finish_draft, make_draft
 from .loop import optimizers, recent_mean
 

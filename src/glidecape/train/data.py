@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..batch.text import Prompt
 from ..errors import DataError, first_line
-from ..text import Prompt
 from .corpus import MARKS
 from .rows import check_completion, pieces_of, prompt_of, turns_before_the_answer
 

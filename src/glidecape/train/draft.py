@@ -19,13 +19,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..drafts.checkpoint import Network, save_network
+from ..drafts.eagle.config import EagleConfig
+from ..drafts.eagle.network import EagleModel
+from ..drafts.glide.config import GlideConfig
+from ..drafts.glide.network import GlideModel
+from ..drafts.medusa.config import MedusaConfig
+from ..drafts.medusa.network import MedusaModel
 from ..errors import InputError
-from ..models.checkpoint import Network, save_network
-from ..models.eagle import EagleConfig, EagleModel
-from ..models.glide import GlideModel
-from ..models.glide_config import GlideConfig
-from ..models.medusa import MedusaConfig, MedusaModel
-from ..models.target import Target
+from ..target.target import Target
 from .data import Windows, load_streams
 from .features import FEATURE, eagle_loss, medusa_loss
 from .figures import evaluate_draft, figures_by_lag, trial_prompts, write_curve

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.eagle import EagleModel
-from ..models.medusa import MedusaModel
+from ..drafts.eagle.network import EagleModel
+from ..drafts.medusa.network import MedusaModel
 from .losses import distillation_loss
 from .teacher import Taught, previous
 

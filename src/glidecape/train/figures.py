@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from ..decode import decode, generate
+from ..core.sampling import SamplingParams
+from ..core.stats import Stats, loops
 from ..drafting.drafter import Drafter
 from ..drafting.methods import AnyDraft, make_drafter
+from ..drafts.causal_lm import StandaloneDraft
+from ..drafts.checkpoint import KINDS, Network
+from ..drafts.glide.network import GlideModel
+from ..engine.decode import decode, generate
 from ..errors import DataError
 from ..files import write_atomic
-from ..models.checkpoint import KINDS, Network
-from ..models.glide import GlideModel
-from ..models.standalone import StandaloneDraft
-from ..models.target import Target
-from ..sampling import SamplingParams
-from ..stats import Stats, loops
+from ..target.target import Target
 from .loop import CURVE, PICTURE
 from .teacher import Teacher, logits_by_lag, num_lags, reads_hidden
 

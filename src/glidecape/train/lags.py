@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import block_visible
+from ..core.masks import block_visible
 
 LAGS = ("block-random", "block", "balanced", "shift")
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
+from ..drafts.checkpoint import CARD, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
-from ..models.checkpoint import CARD, WEIGHTS
 
 STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)

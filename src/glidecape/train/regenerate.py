@@ -20,12 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..decode import decode
+from ..core.sampling import SamplingParams
 from ..drafting.drafter import Drafter, NoDraft
+from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
-from ..models.target import Target
-from ..sampling import SamplingParams
+from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams, read_rows
 from .loop import differences

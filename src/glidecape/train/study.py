@@ -18,17 +18,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..core.sampling import SamplingParams
+from ..core.stats import Stats, merged
 from ..drafting.methods import make_drafter
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic
-from ..models.target import Target
-from ..sampling import SamplingParams
-from ..stats import Stats, merged
+from ..target.target import Target
 from .data import Stream, Windows, load_streams
 from .draft import DraftRecipe, Lesson, make_draft, save_draft
 from .figures import as_draft, evaluation_prompts, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
-from .study_table import markdown, summary
+from .study_table import summary, table_of
 from .teacher import Teacher, reads_hidden
 
 BASELINE, RESULT = "baseline", "row.json"
@@ -255,7 +255,7 @@ def run_study(
         "table": summary(results),
     }
     write_atomic(out / "study.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    write_atomic(out / "study.md", lambda path: path.write_text(markdown(result["table"])))
+    write_atomic(out / "study.md", lambda path: path.write_text(table_of(result["table"]).markdown() + "\n"))
     return result
 
 

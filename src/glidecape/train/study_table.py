@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ..significance import paired_permutation
+from ..tables import TextTable
 
 COLUMNS = {
     "row": "row",
@@ -87,20 +85,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
     return cells
 
 
-def markdown(lines: list[dict[str, Any]]) -> str:
-    """The lines as a Markdown table."""
-    rows = [list(COLUMNS.values()), ["---", *["---:"] * (len(COLUMNS) - 1)], *map(_cells, lines)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def show_study(lines: list[dict[str, Any]]) -> None:
-    """Print the lines as a table."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    table = Table(title="alpha and tau of a chain of 5 on held-out text; differences to the first row")
-    for name, title in COLUMNS.items():
-        table.add_column(title, justify="left" if name == "row" else "right")
-    for line in lines:
-        table.add_row(*_cells(line))
-    console.print(table)
+def table_of(lines: list[dict[str, Any]]) -> TextTable:
+    """The lines as text."""
+    title = "alpha and tau of a chain of 5 on held-out text; differences to the first row"
+    return TextTable(title, list(COLUMNS.values()), [_cells(line) for line in lines])

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from ..errors import CheckpointError, DataError, InputError, first_line
-from ..models.target import digest_of
+from ..target.target import digest_of
 from .beside import Beside
 from .data import Windows, corpus_tokenizer, load_streams
 from .draft import DraftRecipe

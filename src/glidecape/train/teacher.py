@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..cache import KVCache
-from ..models.eagle import EagleModel
-from ..models.glide import GlideModel
-from ..models.medusa import MedusaModel
-from ..models.target import Target
+from ..core.cache import KVCache
+from ..drafts.eagle.network import EagleModel
+from ..drafts.glide.network import GlideModel
+from ..drafts.medusa.network import MedusaModel
+from ..target.target import Target
 
 
 class Teacher:

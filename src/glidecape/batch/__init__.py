@@ -1,0 +1,1 @@
+"""Rows in flight, their laws and their text."""

@@ -1,0 +1,135 @@
+"""The laws of a batch: which token follows each node, all sampling options applied, target's and draft's alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.noise import Noise, NoiseAhead, gumbel
+from ..core.penalties import History, adjust
+from ..core.sampling import NOISE, Warp, log_law, widen
+from ..core.transfer import to_device
+from ..core.tree import TokenTree
+from ..core.verify import DenseLaw, Law, PointLaw
+from ..errors import UnsupportedError
+from .row import Row
+
+
+class Laws:
+    """The sampling options of the rows of a batch, as tensors; made anew when a row joins or leaves.
+
+    Attributes:
+        points: rows whose law, given the shared noise, is one token: greedy or shared noise, without a processor. All other
+            rows are verified one by one.
+        residual: rows under the residual rule.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device, noise: Noise = gumbel) -> None:
+        self.rows, self.device = rows, device
+        params = [row.params for row in rows]
+        noisy = [not p.greedy and p.sampling == NOISE for p in params]
+        self.residual = [i for i, p in enumerate(params) if not p.greedy and p.sampling != NOISE]
+        one_by_one = [p.processor is not None or (not p.greedy and p.sampling != NOISE) for p in params]
+        self.points = [i for i, alone in enumerate(one_by_one) if not alone]
+        self.one_by_one = [i for i, alone in enumerate(one_by_one) if alone]
+        self.all_greedy = all(p.greedy for p in params)
+        self.adjustable = any(row.adjusts_logits for row in rows)
+        self.ahead = NoiseAhead([p.seed for p in params], device, noise) if any(noisy) else None
+        if not self.all_greedy:
+            self.warp = Warp(params, device)
+            self.greedy = self._mask([p.greedy for p in params])
+            self.noisy = None if all(noisy) else self._mask(noisy)  # None: all rows are
+
+    def _mask(self, rows: list[bool]) -> Tensor | None:
+        """`(rows, 1, 1)`; None where it would be all False."""
+        return to_device(rows, self.device)[:, None, None] if any(rows) else None
+
+    def scores(self, logits: Tensor, roots: list[int], positions: Tensor, depth: Tensor, deepest: int) -> Tensor:
+        """What each node's token is the argmax of, `(batch, nodes, vocab)`, from adjusted logits.
+
+        Greedy: the logits. Shared noise: the processed log-law plus the noise of the next position. Residual rule: the
+        processed log-law, which ranks a draft's tokens.
+
+        Args:
+            roots: absolute positions of the roots, on the host; `positions (batch,)` are the same on the device.
+            depth: `(batch, nodes)` of the nodes, `deepest` at most.
+        """
+        if self.all_greedy:
+            return logits
+        wide = widen(logits)
+        scores = self.warp(wide)
+        if self.ahead is not None:
+            noise = self.ahead.at(roots, positions, depth, deepest, logits.shape[-1])
+            scores = scores + (noise if self.noisy is None else noise.masked_fill(~self.noisy, 0.0))
+        return scores if self.greedy is None else torch.where(self.greedy, wide, scores)
+
+    def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """Logits after bias, penalties, min_new_tokens and processor, each node with its own path; `(batch, count, vocab)`.
+
+        `nodes (batch, count)` are the tree nodes that the logits are of, padding (-1) anything; None: all of the tree,
+        without the processors, which `law_at` asks about the nodes that it reaches.
+        """
+        changed = [i for i, row in enumerate(self.rows) if row.adjusts_logits] if self.adjustable else []
+        if not changed:
+            return logits
+        logits = widen(logits).clone()
+        for i in changed:
+            row = self.rows[i]
+            if row.params.counts_tokens:
+                row.history = row.history or History(logits.shape[-1], logits.device)
+                row.history.update(row.tokens, row.prompt_length)
+            at = slice(None) if nodes is None else nodes[i].clamp(min=0)
+            above = tree.ancestors[i, at].clone()
+            above[:, 0] = False  # the root is one of the row's tokens
+            emitted = row.emitted + tree.depth[i, at]
+            logits[i] = adjust(logits[i], row.params, row.history, tree.tokens[i], above, emitted, row.stop_ids)
+            if nodes is not None and row.params.processor is not None:
+                for k, node in enumerate(nodes[i].tolist()):
+                    if node >= 0:
+                        logits[i, k] = self._processed(i, tree, node, logits[i, k])
+        return logits
+
+    def _processed(self, i: int, tree: TokenTree, node: int, logits: Tensor) -> Tensor:
+        """What the processor of row `i` makes of a node's logits, `(vocab,)`."""
+        row = self.rows[i]
+        assert row.params.processor is not None
+        above = tree.ancestors[i, node].clone()
+        above[0] = False
+        known = torch.tensor(row.tokens, device=logits.device)
+        # Nodes are numbered from the root down.
+        return row.params.processor(torch.cat([known, tree.tokens[i, above]]), logits)
+
+    def law_at(self, i: int, tree: TokenTree, logits: Tensor, noise: Tensor | None) -> Callable[[int], Law]:
+        """The law of row `i` at a node, made when it is asked for, for `verify_row`.
+
+        Args:
+            logits: `(nodes, vocab)` of this row, adjusted.
+            noise: `(nodes, vocab)` of this row; None where it needs none.
+
+        Raises:
+            UnsupportedError: the law holds values that are not numbers (when it is asked for).
+        """
+        params = self.rows[i].params
+
+        def at(node: int) -> Law:
+            own = logits[node]
+            if params.processor is not None:
+                own = self._processed(i, tree, node, widen(own))
+            if params.greedy or params.sampling == NOISE:
+                scores = own if params.greedy else log_law(widen(own), params) + noise[node]  # type: ignore[index]
+                best = scores.max(-1)
+                return refuse_no_number() if math.isnan(float(best.values)) else PointLaw(int(best.indices))
+            p = log_law(own.double(), params).exp()
+            return DenseLaw(p) if math.isfinite(float(p.sum())) else refuse_no_number()
+
+        return at
+
+
+def refuse_no_number() -> Law:
+    raise UnsupportedError(
+        "the target gave logits that are not numbers: its weights are damaged, or the dtype is too narrow for them "
+        "(try float32)"
+    )

@@ -1,0 +1,172 @@
+"""Text out of tokens: stop strings, and streaming that never shows what it would have to take back.
+
+A stop string may begin and end in the middle of tokens. It is looked for after every token, in the text of all emitted
+tokens, so that where a row ends depends on its tokens alone, never on how rounds fell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+CONTEXT = 4  # tokens of a prompt that are decoded with what follows
+HALF = "\ufffd"  # what a decoder makes of the first bytes of a character
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int], prompt: Sequence[int] = ()) -> str:
+    """The text of emitted tokens, special tokens left out, as it follows the prompt's.
+
+    Many decoders (SentencePiece's) drop the space that a text begins with: so the end of the prompt is decoded before the
+    tokens, and its text cut off.
+    """
+    before = list(prompt[-CONTEXT:])
+    head = tokenizer.decode(before, skip_special_tokens=True).rstrip(HALF) if before else ""
+    if head:
+        whole: str = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
+        if whole.startswith(head):
+            return whole[len(head) :]
+    return tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued: text, or a conversation.
+
+    Attributes:
+        text: of a conversation all its turns, one after the other.
+        messages: turns with `role` and `content`, the last of them not the assistant's; None: plain text.
+    """
+
+    text: str
+    messages: tuple[dict[str, Any], ...] | None = None
+
+    def ids(self, target: Any, chat: bool = False) -> list[int]:
+        """Token ids for a target; with `chat` through its tokenizer's chat template, up to where the assistant's answer
+        begins, each turn in its own role. Text is then one turn of the user's.
+
+        Raises:
+            InputError: the prompt is empty, the tokenizer has no chat template, or the template refuses the conversation.
+        """
+        if not chat:
+            return target.encode(self.text)
+        tokenizer = target.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                "this target's tokenizer has no chat template: leave --chat out, and write the prompt as it is"
+            )
+        messages = self.messages or ({"role": "user", "content": self.text},)
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise InputError(f"the tokenizer's chat template refuses the prompt ({error})") from None
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _settled(tokenizer: Any, tokens: list[int], prompt: Sequence[int]) -> str:
+    return text_of(tokenizer, tokens, prompt).rstrip(HALF)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a stop string ended a row.
+
+    Attributes:
+        tokens: emitted tokens until the stop string was complete.
+        kept: of these, the ones to hand out. All that come before the stop string if it begins at a token's beginning;
+            else up to the token in which it begins, and `text` is a beginning of their text.
+        text: the text before the stop string.
+    """
+
+    tokens: int
+    kept: int
+    text: str
+
+
+class StopStrings:
+    """Looks for stop strings in the emitted tokens of one row.
+
+    Args:
+        tokenizer: of the target.
+        strings: the stop strings.
+        least: a string completed by an earlier token than this one (counted from 1) is no stop.
+        prompt: token ids before the emitted ones (see `text_of`).
+
+    >>> class Letters:
+    ...     def decode(self, tokens, skip_special_tokens):
+    ...         return "".join(chr(t) for t in tokens)
+    >>> stops = StopStrings(Letters(), ("END",))
+    >>> stops.find([ord(c) for c in "a END b"], 0)
+    Cut(tokens=5, kept=2, text='a ')
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], least: int = 0, prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.strings, self.least, self.prompt = tokenizer, tuple(strings), least, prompt
+
+    def find(self, tokens: list[int], searched: int) -> Cut | None:
+        """The first stop string that is complete after one of `tokens`, of which the first `searched` hold none."""
+        before = _settled(self.tokenizer, tokens[:searched], self.prompt)
+        for count in range(searched + 1, len(tokens) + 1):
+            after = _settled(self.tokenizer, tokens[:count], self.prompt)
+            if count >= self.least:
+                # It must end in this token's text: what ended earlier was found, or came before `least`.
+                found = [after.find(text, max(0, len(before) - len(text) + 1)) for text in self.strings]
+                if begins := [at for at in found if at >= 0]:
+                    text = after[: min(begins)]
+                    return Cut(count, self._boundary(tokens[:count], text), text)
+            before = after
+        return None
+
+    def _boundary(self, tokens: list[int], text: str) -> int:
+        for count in reversed(range(len(tokens))):
+            if text_of(self.tokenizer, tokens[:count], self.prompt) == text:
+                return count
+        longer = (
+            n for n in range(1, len(tokens)) if len(_settled(self.tokenizer, tokens[:n], self.prompt)) > len(text)
+        )
+        return next(longer, len(tokens))
+
+
+def held_back(text: str, strings: Sequence[str]) -> int:
+    """Characters at the end of `text` that may turn out to be the beginning of a stop string.
+
+    >>> held_back("the EN", ("END", "N!")), held_back("the", ("END",))
+    (2, 0)
+    """
+    longest = min(len(text), max((len(s) - 1 for s in strings), default=0))
+    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in strings)), 0)
+
+
+class TextStream:
+    """Turns a row's events into text to show: no half characters, and nothing that may be part of a stop string.
+
+    >>> stream = TextStream(tokenizer, params.stop, prompt)                               # doctest: +SKIP
+    >>> for event in decode(target, drafter, [prompt], params):                           # doctest: +SKIP
+    ...     print(stream.push(event.tokens, event.finish is not None, event.text), end="")
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stop, self.prompt = tokenizer, tuple(stop), prompt
+        self.tokens: list[int] = []
+        self.shown = 0
+
+    def push(self, tokens: list[int], ended: bool = False, text: str | None = None) -> str:
+        """The text that may be shown after these tokens.
+
+        Args:
+            tokens: what the row emitted.
+            ended: the row ended; nothing is held back any more.
+            text: the row's whole text where a stop string cut it (`Emitted.text`).
+        """
+        self.tokens += tokens
+        if ended:
+            whole = text_of(self.tokenizer, self.tokens, self.prompt) if text is None else text
+            until = len(whole)
+        else:
+            whole = _settled(self.tokenizer, self.tokens, self.prompt)
+            until = len(whole) - held_back(whole, self.stop)
+        new = whole[self.shown : until]
+        self.shown = max(self.shown, until)
+        return new

@@ -1,0 +1,1 @@
+"""Trees, caches, masks, acceptance, noise and laws: pure, without a model."""

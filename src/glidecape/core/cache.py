@@ -1,0 +1,266 @@
+"""`KVCache`: keys and values of a transformer in a fixed number of row slots, written in place, read through views.
+
+A row's first `lengths[row]` slots are committed: the keys and values of tokens 0 .. lengths-1. Slots from there on are
+scratch: this round's tree nodes, in node order. `keep` moves accepted scratch next to the committed prefix, which is
+legal because a path node of depth k has position lengths + k.
+
+Lengths are kept twice, on the device for masks and positions, and on the host, which decides how many slots are read.
+They change only by numbers that the host knows, so no call waits for the device. A forward runs the rows of `use`; rows
+are admitted and forgotten without copying anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import Cache
+from ..errors import InputError
+from .transfer import to_device
+
+
+def cache_bytes(
+    layers: int, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, hidden: int = 0
+) -> int:
+    """Bytes that a cache will take: batch x capacity x (2 x layers x heads x head_dim + hidden) x bytes an element."""
+    return batch * capacity * (2 * layers * heads * head_dim + hidden) * dtype.itemsize
+
+
+class _Slots:
+    """What transformers asks of a cache layer besides writing: it is a full-attention layer, whatever the mask says."""
+
+    is_sliding = False
+    is_compileable = False
+    is_initialized = True
+
+
+class KVCache(Cache):
+    """Preallocated `(rows, kv_heads, capacity, head_dim)` keys and values a layer.
+
+    Layers may differ in heads and head size (`shapes`), as in targets with several attention types.
+
+    Args:
+        shapes: `(kv_heads, head_dim)` of each layer.
+        batch: row slots.
+        capacity: slots a row, committed and scratch.
+        hidden: width of the last hidden states, kept beside keys and values for drafts that read them; 0: not kept.
+
+    Attributes:
+        keys, values: of each layer, of all row slots.
+        hidden: `(rows, capacity, width)` or None; slots as those of the keys.
+        scratch: scratch slots in use before the next write, the same in each row.
+
+    Raises:
+        InputError: the cache would need more memory than `limit_bytes` (the amount is named), or a write does not fit.
+
+    >>> cache = KVCache([(2, 4)], batch=1, capacity=8)
+    >>> k = torch.arange(3.0).view(1, 1, 3, 1).expand(1, 2, 3, 4)
+    >>> _ = cache.write(0, k, k)
+    >>> cache.keep([[0, 2]])
+    >>> cache.host_lengths, cache.committed(0)[0][0, 0, :, 0].tolist()
+    ([2], [0.0, 2.0])
+    """
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        devices: list[torch.device] | None = None,
+        limit_bytes: int | None = None,
+        hidden: int = 0,
+    ) -> None:
+        super().__init__(layers=[_Slots() for _ in shapes])
+        needed = sum(cache_bytes(1, batch, h, capacity, d, dtype) for h, d in shapes)
+        needed += cache_bytes(0, batch, 0, capacity, 0, dtype, hidden)
+        if limit_bytes is not None and needed > limit_bytes:
+            raise InputError(
+                f"the key-value cache needs {needed / 2**20:,.0f} MiB for {batch} row(s) of {capacity} tokens, more than "
+                f"the {limit_bytes / 2**20:,.0f} MiB allowed: lower the batch, the prompt length or max_new_tokens"
+            )
+        self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
+        where = devices or [self.device] * len(shapes)
+        places = list(zip(shapes, where, strict=True))
+        self.keys = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
+        self.values = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
+        self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
+        self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self._host_lengths = [0] * batch
+        self.scratch = 0
+        self.use(0, batch)
+
+    def use(self, first: int, last: int) -> None:
+        """Run the row slots `first` to `last` - 1 from now on; all other calls are about these rows."""
+        self.rows = slice(first, last)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.scratch = 0
+        self._slots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def lengths(self) -> Tensor:
+        """Committed tokens of each row, `(rows,)` int64 on the device."""
+        return self._lengths[self.rows]
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The same numbers on the host."""
+        return self._host_lengths[self.rows]
+
+    @property
+    def longest(self) -> int:
+        return max(self.host_lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Do the rows' lengths differ?"""
+        return len(set(self.host_lengths)) > 1
+
+    @property
+    def nbytes(self) -> int:
+        kept = [*self.keys, *self.values, *([] if self.hidden is None else [self.hidden])]
+        return sum(t.nbytes for t in kept)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next scratch slots of every row; returns views of all slots up to there.
+
+        "Next" is after the first `self.scratch` ones. A drafter, whose rounds take several forwards, counts them up;
+        committing resets the count.
+
+        Args:
+            keys, values: `(rows, kv_heads, queries, head_dim)`.
+
+        Returns:
+            Keys and values `(rows, kv_heads, longest + scratch + queries, head_dim)`.
+        """
+        count = keys.shape[2]
+        end = self.longest + self.scratch + count
+        if end > self.capacity:
+            raise InputError(f"the cache holds {self.capacity} tokens a row, but {end} are needed")
+        own_keys, own_values = self.keys[layer][self.rows], self.values[layer][self.rows]
+        if self.ragged:
+            at = self._next_slots(count, own_keys.device)
+            own_keys.transpose(1, 2)[at] = keys.transpose(1, 2)
+            own_values.transpose(1, 2)[at] = values.transpose(1, 2)
+        else:
+            own_keys[:, :, end - count : end] = keys
+            own_values[:, :, end - count : end] = values
+        return own_keys[:, :, :end], own_values[:, :, :end]
+
+    def _next_slots(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and slot of each query of the next write, made once for all layers."""
+        key = (self.scratch, count, device)
+        if key not in self._slots:
+            rows = torch.arange(len(self.host_lengths), device=device)[:, None]
+            slots = self.lengths.to(device)[:, None] + torch.arange(self.scratch, self.scratch + count, device=device)
+            self._slots[key] = rows, slots
+        return self._slots[key]
+
+    def write_hidden(self, hidden: Tensor) -> None:
+        """Write the last hidden states `(rows, queries, width)` of the queries just written by the last `write`."""
+        assert self.hidden is not None
+        own, count = self.hidden[self.rows], hidden.shape[1]
+        if self.ragged:
+            own[self._next_slots(count, own.device)] = hidden
+        else:
+            start = self.longest + self.scratch
+            own[:, start : start + count] = hidden
+
+    def hidden_at(self, slots: Tensor) -> Tensor:
+        """Hidden states `(rows, count, width)` of slots `(rows, count)`; zero for negative ones, which have none."""
+        assert self.hidden is not None
+        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
+        return self.hidden[self.rows].gather(1, at).masked_fill_((slots < 0)[..., None], 0.0)
+
+    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of the committed keys and values, `(rows, kv_heads, longest, head_dim)`: never a clone.
+
+        Rows shorter than the longest hold unspecified values past their length.
+        """
+        end = self.longest
+        return self.keys[layer][self.rows, :, :end], self.values[layer][self.rows, :, :end]
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit, for each row, the scratch slots named by its path (ascending), and drop the rest."""
+        counts = [len(path) for path in paths]
+        moved = [j for path in paths for j, slot in enumerate(path) if slot != j]
+        if moved:
+            self._move(paths, min(moved), max(counts))
+        self.commit(counts)
+
+    def _move(self, paths: Sequence[Sequence[int]], first: int, last: int) -> None:
+        """Copy the path nodes at depths `first` to `last` - 1 to their places; shorter paths copy slots to themselves."""
+        table = [[*path[first:last], *range(max(first, len(path)), last)] for path in paths]
+        slots, start = to_device(table, self.device), self.lengths[:, None]
+        source, goal = start + slots, start + torch.arange(first, last, device=self.device)
+        rows = torch.arange(len(paths), device=self.device)[:, None]
+        stores = [t[self.rows].transpose(1, 2) for t in (*self.keys, *self.values)]
+        for store in [*stores, *([] if self.hidden is None else [self.hidden[self.rows]])]:
+            at = store.device
+            store[rows.to(at), goal.to(at)] = store[rows.to(at), source.to(at)]
+
+    def commit(self, counts: Sequence[int]) -> None:
+        """Commit the first `counts[row]` scratch slots of each row as they stand."""
+        self._set([n + c for n, c in zip(self.host_lengths, counts, strict=True)])
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget committed slots past `lengths[row]`."""
+        if any(new > old for new, old in zip(lengths, self.host_lengths, strict=True)):
+            raise InputError(f"cannot truncate a cache of lengths {self.host_lengths} to {list(lengths)}")
+        self._set(list(lengths))
+
+    def _set(self, lengths: list[int]) -> None:
+        self._host_lengths[self.rows] = lengths
+        self._lengths[self.rows] = to_device(lengths, self.device)
+        self._forget()
+
+    def move(self, source: int, goal: int) -> None:
+        """Copy row slot `source` to row slot `goal`, which then stand for the same row."""
+        length = self._host_lengths[source]
+        for store in (*self.keys, *self.values):
+            store[goal, :, :length] = store[source, :, :length]
+        if self.hidden is not None:
+            self.hidden[goal, :length] = self.hidden[source, :length]
+        self._host_lengths[goal] = length
+        self._lengths[goal] = self._lengths[source]
+
+    def clear(self, row: int) -> None:
+        """Forget all of row slot `row`."""
+        self._host_lengths[row] = 0
+        self._lengths[row] = 0
+
+    # --- what transformers calls on its `Cache`
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
+        return self.write(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.longest + self.scratch
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.longest + self.scratch
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.longest + self.scratch + query_length, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

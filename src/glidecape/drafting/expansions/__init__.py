@@ -1,0 +1,1 @@
+"""Expansions: how nodes are added below the frontier, one a file."""

@@ -1,0 +1,62 @@
+"""CaPE: a chain with siblings where the draft is unsure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.transfer import to_device, to_host
+from ...core.tree import TokenTree
+from ...errors import InputError
+from ..law import DraftLaw
+from .chain import Chain
+
+
+class Cape(Chain):
+    """CaPE: a chain, and at each depth siblings of its node, more of them where the draft is less confident.
+
+    Args:
+        bins: siblings by confidence, the draft's largest probability p at temperature 1: bins[i] for p in the i-th of
+            `len(bins)` equal parts of [0, 1]. The default is the paper's: 7 up to 0.3, 5 up to 0.6, 3 up to 0.8, then 1.
+
+    Siblings are leaves; an accepted one ends the round.
+
+    Lossless: siblings are point masses tried after the chain's node.
+    Source: GliDe paper, section 4.2. Differs: under the residual rule the chain is drawn and its siblings are the most
+    probable other tokens; the paper is greedy only.
+    """
+
+    PAPER = (7, 7, 7, 5, 5, 5, 3, 3, 1, 1)
+    SMALL = (3, 3, 3, 2, 2, 1, 1, 1, 0, 0)  # for CPUs, where 32 nodes cost several times one node (dev/LOG.md)
+
+    def __init__(self, bins: tuple[int, ...] = PAPER) -> None:
+        if not bins or min(bins) < 0 or max(bins) > 64:
+            raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
+        self.bins, self.most = bins, max(bins)
+
+    def budget(self, depth: int) -> int:
+        return 1 + depth * (1 + self.most)
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        part = (law.confidence[:, :1] * len(self.bins)).long().clamp(0, len(self.bins) - 1)
+        siblings = to_device(self.bins, part.device)[part]
+        rank, drawn = law.rank[:, 0], law.drawn
+        if drawn is not None:  # a drawn token comes first, whatever its rank
+            at = drawn.clamp(min=0)
+            rank = rank.scatter(1, at, torch.where(drawn >= 0, float("inf"), rank.gather(1, at)))
+        best = rank.topk(min(1 + self.most, rank.shape[-1]), dim=-1)
+        number = torch.arange(best.indices.shape[1], device=rank.device)
+        # A token outside the draft's processed law has no rank: the target's own top-k or top-p rarely holds it.
+        valid = (best.values > float("-inf")) & (frontier >= 0)
+        valid &= number <= siblings
+        log_prob = law.log_q[:, 0].gather(1, best.indices)
+        width = len(number)
+        drawn_law = None if law.drawn_law is None else law.drawn_law.expand(-1, width, -1)
+        added = tree.add(frontier.expand(-1, width), best.indices, log_prob, valid, drawn_law)
+        if drawn is not None:
+            tree.sampled[:, -width:] &= (drawn >= 0) & (number == 0)
+        return added[:, :1]
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        """Padding is dropped, so that the target runs no more nodes than the row with the most has."""
+        return tree.pack(to_host(tree.valid.sum(1).amax()))

@@ -1,0 +1,40 @@
+"""The chain: one node a depth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.tree import TokenTree
+from ..law import DraftLaw
+
+
+class Chain:
+    """One node a depth: the draft's first choice, or a token drawn from its law under the residual rule.
+
+    Lossless: a drawn node is marked `sampled` and verified by min(1, p/q); otherwise it is a point mass.
+    """
+
+    draws, may_end = True, False
+
+    def budget(self, depth: int) -> int:
+        return 1 + depth
+
+    def capacity(self, depth: int) -> int:
+        return self.budget(depth)
+
+    def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
+        first = law.rank.argmax(-1)
+        if law.drawn is None:
+            return tree.add(frontier, first, law.log_q.gather(2, first[..., None])[..., 0])
+        # Greedy and shared-noise rows beside residual ones: each row adds exactly one of the two nodes.
+        random = law.drawn >= 0
+        token = torch.where(random, law.drawn, first)
+        log_prob = law.log_q.gather(2, token[..., None])[..., 0]
+        assert law.drawn_law is not None
+        added = tree.add(frontier, token, log_prob, sampled_from=law.drawn_law)
+        tree.sampled[:, -1:] &= random
+        return added
+
+    def finish(self, tree: TokenTree) -> TokenTree:
+        return tree

@@ -1,0 +1,1 @@
+"""Draft models: their networks, configurations and files. They know nothing of the decode loop."""

@@ -1,0 +1,37 @@
+"""A standalone causal LM as a draft: vanilla speculative decoding. It keeps its own cache and never sees the target."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core.cache import KVCache
+from ..target.target import Target
+
+
+class StandaloneDraft:
+    """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`)."""
+
+    base = "vanilla"
+
+    def __init__(self, model: Target) -> None:
+        self.model = model
+        self.reads_hidden, self.trusts_own = False, True
+        self.max_lag = 2**31 - 1  # no lag: it reads only what it wrote itself
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return self.model.new_cache(batch, capacity)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        self.model.forward(tokens, positions, own, logits_to_keep=1)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+        parents: Tensor | None = None,
+    ) -> Tensor:
+        return self.model.forward(tokens, positions, own, mask=own_mask, scratch_positions=scratch_positions).logits

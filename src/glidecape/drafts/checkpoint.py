@@ -1,0 +1,272 @@
+"""Draft checkpoints: one safetensors file that carries its own description, so that a write is all or nothing.
+
+`draft.safetensors` holds the weights, and in its metadata the JSON that `card.json` repeats for human readers: format
+number, kind, configuration with max lag, the target's fingerprint, the command and the figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import CheckpointError, MismatchError, first_line
+from ..files import write_atomic
+from ..target.packed import draft_products
+from ..target.target import Target
+from .card import FORMAT, Card, checked, read_card_text
+from .causal_lm import StandaloneDraft
+from .eagle.adapter import EagleDraft
+from .eagle.config import EagleConfig
+from .eagle.network import EagleModel
+from .glide.adapter import GlideDraft
+from .glide.config import GlideConfig
+from .glide.network import GlideModel
+from .medusa.adapter import MedusaDraft
+from .medusa.config import MedusaConfig
+from .medusa.network import MedusaModel
+
+Network = GlideModel | EagleModel | MedusaModel
+NetworkDraft = GlideDraft | EagleDraft | MedusaDraft
+
+# By the kind that a checkpoint names: the configuration, the network, and what joins it to the decode loop.
+KINDS: dict[str, tuple[Any, Any, Any]] = {
+    GlideModel.kind: (GlideConfig, GlideModel, GlideDraft),
+    EagleModel.kind: (EagleConfig, EagleModel, EagleDraft),
+    MedusaModel.kind: (MedusaConfig, MedusaModel, MedusaDraft),
+}
+WEIGHTS, CARD = "draft.safetensors", "card.json"
+_SHAPE_FIELDS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "rope_parameters", "layer_types", "sliding_window"),
+)
+
+
+def fingerprint(target: Target) -> dict[str, str]:
+    """What tells targets apart: sha256 of the shape, of the tokenizer, and of about 1 MB of fixed weight slices."""
+    config = target.text_config
+    shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    vocab = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
+    return {
+        "shape": _sha(json.dumps(shape, sort_keys=True, default=str)),
+        "tokenizer": _sha(json.dumps(sorted(vocab.items()))),
+        "weights": target.weights_digest,
+    }
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None:
+    """Refuse a draft of another target; a note for the same shape with other weights.
+
+    Raises:
+        MismatchError: another shape or tokenizer.
+    """
+    own = fingerprint(target)
+    for part, what in (("shape", "a target of another shape"), ("tokenizer", "a target with another tokenizer")):
+        if part == "tokenizer" and target.tokenizer is None:
+            continue  # token ids only: there is nothing to compare, and the shape holds the vocabulary's size
+        if saved.get(part) != own[part]:
+            raise MismatchError(f"the draft in {where} was trained for {what}: train one for this target")
+    if saved.get("weights") != own["weights"]:
+        warnings.warn(
+            f"the draft in {where} was trained for other weights of this architecture; the output stays the target's, "
+            "but fewer tokens may be accepted",
+            stacklevel=3,
+        )
+
+
+def save_network(
+    folder: Path, module: Network, target: Target, command: str, figures: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Write the checkpoint of a draft network; weights in `dtype`.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; an earlier checkpoint there stays whole.
+    """
+    card = {
+        "format": FORMAT,
+        "kind": module.kind,
+        "config": asdict(module.config),
+        "fingerprint": fingerprint(target),
+        "command": command,
+        "figures": figures,
+    }
+    tensors = {
+        name: t.detach().to(dtype if t.is_floating_point() else t.dtype).contiguous().cpu()
+        for name, t in module.state_dict().items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {folder} ({error.strerror or error})") from None
+    content = save(tensors, metadata={"glidecape": json.dumps(card)})
+    write_atomic(folder / WEIGHTS, lambda path: path.write_bytes(content))
+    write_atomic(folder / CARD, lambda path: path.write_text(json.dumps(card, indent=1) + "\n"))
+
+
+def read_card(folder: Path) -> Card:
+    """The description of a draft network's checkpoint.
+
+    Raises:
+        CheckpointError: missing, torn, of a newer format, of a kind that this version does not know, or with a field that
+            is missing, unknown or wrong.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"no draft in {folder}: it has no {WEIGHTS} (make one with `glidecape train`)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["glidecape"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is torn or not a GlideCape draft ({type(error).__name__}: {error})") from None
+    try:
+        return read_card_text(text, tuple(KINDS))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a draft that can be read: {first_line(error)}") from None
+
+
+def _config_from_format_1(config: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Format 1 knew one draft layer that read one target layer."""
+    config = dict(config)
+    config["reads"] = [[config.pop("target_layer", None)]]
+    config["embed_width"], config["hidden_size"] = config.get("width"), target.hidden_size
+    return config
+
+
+def _tensors_from_format_1(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Format 1 kept queries, keys and values in one matrix."""
+    inner, made = config.heads * config.head_dim, {}
+    for name, weight in tensors.items():
+        own = name.replace("layer.", "layers.0.").replace("cross_", "cross.")
+        if own.endswith("qkv.weight"):
+            made[own.replace("qkv", "q")], made[own.replace("qkv", "kv")] = weight[:inner], weight[inner:]
+        else:
+            made[own] = weight
+    return made
+
+
+def _check_config(config: Any, target: Target, path: Path) -> None:
+    """Raises ValueError where a configuration does not fit its target, which its fingerprint belongs to, or its file."""
+    with safe_open(path, framework="pt") as file:
+        largest = max((n for name in file.keys() for n in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
+    # Before a network of that size is made: it could be larger than the memory.
+    for name in ("width", "ffn", "heads", "head_dim", "draft_vocab"):
+        if getattr(config, name, 0) > largest:
+            raise ValueError(f"its {name} is {getattr(config, name)}, and no tensor in it is larger than {largest}")
+    layers = len(target.shapes)
+    read = [n for reads in getattr(config, "reads", ()) for n in reads] + [getattr(config, "layer", 0)]
+    if wrong := [n for n in read if n >= layers]:
+        raise ValueError(f"it reads target layer {wrong[0]}, and the target's are 0 to {layers - 1}")
+    sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    sizes["embed_width"] = target.model.get_input_embeddings().weight.shape[1]
+    if hasattr(config, "reads"):
+        sizes["target_kv_heads"], sizes["target_head_dim"] = target.shapes[read[0]]
+        if config.target_heads % config.target_kv_heads or config.draft_vocab > config.vocab_size:
+            raise ValueError("its numbers of heads or tokens do not fit together")
+    elif hasattr(config, "kv_heads") and config.heads % config.kv_heads:
+        raise ValueError("its numbers of heads do not fit together")
+    for name, size in sizes.items():
+        if getattr(config, name, size) != size:
+            raise ValueError(f"its {name} is {getattr(config, name)}, and the target's is {size}")
+
+
+def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[str, Tensor]:
+    """The weights of a draft file, if they are exactly those of its network.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of another shape, or hold values that are not finite numbers.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if card.format == 1:
+        tensors = _tensors_from_format_1(tensors, config)
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    for what, names in (
+        ("lacks", wanted.keys() - shapes.keys()),
+        ("holds, beside those of its network,", shapes.keys() - wanted.keys()),
+        ("has another shape for", {name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name]}),
+        ("holds values that are not finite in", {n for n, t in tensors.items() if not bool(t.isfinite().all())}),
+    ):
+        if names:
+            raise ValueError(f"it {what} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}")
+    return tensors
+
+
+def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:
+    """A draft network for its target, in the target's dtype unless told otherwise.
+
+    Raises:
+        CheckpointError: see `read_card`; also weights that don't fit the description.
+        MismatchError: trained for another target.
+    """
+    card, path = read_card(folder), folder / WEIGHTS
+    form, network, draft = KINDS[card.kind]
+    try:
+        fields = _config_from_format_1(card.config, target) if card.format == 1 else card.config
+        config = checked(form, fields)
+        check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
+        _check_config(config, target, path)
+        module = network(config, target)
+        module.load_state_dict(_read_tensors(path, card, config, module))
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
+    module.to(dtype or target.dtype).serve()
+    return draft(module, card.figures)
+
+
+def resolve(name: str | Path) -> Path:
+    """A local folder, or the snapshot of a Hub repository."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise CheckpointError(f"no draft folder at {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name)))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a repository of the Hub ({first_line(error)})"
+        ) from None
+
+
+def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDraft:
+    """A draft by folder or Hub name: a checkpoint of ours, or any causal LM with the target's vocabulary.
+
+    Raises:
+        CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
+    """
+    folder = resolve(name)
+    if (folder / WEIGHTS).is_file():
+        return load_network(folder, target)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds neither a draft of ours ({WEIGHTS}) nor a causal LM (config.json)")
+    products = draft_products(target.dtype)
+    model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device), pack=products)
+    if model.vocab_size != target.vocab_size:
+        raise MismatchError(
+            f"the draft LM in {folder} has {model.vocab_size} tokens, the target {target.vocab_size}: vanilla speculative "
+            "decoding needs one vocabulary"
+        )
+    if model.context < target.context:
+        warnings.warn(
+            f"the draft LM in {folder} has a context of {model.context} tokens, the target {target.context}: past it the "
+            "output stays the target's, but few tokens will be accepted",
+            stacklevel=2,
+        )
+    if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise MismatchError(f"the draft LM in {folder} has another tokenizer than the target")
+    return StandaloneDraft(model)

@@ -1,0 +1,50 @@
+"""EAGLE joined to the decode loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...core.cache import KVCache
+from .network import EagleModel
+
+
+class EagleDraft:
+    """An EAGLE network as a `DraftModel`.
+
+    Accepted nodes are run again in the next round, with the target's true features.
+    """
+
+    base, reads_hidden, trusts_own = "eagle", True, False
+
+    def __init__(self, module: EagleModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.config, self.max_lag = module.config, module.config.max_lag
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, dtype = self.config, self.module.dtype
+        device = next(self.module.parameters()).device
+        return KVCache([(c.kv_heads, c.head_dim)], batch, capacity, dtype, device, hidden=c.hidden_size)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        self.module.write_keys_values(tokens, positions, target_cache.hidden_at(positions - 1), own)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+        parents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits `(batch, queries, vocab)`; the first step of a round reads true features, later ones the draft's own."""
+        if parents is None:
+            features = target_cache.hidden_at(positions - 1)
+        else:
+            features = own.hidden_at(own.lengths[:, None] + parents)
+        hidden = self.module.hidden(tokens, positions, features, own, own_mask)
+        own.write_hidden(hidden)
+        return self.module.logits(hidden)

@@ -1,0 +1,137 @@
+"""EAGLE: a draft of one layer that foretells the target's last hidden states, its features.
+
+At position j it reads the embedding of token j joined with the target's feature of position j - 1, and gives a guess of
+the feature of position j, from which the target's own head makes logits. Below the root of a round it reads its own guess
+at the node's parent in the place of the target's feature. Embedding and head are the target's, frozen.
+
+Source: EAGLE and EAGLE-2 papers and their code (one layer without a norm before the attention, no final norm, a bias
+after the joined input). Differs: positions are those of the tokens, where the code counts one less (rotary embeddings see
+differences only), and the first token of a text has a feature of zeros before it, where the code leaves the token out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...core.cache import KVCache
+from ...target.attention import attend
+from ...target.packed import draft_products, pack
+from ..borrowed import Borrowed
+from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
+from ..rotary import TargetRotary
+from .config import EagleConfig
+
+if TYPE_CHECKING:
+    from ...target.target import Target
+
+KV = tuple[Tensor, Tensor]
+
+
+class EagleLayer(nn.Module):
+    def __init__(self, c: EagleConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.scale = c.heads, c.kv_heads, c.head_dim**-0.5
+        self.q: nn.Linear | None = linear(c.hidden_size, c.heads * c.head_dim)
+        self.kv = linear(c.hidden_size, 2 * c.kv_heads * c.head_dim)
+        self.qkv: nn.Linear | None = None
+        self.out = linear(c.heads * c.head_dim, c.hidden_size)
+        self.ffn_norm = RMSNorm(c.hidden_size, c.eps)
+        self.ffn = GatedFeedForward(c.hidden_size, c.ffn)
+
+    def keys_values(self, x: Tensor, rotary: KV) -> KV:
+        """`(batch, kv_heads, queries, head_dim)`."""
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return rotate(split_heads(k, self.kv_heads), *rotary), split_heads(v, self.kv_heads)
+
+    def serve(self) -> None:
+        """One product for queries, keys and values while decoding: there a product of few rows costs its call."""
+        assert self.q is not None
+        self.qkv, self.q = side_by_side(self.q, self.kv), None
+
+    def _queries_keys_values(self, x: Tensor, rotary: KV) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is None:
+            assert self.q is not None
+            return rotate(split_heads(self.q(x), self.heads), *rotary), *self.keys_values(x, rotary)
+        heads = split_heads(self.qkv(x), self.heads + 2 * self.kv_heads)
+        turned = rotate(heads[:, : -self.kv_heads], *rotary)
+        return turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
+
+    def forward(self, x: Tensor, rotary: KV, own: KVCache | None, own_mask: Tensor | None) -> Tensor:
+        """The residual stream `(batch, queries, hidden_size)` after the layer."""
+        q, k, v = self._queries_keys_values(x, rotary)
+        if own is not None:
+            k, v = own.write(0, k, v)
+        x = x + self.out(attend(q, k, v, own_mask, self.scale, causal=own is None))
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class EagleModel(nn.Module):
+    """The draft network, bound to its target's embedding, head and rotary embedding.
+
+    Raises:
+        UnsupportedError: the target does not rotate by cosines and sines.
+    """
+
+    kind: ClassVar[str] = "eagle"
+
+    def __init__(self, config: EagleConfig, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        self._borrowed = Borrowed(target)
+        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.layer),)  # in a tuple: no module of ours
+        self.join = nn.Linear(config.embed_width + config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList([EagleLayer(config)])
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.join.bias)
+        self.to(target.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        layer: Any = self.layers[0]
+        return layer.ffn_norm.weight.dtype
+
+    def serve(self) -> EagleModel:
+        """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.eval().requires_grad_(False)
+        cast("EagleLayer", self.layers[0]).serve()
+        products = draft_products(self.dtype)
+        pack(self, products)
+        self._borrowed.serve(products)
+        return self
+
+    def _input(self, tokens: Tensor, features: Tensor) -> Tensor:
+        return self.join(torch.cat([self._borrowed.embed(tokens, self.dtype), features.to(self.dtype)], -1))
+
+    def write_keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor, own: KVCache) -> None:
+        """All that it needs of committed tokens: they depend on no other token."""
+        layer: Any = self.layers[0]
+        own.write(0, *layer.keys_values(self._input(tokens, features), self._rotary[0](positions)[0]))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        features: Tensor,
+        own: KVCache | None = None,
+        own_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Guessed features `(batch, queries, hidden_size)`.
+
+        Args:
+            tokens, positions: `(batch, queries)`.
+            features: `(batch, queries, hidden_size)` of the position before each query, true or guessed.
+            own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
+                queries are whole sequences from position 0.
+            own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
+        """
+        rotary, _ = self._rotary[0](positions)
+        return self.layers[0](self._input(tokens, features), rotary, own, own_mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(batch, queries, vocab)`."""
+        return self._borrowed.logits(hidden)

@@ -1,0 +1,93 @@
+"""GliDe joined to the decode loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...core.cache import KVCache
+from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from .network import GlideModel
+
+if TYPE_CHECKING:
+    pass
+
+
+class GlideDraft:
+    """A GliDe network as a `DraftModel`.
+
+    An accepted node keeps the keys and values of the lag it was drafted at, as in training; the prompt and tokens that are
+    caught up with have lag 1.
+    """
+
+    base, trusts_own = "glide", True
+
+    def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.config = module.config
+        self.max_lag, self.reads_hidden = module.config.max_lag, module.config.glimpse
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, weight = self.config, self.module.norm.weight
+        shapes = [(c.heads, c.head_dim)] * c.layers
+        return KVCache(shapes, batch, capacity, weight.dtype, weight.device, hidden=c.width if c.glimpse else 0)
+
+    def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
+        if self.config.layers == 1:
+            self.module.write_first_keys_values(tokens, positions, own)
+        else:
+            mask = tree_mask(own, None, tokens.shape[1])
+            self.step(tokens, positions, own, mask, target_cache, positions, logits=False)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        own: KVCache,
+        own_mask: Tensor | None,
+        target_cache: KVCache,
+        scratch_positions: Tensor,
+        parents: Tensor | None = None,
+        logits: bool = True,
+    ) -> Tensor:
+        """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
+        mask, recent = self._window(own_mask, positions, own, scratch_positions)
+        hidden = self.module.hidden(
+            tokens,
+            positions,
+            {layer: target_cache.committed(layer) for layer in self.config.layers_read},
+            self._visible(positions, target_cache),
+            own,
+            mask,
+            self._glimpse(positions, own, target_cache, parents) if self.config.glimpse else None,
+            recent,
+        )
+        if own.hidden is not None:
+            own.write_hidden(hidden)
+        return self.module.logits(hidden) if logits else hidden
+
+    def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | None:
+        lengths = target_cache.lengths[:, None]
+        if self.config.layers > 1:
+            # Tokens caught up with, even a single one, have lag 1: the second layer's keys and values depend on it.
+            return torch.minimum(lag_one_visible(positions), lengths)
+        return lengths.expand_as(positions) if target_cache.ragged else None
+
+    def _window(
+        self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor
+    ) -> tuple[Tensor | None, int]:
+        """The window of the self-attention, as a mask, or where one query sees every slot as a number of slots."""
+        window, keys = self.config.window, own.longest + scratch.shape[1]
+        if not window or keys <= window:
+            return mask, 0
+        if mask is None and positions.shape[1] == 1:
+            return None, window
+        seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), window)
+        return (seen if mask is None else seen & mask), 0
+
+    def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
+        if parents is None:
+            return self.module.look(target_cache.hidden_at(positions - 1).to(self.module.dtype))
+        return self.module.recall(own.hidden_at(own.lengths[:, None] + parents))

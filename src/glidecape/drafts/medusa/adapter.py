@@ -1,0 +1,24 @@
+"""Medusa heads joined to the decode loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...core.cache import KVCache
+from .network import MedusaModel
+
+
+class MedusaDraft:
+    """Medusa heads, joined to the decode loop by `drafting.medusa.MedusaDrafter`. They have no cache."""
+
+    base, reads_hidden = "medusa", True
+
+    def __init__(self, module: MedusaModel, figures: dict[str, Any] | None = None) -> None:
+        self.module, self.figures = module.eval(), figures or {}
+        self.max_lag = module.config.heads
+
+    def all_depths(self, target_cache: KVCache) -> Tensor:
+        """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
+        return self.module(target_cache.hidden_at(target_cache.lengths[:, None] - 1)[:, 0])

@@ -1,0 +1,1 @@
+"""The decode loop: rounds, and the engine that runs them."""

@@ -1,0 +1,1 @@
+"""GlideCape inside other libraries."""

@@ -1,0 +1,278 @@
+"""`model.generate(…, custom_generate=glidecape_generate)`: transformers' own front door, our rounds behind it.
+
+transformers prepares the call as ever: generation config, padding, logits processors, stopping criteria. What it would do
+token by token is done here round by round, and the output is the one that it would have given. The model is borrowed: its
+attention is ours while a call runs and its own again afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
+from ..core.sampling import NOISE, SamplingParams
+from ..core.stats import Stats
+from ..drafting.drafter import Drafter
+from ..drafting.methods import DRAFTLESS, USUAL, make_drafter, parse_method
+from ..drafts.base import DraftModel
+from ..drafts.causal_lm import StandaloneDraft
+from ..drafts.checkpoint import load_draft
+from ..engine.decode import decode
+from ..errors import InputError, UnsupportedError
+from ..target.attention import ATTENTION
+from ..target.target import Target
+
+_KEPT = "_glidecape"  # attribute of a model: what later calls use again
+_PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHE_ARGUMENTS}
+_EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# These run the model, or carry something from call to call: a tree asks them about tokens that are never emitted.
+_STATEFUL = ("ClassifierFreeGuidance", "SynthIDText", "WhisperTimeStamp", "DiaEOS")
+
+
+def glidecape_generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    draft: str | Path | DraftModel | Any = None,
+    method: str | None = None,
+    draft_length: int = 5,
+    seed: int | None = None,
+    sampling: str = NOISE,
+    glide_streamer: Any = None,
+    glide_stats: Stats | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Generate with a drafter, for transformers' `custom_generate`: the tokens are those of `model.generate` without it.
+
+    Greedily they are the same tokens; with `do_sample` they have the same law, and `seed` decides them.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from `generate`. Processors
+            see each node of a tree with its own path, padding in front as ever; criteria judge each row alone, after every
+            token. Both must depend on their arguments alone.
+        draft: folder or Hub name of a draft, one that was loaded, or a transformers model that drafts. Folders are loaded
+            once a model.
+        method: as in `glidecape generate --method`; by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or
+            prompt lookup without a draft.
+        draft_length: tokens drafted a round, where the stop policy is a fixed length.
+        seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
+        sampling: "noise" or "residual", see `SamplingParams`.
+        glide_streamer: a transformers streamer, for one row; gets the prompt, then each round's tokens. `streamer=` does
+            not work here: transformers keeps it to itself.
+        glide_stats: counts and times are added to it.
+
+    Returns:
+        Sequences `(batch, tokens)`, prompt and output, padded on the right; with `return_dict_in_generate` in transformers'
+        own output class.
+
+    Raises:
+        InputError: input that cannot be decoded: holes in the attention mask, embeddings, positions or a cache of one's own.
+        UnsupportedError: the model cannot decode trees, or beams, scores and the like are asked for.
+        CheckpointError, MismatchError: see `load_draft`.
+
+    Differs: a row that ended by a criterion of the user's is padded, end-of-text token or not, where transformers lets it
+    run on until all rows have ended.
+
+    >>> out = model.generate(**inputs, custom_generate=glidecape_generate, draft="my-draft")           # doctest: +SKIP
+    """
+    _refuse(generation_config, logits_processor, model_kwargs, glide_streamer, len(input_ids))
+    prompts, pads = _unpad(input_ids, model_kwargs)
+    room = generation_config.max_length - input_ids.shape[1]
+    ends = _token_ids(generation_config._eos_token_tensor)
+    criteria = [c for c in stopping_criteria or [] if not _ours(c, ends, generation_config.max_length)]
+    if seed is None:
+        seed = int(torch.randint(2**62, (1,)))
+    params = [
+        SamplingParams(
+            # transformers' list of processors ends with its own temperature, top-k and so on.
+            temperature=1.0 if generation_config.do_sample else 0.0,
+            seed=seed + i,
+            max_new_tokens=room,
+            stop_token_ids=ends,
+            ignore_eos=True,  # the generation config's are all there are
+            sampling=sampling,
+            processor=_processor(logits_processor, pads[i], i, len(input_ids)) if logits_processor else None,
+            ends=_ends(type(stopping_criteria)(criteria), pads[i], i, len(input_ids)) if criteria else None,
+        )
+        for i in range(len(input_ids))
+    ]
+    emitted: list[list[int]] = [[] for _ in prompts]
+    if glide_streamer is not None:
+        glide_streamer.put(input_ids.cpu())
+    with _borrowed(model, draft):
+        target, drafter = _prepare(model, draft, method, draft_length)
+        for event in decode(target, drafter, prompts, params, glide_stats):
+            emitted[event.row] += event.tokens
+            if glide_streamer is not None and event.tokens:
+                glide_streamer.put(torch.tensor(event.tokens))
+    if glide_streamer is not None:
+        glide_streamer.end()
+    sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences)
+
+
+def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer: Any, rows: int) -> None:
+    """Everything that would be ignored, or would not be lossless, as an error."""
+    if config is None:
+        raise InputError("glidecape_generate is for model.generate(…, custom_generate=glidecape_generate)")
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample"):
+        raise UnsupportedError(f"glidecape_generate decodes greedily or by sampling, not by {mode.value}")
+    if asked := [name for name in _EXTRAS if getattr(config, name, None)]:
+        raise UnsupportedError(f"glidecape_generate gives sequences only: leave {', '.join(asked)} out")
+    if config.cache_implementation == "quantized":
+        raise UnsupportedError("a quantized cache changes the output: glidecape_generate keeps the cache in full")
+    for processor in processors or ():
+        if any(part in type(processor).__name__ for part in _STATEFUL):
+            raise UnsupportedError(
+                f"{type(processor).__name__} keeps a state from token to token, and a tree asks about tokens that are never "
+                "emitted: leave it out"
+            )
+    for name in CACHE_ARGUMENTS:
+        if _is_the_callers(model_kwargs.get(name)):
+            raise InputError(f"glidecape_generate keeps a cache of its own: leave {name} out")
+    for name, value in model_kwargs.items():
+        harmless = value is None or (name == "token_type_ids" and not value.any())
+        if name not in _PREPARED and not harmless:
+            raise InputError(f"glidecape_generate decodes from input_ids and an attention mask: leave {name} out")
+    if streamer is not None and rows > 1:
+        raise InputError(f"a streamer shows one row, and there are {rows}: stream prompts one by one")
+
+
+def _is_the_callers(cache: Any) -> bool:
+    """`generate` prepares an empty cache of its own when the caller passes none."""
+    return cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
+
+
+def _unpad(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[list[int]], list[Tensor]]:
+    """The prompts as lists, and the padding before each, `(pads,)`."""
+    mask = model_kwargs.get("attention_mask")
+    starts = [0] * len(input_ids)
+    if mask is not None:
+        starts = [int(row.argmax()) for row in mask.int()]
+        for i, start in enumerate(starts):
+            if not bool(mask[i, start:].all()):
+                raise InputError(f"row {i} is padded on the right or has holes in its attention mask: pad on the left")
+    positions = model_kwargs.get("position_ids")
+    for i, start in enumerate(starts):
+        if positions is None:
+            break
+        own = positions[i % len(positions)]
+        if positions.ndim != 2 or not torch.equal(own[start:].cpu(), torch.arange(len(own) - start)):
+            raise InputError("glidecape_generate counts positions from 0 in each row: leave position_ids out")
+    return [row[start:].tolist() for row, start in zip(input_ids, starts, strict=True)], [
+        row[:start] for row, start in zip(input_ids, starts, strict=True)
+    ]
+
+
+def _token_ids(tokens: Tensor | None) -> tuple[int, ...]:
+    return () if tokens is None else tuple(tokens.flatten().tolist())
+
+
+def _ours(criterion: Any, ends: Sequence[int], max_length: int) -> bool:
+    """Is this an end that the row looks for anyway?"""
+    kind = type(criterion).__name__
+    if kind == "EosTokenCriteria":
+        return set(_token_ids(criterion.eos_token_id)) <= set(ends)
+    return kind == "MaxLengthCriteria" and criterion.max_length >= max_length
+
+
+def _as_batch(pad: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """`(rows, length)`: a row's padded tokens, as often as the batch has rows, for what knows rows by their number."""
+    return torch.cat([pad.to(tokens.device), tokens]).expand(rows, -1)
+
+
+def _processor(processors: Any, pad: Tensor, row: int, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def process(tokens: Tensor, logits: Tensor) -> Tensor:
+        ids, scores = _as_batch(pad, tokens, rows), logits.expand(rows, -1).clone()  # a processor may write in place
+        for one in processors:  # the list's own call inspects each signature each time
+            scores = one(ids, scores)
+        return scores[row]
+
+    return process
+
+
+def _ends(criteria: Any, pad: Tensor, row: int, rows: int) -> Callable[[Tensor], bool]:
+    def ended(tokens: Tensor) -> bool:
+        return bool(criteria(_as_batch(pad, tokens, rows), None)[row])
+
+    return ended
+
+
+def _join(input_ids: Tensor, emitted: list[list[int]], pad: tuple[int, ...]) -> Tensor:
+    longest = max(map(len, emitted))
+    if not pad and any(len(tokens) < longest for tokens in emitted):
+        raise InputError("rows of unequal length need a padding token: give pad_token_id")
+    padded = [tokens + list(pad[:1]) * (longest - len(tokens)) for tokens in emitted]
+    return torch.cat([input_ids, torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+@dataclass
+class _Kept:
+    """What a model keeps for later calls: it was probed, and its drafts were loaded."""
+
+    target: Target
+    drafts: dict[str, Any] = field(default_factory=dict)
+
+
+def _prepare(model: Any, draft: Any, method: str | None, length: int) -> tuple[Target, Drafter]:
+    kept = model.__dict__.get(_KEPT)
+    if kept is None or kept.target.model is not model:
+        kept = model.__dict__[_KEPT] = _Kept(Target(model))
+    if isinstance(draft, (str, Path)):
+        if str(draft) not in kept.drafts:
+            kept.drafts[str(draft)] = load_draft(draft, kept.target)
+        draft = kept.drafts[str(draft)]
+    elif isinstance(draft, torch.nn.Module) and hasattr(draft, "generate"):
+        own = draft.__dict__.get(_KEPT)
+        if own is None or own.target.model is not draft:
+            own = draft.__dict__[_KEPT] = _Kept(Target(draft))
+        if own.target.vocab_size != kept.target.vocab_size:
+            raise InputError(
+                f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
+            )
+        draft = StandaloneDraft(own.target)
+    own_base = getattr(draft, "base", "vanilla")
+    usual = "lookup" if draft is None else own_base if own_base in USUAL else f"{own_base}+cape"
+    base, _ = parse_method(method or usual)
+    if draft is not None and base not in DRAFTLESS and base != own_base:
+        raise InputError(f"the draft does not fit method '{method}': try '{usual}'")
+    return kept.target, make_drafter(method or usual, draft, length)
+
+
+@contextmanager
+def _borrowed(*models: Any) -> Iterator[None]:
+    """Our attention on these models, dropout off; all of it as it was when done. What is no model is left alone."""
+    models = tuple(m for m in models if isinstance(m, torch.nn.Module) and hasattr(m, "set_attn_implementation"))
+    attention = [(config, config._attn_implementation) for model in models for config in _configs(model)]
+    training = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+            if _KEPT in model.__dict__:
+                model.set_attn_implementation(ATTENTION)
+        yield
+    finally:
+        for config, name in attention:  # outer configs first: setting one sets those inside it
+            config._attn_implementation = name
+        for module, was in training:
+            module.training = was
+
+
+def _configs(model: Any) -> list[Any]:
+    """Every configuration in a model, each once, outer ones first."""
+    found = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
+    for config in found:  # grows while it is read
+        found += [inner for name in config.sub_configs if (inner := getattr(config, name, None)) is not None]
+    return list({id(config): config for config in found}.values())

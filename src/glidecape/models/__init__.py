@@ -1,1 +1,0 @@
-"""Networks: the target, standalone drafts and GliDe. They know nothing of drafting."""

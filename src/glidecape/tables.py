@@ -1,0 +1,53 @@
+"""Tables of text: the same cells as Markdown and on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 200  # columns of a table that is piped: none is wrapped
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Heads and rows of text; the first column names the row.
+
+    >>> print(TextTable("Two", ["method", "speed-up"], [["plain", "1"], ["glide", "2"]]).markdown())
+    | method | speed-up |
+    |---|---:|
+    | plain | 1 |
+    | glide | 2 |
+    """
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table as Markdown, without its title and a last line break."""
+        lines = [f"| {' | '.join(line)} |" for line in (self.heads, *self.rows)]
+        lines.insert(1, "|---" + "|---:" * (len(self.heads) - 1) + "|")
+        return "\n".join(lines)
+
+    def print(self, console: Console | None = None) -> None:
+        """Draw the table on the terminal, numbers to the right."""
+        from rich.table import Table
+
+        drawn = Table(title=self.title)
+        for i, head in enumerate(self.heads):
+            drawn.add_column(head, justify="right" if i else "left", no_wrap=not i)
+        for row in self.rows:
+            drawn.add_row(*row)
+        (console or wide_console()).print(drawn)
+
+
+def wide_console() -> Console:
+    """A console for tables: wide enough where the output is piped."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)

@@ -1,0 +1,1 @@
+"""The target: any causal LM that decodes token trees on our cache."""

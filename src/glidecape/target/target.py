@@ -1,0 +1,316 @@
+"""`Target`: any transformers causal LM whose attention follows a mask, run on our cache without forked modelling code.
+
+Our attention and mask functions (`attention.py`) are registered under our own name and set on this model alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import DynamicCache, cache_argument, register_attention
+from ..core.cache import KVCache
+from ..core.masks import tree_mask
+from ..core.transfer import to_device
+from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
+from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
+from .loading import load_model
+from .packed import pack as pack_layers
+from .packed import unpack as unpack_layers
+from .quantize import dense
+from .quantize import quantize as quantize_layers
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What a target's forward gives: `logits (batch, nodes, vocab)`, in the model's dtype."""
+
+    logits: Tensor
+
+
+class Target:
+    """A causal LM that decodes token trees on a `KVCache`.
+
+    Args:
+        model: a transformers causal LM; its attention implementation is replaced by ours.
+        tokenizer: needed for text in and out, not for token ids.
+        probe: check at once that trees decode right on this model (a few small forwards).
+        pack: pack the weights for decoding where that is faster (see `packed`), for products in the model's dtype or in
+            the one given. Training unpacks them again.
+
+    Raises:
+        UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
+    """
+
+    chunk = 512  # tokens of a prompt that are read in one forward
+
+    def __init__(self, model: Any, tokenizer: Any = None, probe: bool = True, pack: bool | torch.dtype = False) -> None:
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
+        self.text_config = model.config.get_text_config()
+        refuse_by_config(self.text_config)
+        register_attention(ATTENTION, attention, layer_mask)
+        model.set_attn_implementation(ATTENTION)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._cache_argument = cache_argument(model)
+        self._digest: str | None = None
+        self.quantized: str | None = None  # by whom, where it was done here
+        self.packed = bool(pack) and self._pack(None if pack is True else pack)
+        self.shapes = _kv_shapes(model, self.text_config)
+        if probe:
+            from .probe import probe_target
+
+            try:
+                probe_target(self)
+            except GlideCapeError:
+                raise
+            except Exception as error:
+                reason = (
+                    f"{self.text_config.model_type} cannot run a token tree on our cache: its own code stops with "
+                    f"{type(error).__name__} ({first_line(error)})"
+                )
+                raise UnsupportedError(reason) from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        probe: bool = True,
+        pack: bool | torch.dtype = True,
+        quantize: str | None = None,
+    ) -> Target:
+        """Load a model folder, or a model of the Hub by name; `quantize`: "int8" weights (see `quantize`).
+
+        Raises:
+            CheckpointError: see `loading.load_model`.
+            InputError: an unknown quantizer, or torchao is not installed.
+            UnsupportedError: see the class.
+        """
+        model, tokenizer = load_model(name, dtype, {"revision": revision, "trust_remote_code": trust_remote_code})
+        if quantize is not None:
+            quantize_layers(model, quantize)
+        target = cls(model.to(device), tokenizer, probe, pack)
+        target.quantized = quantize
+        return target
+
+    def _pack(self, products: Any) -> bool:
+        digest = self.weights_digest  # packed weights are in no state_dict
+        packed = pack_layers(self.model, products)
+        self._digest = digest if packed else None
+        return packed
+
+    def unpack(self) -> None:
+        """Undo packing, so that gradients can pass."""
+        unpack_layers(self.model)
+        self.packed, self._digest = False, None
+
+    @property
+    def weights_digest(self) -> str:
+        """`digest_of` the model's weights."""
+        return self._digest if self._digest is not None else digest_of(self.model.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return getattr(self.text_config, "max_position_embeddings", None) or 2**31 - 1
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """ "full_attention", "sliding_attention" or "chunked_attention" for each layer that keeps keys and values."""
+        kinds = getattr(self.text_config, "layer_types", None) or ["full_attention"] * len(self.shapes)
+        return list(kinds)[: len(self.shapes)]
+
+    def query_heads(self, layer: int) -> int:
+        """How many query heads a draft should have to read the keys and values of a layer: a multiple of theirs."""
+        kv_heads, heads = self.shapes[layer][0], self.text_config.num_attention_heads or 0
+        # The configuration of an encoder and decoder counts the encoder's.
+        return heads if heads and heads % kv_heads == 0 else kv_heads
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        found = self.config.eos_token_id if found is None else found
+        if found is None:
+            return ()
+        return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states: what the output head takes, after the final norm."""
+        return self.model.get_output_embeddings().in_features
+
+    def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
+        """An empty cache; with `hidden` every forward writes its last hidden states there, too."""
+        width = self.hidden_size if hidden else 0
+        return KVCache(self.shapes, batch, capacity, self.dtype, self.device, limit_bytes=limit_bytes, hidden=width)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own special tokens.
+
+        Raises:
+            InputError: the prompt is empty, or no text that UTF-8 can write.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt is not UTF-8 text: give it in that encoding") from None
+        ids = self.tokenizer(text)["input_ids"] if text else []
+        if not ids:
+            raise InputError("the prompt is empty: give at least one token to continue")
+        return list(ids)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        ancestors: Tensor | None = None,
+        logits_to_keep: int = 0,
+        mask: Tensor | None = None,
+        scratch_positions: Tensor | None = None,
+    ) -> TargetOutput:
+        """Run the model on scratch slots; their keys and values are written, nothing is committed.
+
+        Args:
+            tokens, positions: `(batch, nodes)`; positions are absolute.
+            ancestors: `(batch, nodes, nodes)`, or None for a chain.
+            logits_to_keep: logits of the last so many nodes only; 0: of all.
+            mask, scratch_positions: for a draft that runs its tree in several forwards: the mask over all slots (instead
+                of `ancestors`) and the positions `(batch, scratch)` of all scratch slots, the queries' last.
+        """
+        causal = ancestors is None and cache.longest + cache.scratch == 0
+        if scratch_positions is None and not causal:
+            mask = tree_mask(cache, ancestors, tokens.shape[1])
+        scratch = positions if scratch_positions is None else scratch_positions
+        token = LAYOUT.set(Layout(cache.lengths, positions, scratch, mask))
+        watch = None if cache.hidden is None else self._body().register_forward_hook(_keep_hidden(cache))
+        try:
+            out = self.model(
+                input_ids=tokens,
+                # Nodes past the context are only ever clipped off; a learned position table must not be overrun by them.
+                position_ids=positions.clamp(max=self.context - 1),
+                **{self._cache_argument: cache},
+                use_cache=True,
+                # Asked for few logits, layers that share keys leave the other tokens out: no hidden states of them.
+                logits_to_keep=logits_to_keep if cache.hidden is None else 0,
+            )
+        finally:
+            LAYOUT.reset(token)
+            if watch is not None:
+                watch.remove()
+        return TargetOutput(out.logits)
+
+    def _body(self) -> nn.Module:
+        """The model without its output head."""
+        body = self.model.base_model
+        return self.model.get_decoder() if body is self.model else body
+
+    def prefill(self, prompts: list[list[int]], cache: KVCache) -> None:
+        """Commit each row's prompt but for its last token, which becomes the root. Rows may differ in length."""
+        while read_chunk(self, prompts, cache):
+            pass
+
+
+def _keep_hidden(cache: KVCache) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if cache.hidden is None or last.shape[-1] != cache.hidden.shape[-1]:
+            raise UnsupportedError(f"this target's last hidden states have width {last.shape[-1]}, not its head's")
+        cache.write_hidden(last.detach())
+
+    return hook
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """sha256 of about 1 MB of fixed weight slices: the same in float32 and in bfloat16 for weights stored in either, another in
+    float16, which rounds small weights differently."""
+    digest, share = hashlib.sha256(), max(64, 2**18 // max(1, len(state)))
+    for name in sorted(state):
+        piece = dense(state[name]).flatten()[:share]
+        if piece.is_floating_point():
+            digest.update(piece.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_chunk(target: Target, rows: list[list[int]], cache: KVCache) -> bool:
+    """Commit the next tokens of each row, `target.chunk` at most and never the last one; False if all were read."""
+    rest = [tokens[n:-1] for n, tokens in zip(cache.host_lengths, rows, strict=True)]
+    width = min(target.chunk, max(map(len, rest)), cache.capacity - cache.longest)
+    if width == 0:
+        return False
+    pieces = [tokens[:width] for tokens in rest]
+    tokens = to_device([piece + [0] * (width - len(piece)) for piece in pieces], target.device)
+    # Padding comes after a row's own tokens, so causal order hides it from them; it is not committed.
+    positions = cache.lengths[:, None] + torch.arange(width, device=target.device)
+    target.forward(tokens, positions, cache, logits_to_keep=1)
+    cache.commit([len(piece) for piece in pieces])
+    return True
+
+
+def refuse_by_config(config: Any) -> None:
+    """Architectures that no mask can make into a tree decoder."""
+    kind = getattr(config, "model_type", "unknown")
+    layers = set(getattr(config, "layer_types", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{kind} is an encoder-decoder model; GlideCape decodes causal language models")
+    unknown = layers - {"full_attention", "sliding_attention", "chunked_attention"}
+    if unknown or getattr(config, "layers_block_type", None) or kind in {"mamba", "mamba2", "rwkv", "falcon_mamba"}:
+        reason = ", ".join(sorted(unknown)) or "recurrent layers"
+        raise UnsupportedError(f"{kind} has {reason}: a recurrent or compressed state cannot hold a token tree")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(f"{kind} keeps a compressed (MLA) cache, which GlideCape does not read yet")
+    if getattr(config, "alibi", False) or kind in {"bloom", "mpt"}:
+        raise UnsupportedError(f"{kind} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
+
+
+def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
+    """`(kv_heads, head_dim)` of each layer, read off a one-token forward (no config field is reliable for all)."""
+    seen: dict[int, tuple[int, int]] = {}
+
+    class Recorder(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if key_states.ndim != 4 or key_states.shape != value_states.shape:
+                raise UnsupportedError(f"{config.model_type} caches keys and values of different shapes")
+            seen[layer_idx] = (key_states.shape[1], key_states.shape[3])
+            return key_states, value_states
+
+    device = model.get_input_embeddings().weight.device
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    token = LAYOUT.set(Layout(one[0], one, one, None))
+    try:
+        with torch.no_grad():
+            model(input_ids=one, position_ids=one, use_cache=True, **{cache_argument(model): Recorder()})
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{config.model_type} does not run on our cache ({type(error).__name__}: {first_line(error)})"
+        ) from None
+    finally:
+        LAYOUT.reset(token)
+    # The last layers of some models have no keys of their own: they read those of an earlier layer.
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if sorted(seen) != list(range(own)):
+        raise UnsupportedError(f"{config.model_type} wrote keys and values for layers {sorted(seen)} of {own}")
+    return [seen[i] for i in sorted(seen)]
