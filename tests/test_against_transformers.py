@@ -58,7 +58,7 @@ def build(kind):
         if p.ndim > 1:
             p.data += 0.004 * torch.randn_like(p)
     target = Target(model)
-    glide = GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+    glide = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target))
     return target, reference, glide, Agreeing(Target(noisy))
 
 
@@ -94,11 +94,11 @@ def drafts_of(method, target, glide, noisy):
     if base == "vanilla":
         return [noisy]
     if base == "medusa":
-        return [MedusaDraft(MedusaModel(MedusaConfig.for_target(target), target))]
+        return [MedusaDraft(MedusaModel.new(MedusaConfig.for_target(target), target))]
     agreeing = Agreeing(noisy.model)
     if method in ("eagle", "eagle+chain"):
         torch.manual_seed(5)
-        return [EagleDraft(EagleModel(EagleConfig.for_target(target), target)), agreeing]
+        return [EagleDraft(EagleModel.new(EagleConfig.for_target(target), target)), agreeing]
     # A draft that is never right costs a round a token: once with each expansion will do.
     return [glide, agreeing] if method in ("glide", "glide+cape", "glide+beam") else [agreeing]
 

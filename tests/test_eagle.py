@@ -38,7 +38,7 @@ def target(request):
 def random_eagle(target):
     """Large random weights, so that every input matters to the output."""
     torch.manual_seed(1)
-    module = EagleModel(EagleConfig.for_target(target), target)
+    module = EagleModel.new(EagleConfig.for_target(target), target)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3 if p.ndim < 2 else 0.15)
     return module
@@ -134,13 +134,13 @@ def test_a_tree_s_nodes_read_the_guess_of_their_own_parent(target):
 
 def test_heads_in_serving_are_heads_in_training(target):
     torch.manual_seed(1)
-    module = MedusaModel(MedusaConfig.for_target(target, 3), target)
+    module = MedusaModel.new(MedusaConfig.for_target(target, 3), target)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
     drafter = make_drafter("medusa", MedusaDraft(module))
     state = start(target, drafter, PROMPTS, SamplingParams(max_new_tokens=12))
     with torch.no_grad():
-        served = module(state.cache.hidden_at(state.cache.lengths[:, None] - 1)[:, 0])
+        served = module.logits(module(state.cache.hidden_at(state.cache.lengths[:, None] - 1)[:, 0]))
         drafter.propose(state)
         assert torch.equal(state.draft.logits, served)
         for row, prompt in enumerate(PROMPTS):
@@ -183,7 +183,7 @@ def test_eagle_s_loss_is_the_formula(target):
 def test_medusa_s_loss_is_the_weighted_mean_of_its_heads(target):
     taught = taught_by(target)
     torch.manual_seed(1)
-    module = MedusaModel(MedusaConfig.for_target(target, 2), target)
+    module = MedusaModel.new(MedusaConfig.for_target(target, 2), target)
     total = 0.0
     for k, weight in ((1, 0.8 / 1.44), (2, 0.64 / 1.44)):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,7 +238,7 @@ def test_kl_on_the_shifted_law_is_what_a_medusa_head_learns(world):
     """Untrained heads are the target's own law one token early; training must bring each nearer to the law it stands for."""
     target = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False)
     trained = load_draft(world["medusa"], target).module
-    raw = MedusaModel(trained.config, target)
+    raw = MedusaModel.new(trained.config, target)
     text = load_streams(world["corpus"], target.tokenizer, target.vocab_size, "all")["valid"].tokens
     tokens = torch.from_numpy(text[: 4 * 48].astype("int64")).view(4, 48)
     taught = Teacher(target, 4, 48, hidden=True).teach(tokens, 0)
@@ -278,7 +278,7 @@ def test_a_trained_draft_decodes_losslessly_and_is_worth_something(world, base):
 
 @pytest.mark.parametrize("base", ["eagle", "medusa"])
 def test_what_is_saved_is_what_is_loaded_and_borrowed_parts_are_not_stored(target, tmp_path, base):
-    module = random_eagle(target) if base == "eagle" else MedusaModel(MedusaConfig.for_target(target), target)
+    module = random_eagle(target) if base == "eagle" else MedusaModel.new(MedusaConfig.for_target(target), target)
     save_network(tmp_path, module, target, "cmd", {"steps": 1}, torch.float32)
     loaded = load_draft(tmp_path, target)
     assert (loaded.base, loaded.figures) == (base, {"steps": 1})

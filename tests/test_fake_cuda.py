@@ -66,10 +66,10 @@ def pair(method: str) -> tuple[Target, Any]:
     if base == "vanilla":
         return target, StandaloneDraft(target)
     if base == "glide":
-        return target, GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+        return target, GlideDraft(GlideModel.new(GlideConfig.for_target(target), target))
     if base == "eagle":
-        return target, EagleDraft(EagleModel(EagleConfig.for_target(target), target))
-    return target, MedusaDraft(MedusaModel(MedusaConfig.for_target(target), target))
+        return target, EagleDraft(EagleModel.new(EagleConfig.for_target(target), target))
+    return target, MedusaDraft(MedusaModel.new(MedusaConfig.for_target(target), target))
 
 
 def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, waits: list) -> int:

@@ -48,7 +48,7 @@ def test_512_greedy_tokens_equal_transformers(kind, record_property, capsys):
     target = Target(model)
     itself, often = Agreeing(Target(copy.deepcopy(reference))), Agreeing(Target(noisy))
     try:
-        rarely = GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+        rarely = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target))
     except GlideCapeError:
         rarely = often
     references = [reference_tokens(reference, p, max_new_tokens=NEW, pad_token_id=0) for p in PROMPTS]

@@ -19,7 +19,7 @@ from glidecape.drafts.glide.adapter import GlideDraft
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
 from glidecape.engine.decode import decode, generate
-from glidecape.errors import CheckpointError, DataError, MismatchError, UnsupportedError
+from glidecape.errors import CheckpointError, DataError, InputError, MismatchError, UnsupportedError
 from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.data import Windows, load_tokens
@@ -135,7 +135,7 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
     torch.manual_seed(0)
     target = build(kind)[0]
     kept = torch.randperm(96)[:60].sort().values if variant == "reduced vocabulary" else None
-    module = GlideModel(GlideConfig.for_target(target, **VARIANTS[variant]), target, kept)
+    module = GlideModel.new(GlideConfig.for_target(target, **VARIANTS[variant]), target, kept)
     with torch.no_grad():  # untrained weights are small: every part should be heard
         for p in module.parameters():
             if p.ndim == 2:
@@ -194,7 +194,7 @@ def test_a_prompt_read_token_by_token_leaves_the_keys_of_one_read_at_once():
     """With two layers: the second one's keys and values depend on what the first one saw of the target."""
     target = build("llama")[0]
     torch.manual_seed(0)
-    draft = GlideDraft(GlideModel(GlideConfig.for_target(target, layers=2), target))
+    draft = GlideDraft(GlideModel.new(GlideConfig.for_target(target, layers=2), target))
     for p in draft.module.parameters():
         torch.nn.init.normal_(p, std=0.12)
     ids, positions = torch.tensor([[7, 11, 13, 17, 19, 23]]), torch.arange(6)[None]
@@ -217,7 +217,7 @@ def test_a_window_over_one_text_is_read_as_its_newest_slots(layers):
     """What one query sees without a mask it sees with the window's mask, too."""
     target = build("llama")[0]
     torch.manual_seed(0)
-    draft = GlideDraft(GlideModel(GlideConfig.for_target(target, layers=layers, window=5), target))
+    draft = GlideDraft(GlideModel.new(GlideConfig.for_target(target, layers=layers, window=5), target))
     for p in draft.module.parameters():
         torch.nn.init.normal_(p, std=0.12)
     ids, positions = torch.arange(3, 15)[None], torch.arange(12)[None]
@@ -282,7 +282,7 @@ def test_a_draft_overfitted_to_one_sample_reaches_the_acceptance_length_that_imp
         loss.backward()
         optimizer.step()
     target.model.eval().requires_grad_(False)
-    module = GlideModel(GlideConfig.for_target(target), target)
+    module = GlideModel.new(GlideConfig.for_target(target), target)
     teacher = Teacher(target, 1, 64, hidden=True)
     taught = teacher(ids)
     made = torch.optim.AdamW(module.parameters(), lr=3e-3)
@@ -362,3 +362,33 @@ def test_a_draft_of_another_target_is_refused_and_other_weights_are_noted(world)
             p.mul_(1.5)
     with pytest.warns(UserWarning, match="other weights"):
         load_draft(world["glide"], target)
+
+
+def test_a_draft_network_knows_neither_target_nor_cache() -> None:
+    """Unbound, from tensors of another engine's making, it gives what it gives when bound."""
+    target = build("llama")[0]
+    bound = GlideModel.new(GlideConfig.for_target(target), target)
+    free = GlideModel(bound.config)
+    free.load_state_dict(bound.state_dict())
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    positions = torch.arange(8)[None]
+    heads, size = bound.config.target_kv_heads, bound.config.target_head_dim
+    generator = torch.Generator().manual_seed(1)
+    cross = {n: tuple(torch.randn(2, 1, heads, 8, size, generator=generator)) for n in bound.config.layers_read}
+    visible = positions - 1
+    stored = {}
+
+    def attention(layer, q, k, v, scale):
+        stored[layer] = k, v
+        weights = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale).masked_fill(
+            torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf")
+        )
+        return (weights.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        found = free(bound.embeddings(tokens), bound.rotary(positions), cross, visible, attention)
+        wanted = bound.hidden(tokens, positions, cross, visible)
+    torch.testing.assert_close(found, wanted)
+    assert list(stored) == [0]
+    with pytest.raises(InputError, match=r"call bind\(target\) first"):
+        free.logits(found)

@@ -188,7 +188,7 @@ def check(kind):
             drafters[method] = make_drafter(method, StandaloneDraft(Target(noisy)))
         note = ""
         try:
-            glide = GlideDraft(GlideModel(GlideConfig.for_target(target), target))
+            glide = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target))
             drafters["glide+cape"] = make_drafter("glide+cape", glide)
         except GlideCapeError as error:
             note = f"without GliDe: {_sentence(error)}"

@@ -1,13 +1,15 @@
-"""The target's embedding and head, lent to a draft."""
+"""What a draft takes from its target: embedding, head and rotary embedding."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..target.packed import PackedLinear, packable
+from .rotary import KV, TargetRotary
 
 if TYPE_CHECKING:
     from ..target.target import Target
@@ -19,7 +21,13 @@ class Borrowed:
     Where a reduced vocabulary is meant, `kept (draft_vocab,)` names the rows of the head that are used.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, rotary_layer: int | None = None) -> None:
+        """With a `rotary_layer`, `rotary` makes the cosines and sines of that layer of the target.
+
+        Raises:
+            UnsupportedError: that layer does not rotate by cosines and sines.
+        """
+        self.rotary = None if rotary_layer is None else TargetRotary(target, rotary_layer)
         self.embedding: Any = target.model.get_input_embeddings()
         self.head: Any = target.model.get_output_embeddings()
         self._served: nn.Module | None = None
@@ -47,3 +55,38 @@ class Borrowed:
             weight, bias = weight[kept], None if bias is None else bias[kept]
         if weight.dtype != products or kept is not None:
             self._served = PackedLinear(weight, bias, products)
+
+
+class DraftNetwork(nn.Module):
+    """A draft's own weights. `forward` takes and gives tensors, and knows neither a target nor a cache.
+
+    `bind` joins it to a target, from which it takes embedding, head and rotary embedding: they are no parameters of it.
+    """
+
+    rotary_layer: int | None = None
+    _borrowed: Borrowed | None = None
+
+    def bind(self, target: Target) -> Self:
+        """Take what it needs from this target, and go to its device.
+
+        Raises:
+            UnsupportedError: the target cannot give what the configuration asks for.
+        """
+        self._borrowed = Borrowed(target, self.rotary_layer)
+        return self.to(target.device)
+
+    @property
+    def borrowed(self) -> Borrowed:
+        """What it took.
+
+        Raises:
+            InputError: nothing yet.
+        """
+        if self._borrowed is None:
+            raise InputError(f"this {type(self).__name__} knows no target yet: call bind(target) first")
+        return self._borrowed
+
+    def rotary(self, positions: Tensor) -> tuple[KV, KV | None]:
+        """See `TargetRotary`, for positions `(batch, queries)`."""
+        assert self.borrowed.rotary is not None
+        return self.borrowed.rotary(positions)

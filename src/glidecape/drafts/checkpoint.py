@@ -218,7 +218,7 @@ def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None)
         config = checked(form, fields)
         check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
         _check_config(config, target, path)
-        module = network(config, target)
+        module = network(config).bind(target)
         module.load_state_dict(_read_tensors(path, card, config, module))
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None

@@ -190,17 +190,17 @@ def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = No
         return LlamaForCausalLM(config).float().to(target.device)
     deepest: dict[str, Any] = {"max_lag": recipe.max_lag} if recipe.max_lag else {}
     if recipe.kind == "eagle":
-        return EagleModel(EagleConfig.for_target(target, **deepest), target).float()
+        return EagleModel.new(EagleConfig.for_target(target, **deepest), target).float()
     if recipe.kind == "medusa":
         heads = {"heads": recipe.max_lag} if recipe.max_lag else {}
-        return MedusaModel(MedusaConfig.for_target(target, **heads), target).float()
+        return MedusaModel.new(MedusaConfig.for_target(target, **heads), target).float()
     config = glide_config(target, recipe)
     kept = None
     if config.draft_vocab:
         if text is None:
             raise InputError("a reduced vocabulary needs text to count tokens in: name it with --data")
         kept = frequent_tokens(text, config.draft_vocab, target.vocab_size, target.eos_token_ids)
-    return GlideModel(config, target, kept).float()
+    return GlideModel.new(config, target, kept).float()
 
 
 def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.cache import KVCache
+from ..self_attention import Cached
 from .network import EagleModel
 
 
@@ -28,7 +29,7 @@ class EagleDraft:
         return KVCache([(c.kv_heads, c.head_dim)], batch, capacity, dtype, device, hidden=c.hidden_size)
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
-        self.module.write_keys_values(tokens, positions, target_cache.hidden_at(positions - 1), own)
+        own.write(0, *self.module.keys_values(tokens, positions, target_cache.hidden_at(positions - 1)))
 
     def step(
         self,
@@ -45,6 +46,6 @@ class EagleDraft:
             features = target_cache.hidden_at(positions - 1)
         else:
             features = own.hidden_at(own.lengths[:, None] + parents)
-        hidden = self.module.hidden(tokens, positions, features, own, own_mask)
+        hidden = self.module.hidden(tokens, positions, features, Cached(own, own_mask))
         own.write_hidden(hidden)
         return self.module.logits(hidden)

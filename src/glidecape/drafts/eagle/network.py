@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ...core.cache import KVCache
-from ...target.attention import attend
 from ...target.packed import draft_products, pack
-from ..borrowed import Borrowed
+from ..borrowed import DraftNetwork
 from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
-from ..rotary import TargetRotary
+from ..self_attention import SelfAttention, WholeSequence
 from .config import EagleConfig
 
 if TYPE_CHECKING:
@@ -59,36 +57,36 @@ class EagleLayer(nn.Module):
         turned = rotate(heads[:, : -self.kv_heads], *rotary)
         return turned[:, : self.heads], turned[:, self.heads :], heads[:, -self.kv_heads :]
 
-    def forward(self, x: Tensor, rotary: KV, own: KVCache | None, own_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: KV, self_attention: SelfAttention) -> Tensor:
         """The residual stream `(batch, queries, hidden_size)` after the layer."""
         q, k, v = self._queries_keys_values(x, rotary)
-        if own is not None:
-            k, v = own.write(0, k, v)
-        x = x + self.out(attend(q, k, v, own_mask, self.scale, causal=own is None))
+        x = x + self.out(self_attention(0, q, k, v, self.scale))
         return x + self.ffn(self.ffn_norm(x))
 
 
-class EagleModel(nn.Module):
-    """The draft network, bound to its target's embedding, head and rotary embedding.
-
-    Raises:
-        UnsupportedError: the target does not rotate by cosines and sines.
-    """
+class EagleModel(DraftNetwork):
+    """The draft network."""
 
     kind: ClassVar[str] = "eagle"
 
-    def __init__(self, config: EagleConfig, target: Target) -> None:
+    def __init__(self, config: EagleConfig) -> None:
         super().__init__()
-        self.config = config
-        self._borrowed = Borrowed(target)
-        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.layer),)  # in a tuple: no module of ours
+        self.config, self.rotary_layer = config, config.layer
         self.join = nn.Linear(config.embed_width + config.hidden_size, config.hidden_size)
         self.layers = nn.ModuleList([EagleLayer(config)])
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.join.bias)
-        self.to(target.device)
+
+    @classmethod
+    def new(cls, config: EagleConfig, target: Target) -> EagleModel:
+        """An untrained draft for a target, bound to it.
+
+        Raises:
+            UnsupportedError: the target does not rotate by cosines and sines.
+        """
+        return cls(config).bind(target)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,37 +99,39 @@ class EagleModel(nn.Module):
         cast("EagleLayer", self.layers[0]).serve()
         products = draft_products(self.dtype)
         pack(self, products)
-        self._borrowed.serve(products)
+        self.borrowed.serve(products)
         return self
 
-    def _input(self, tokens: Tensor, features: Tensor) -> Tensor:
-        return self.join(torch.cat([self._borrowed.embed(tokens, self.dtype), features.to(self.dtype)], -1))
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """`(batch, queries, embed_width)` of tokens `(batch, queries)`."""
+        return self.borrowed.embed(tokens, self.dtype)
 
-    def write_keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor, own: KVCache) -> None:
-        """All that it needs of committed tokens: they depend on no other token."""
+    def _joined(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        return self.join(torch.cat([embeddings, features.to(self.dtype)], -1))
+
+    def keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor) -> KV:
+        """All that it needs of committed tokens, `(batch, kv_heads, tokens, head_dim)`: they depend on no other token."""
         layer: Any = self.layers[0]
-        own.write(0, *layer.keys_values(self._input(tokens, features), self._rotary[0](positions)[0]))
+        return layer.keys_values(self._joined(self.embeddings(tokens), features), self.rotary(positions)[0])
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        features: Tensor,
-        own: KVCache | None = None,
-        own_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, rotary: KV, features: Tensor, self_attention: SelfAttention) -> Tensor:
         """Guessed features `(batch, queries, hidden_size)`.
 
         Args:
-            tokens, positions: `(batch, queries)`.
+            embeddings: `(batch, queries, embed_width)`.
+            rotary: cosines and sines of the queries' positions.
             features: `(batch, queries, hidden_size)` of the position before each query, true or guessed.
-            own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
-                queries are whole sequences from position 0.
-            own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
+            self_attention: stores the queries' own keys and values, and attends.
         """
-        rotary, _ = self._rotary[0](positions)
-        return self.layers[0](self._input(tokens, features), rotary, own, own_mask)
+        return self.layers[0](self._joined(embeddings, features), rotary, self_attention)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, features: Tensor, self_attention: SelfAttention | None = None
+    ) -> Tensor:
+        """`forward` of tokens and positions `(batch, queries)`; without `self_attention` they are whole sequences."""
+        attention = self_attention or WholeSequence()
+        return self(self.embeddings(tokens), self.rotary(positions)[0], features, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(batch, queries, vocab)`."""
-        return self._borrowed.logits(hidden)
+        return self.borrowed.logits(hidden)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.cache import KVCache
 from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from ..self_attention import Cached
 from .network import GlideModel
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class GlideDraft:
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         if self.config.layers == 1:
-            self.module.write_first_keys_values(tokens, positions, own)
+            own.write(0, *self.module.first_keys_values(tokens, positions))
         else:
             mask = tree_mask(own, None, tokens.shape[1])
             self.step(tokens, positions, own, mask, target_cache, positions, logits=False)
@@ -59,10 +60,8 @@ class GlideDraft:
             positions,
             {layer: target_cache.committed(layer) for layer in self.config.layers_read},
             self._visible(positions, target_cache),
-            own,
-            mask,
+            Cached(own, mask, recent),
             self._glimpse(positions, own, target_cache, parents) if self.config.glimpse else None,
-            recent,
         )
         if own.hidden is not None:
             own.write_hidden(hidden)

@@ -1,8 +1,8 @@
 """GliDe: a draft of one or two layers that cross-attends to the target's own keys and values.
 
 A layer is self-attention, then cross-attention to the cache of target layers, then a feed-forward network, each added to
-the residual stream. The module is plain tensors in, tensors out: trainer and decode loop call the same `hidden`, and only
-fill in `visible` and `glimpse` differently.
+the residual stream. `forward` is plain tensors in, tensors out: trainer and decode loop call the same, and only fill in
+`visible`, `self_attention` and `glimpse` differently.
 
 Source: GliDe paper, section 4.1. Differs in the default preset, as LongSpec repaired it: a norm before the
 cross-attention, embedding and head shared with the target and frozen, the first block's cross-attention is zero. The
@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ...core.cache import KVCache
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
 from ...target.packed import draft_products, pack
-from ..borrowed import Borrowed
+from ..borrowed import DraftNetwork
 from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
-from ..rotary import TargetRotary
+from ..self_attention import SelfAttention, WholeSequence
 from .config import GlideConfig
 
 if TYPE_CHECKING:
@@ -137,43 +136,32 @@ class GlideLayer(nn.Module):
         rotary: KV,
         cross_rotary: KV | None,
         read: Readable,
-        own: KVCache | None,
-        own_mask: Tensor | None,
+        self_attention: SelfAttention,
         glimpse: Tensor | None = None,
-        recent: int = 0,
     ) -> Tensor:
         """The residual stream `(batch, queries, width)` after the layer; `glimpse` joins all of it but keys and values."""
         seen = x if glimpse is None else x + glimpse
         q, k, v = self._queries_keys_values(x, seen, rotary)
-        if own is not None:
-            k, v = own.write(self.number, k, v)
-            k, v = k[:, :, -recent:], v[:, :, -recent:]  # 0: all
-        x = seen + self.self_out(attend(q, k, v, own_mask, self.scale, causal=own is None and own_mask is None))
+        x = seen + self.self_out(self_attention(self.number, q, k, v, self.scale))
         if self.cross is not None and not read.empty:
             x = x + self.cross(x, cross_rotary, read)
         return x + self.ffn(self.ffn_norm(x))
 
 
-class GlideModel(nn.Module):
-    """The draft network, bound to its target's embedding, head and rotary embedding.
-
-    The target's parts are borrowed, not owned: they are no parameters of this module and not in its checkpoint. Where
-    the draft's width is another than theirs, a projection stands between.
+class GlideModel(DraftNetwork):
+    """The draft network. Where its width is another than the target's, a projection stands between.
 
     Args:
         kept: `(draft_vocab,)` the tokens that it can propose, where the configuration reduces the vocabulary.
-
-    Raises:
-        UnsupportedError: the configuration asks for something that this target cannot give.
     """
 
     kind: ClassVar[str] = "glide"
     kept: Tensor
 
-    def __init__(self, config: GlideConfig, target: Target, kept: Tensor | None = None) -> None:
+    def __init__(self, config: GlideConfig, kept: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self._borrowed = Borrowed(target) if config.share_embedding else None
+        self.rotary_layer = config.reads[-1][-1]  # layers of one kind rotate alike
         if config.draft_vocab:
             self.register_buffer("kept", torch.arange(config.draft_vocab) if kept is None else kept.long())
         if config.share_embedding:
@@ -186,8 +174,6 @@ class GlideModel(nn.Module):
             self.head = linear(config.width, config.draft_vocab or config.vocab_size)
         if config.glimpse:
             self.look, self.recall = linear(config.hidden_size, config.width), linear(config.width, config.width)
-        # Layers of one kind rotate alike.
-        self._rotary: tuple[Any, ...] = (TargetRotary(target, config.reads[-1][-1]),)
         self.layers = nn.ModuleList([GlideLayer(config, m) for m in range(config.layers)])
         self.norm = RMSNorm(config.width, config.eps)
         for module in self.modules():
@@ -197,30 +183,40 @@ class GlideModel(nn.Module):
             # It begins as the draft without a glimpse: hidden states are ten times as large as embeddings.
             nn.init.zeros_(self.look.weight)
             nn.init.zeros_(self.recall.weight)
+
+    @classmethod
+    def new(cls, config: GlideConfig, target: Target, kept: Tensor | None = None) -> GlideModel:
+        """An untrained draft for a target, bound to it.
+
+        Raises:
+            UnsupportedError: the configuration asks for something that this target cannot give.
+        """
+        module = cls(config, kept)
         if config.share_embedding and (final := _final_norm(target)) is not None and final.shape[0] == config.width:
             # The head expects the scale of the target's last hidden state.
             with torch.no_grad():
-                self.norm.weight.copy_(final.float())
-        self.to(target.device)
+                module.norm.weight.copy_(final.float())
+        return module.bind(target)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if self._borrowed is None:
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """`(batch, queries, width)` of tokens `(batch, queries)`."""
+        if not self.config.share_embedding:
             return self.embed(tokens)
-        x = self._borrowed.embed(tokens, self.dtype)
+        x = self.borrowed.embed(tokens, self.dtype)
         # The residual stream stays in the module's dtype, whatever autocast makes of a product.
         return self.bring(x).to(self.dtype) if self.config.width != self.config.embed_width else x
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the tokens that it can propose: `(batch, queries, draft_vocab)`, or the target's vocabulary."""
-        if self._borrowed is None:
+        if not self.config.share_embedding:
             return self.head(hidden)
         if self.config.width != self.config.hidden_size:
             hidden = self.give(hidden)
-        return self._borrowed.logits(hidden, self.kept if self.config.draft_vocab else None)
+        return self.borrowed.logits(hidden, self.kept if self.config.draft_vocab else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(batch, queries, vocab)`: of a reduced vocabulary mapped back, -inf for what it cannot propose."""
@@ -238,54 +234,59 @@ class GlideModel(nn.Module):
             cast("GlideLayer", layer).serve()
         products = draft_products(self.dtype)
         pack(self, products)
-        if self._borrowed is not None:
-            self._borrowed.serve(products, self.kept if self.config.draft_vocab else None)
+        if self.config.share_embedding:
+            self.borrowed.serve(products, self.kept if self.config.draft_vocab else None)
         return self
 
-    def write_first_keys_values(self, tokens: Tensor, positions: Tensor, own: KVCache) -> None:
-        """All that a draft of one layer needs of committed tokens: two projections of their embeddings."""
+    def first_keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
+        """All that a draft of one layer needs of committed tokens: two projections of their embeddings.
+
+        Keys and values `(batch, heads, tokens, head_dim)` of the first layer.
+        """
         layer: Any = self.layers[0]
-        rotary, _ = self._rotary[0](positions)
-        own.write(0, *layer.keys_values(layer.self_norm(self._embed(tokens)), *rotary))
+        return layer.keys_values(layer.self_norm(self.embeddings(tokens)), *self.rotary(positions)[0])
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        rotary: tuple[KV, KV | None],
+        cross_kv: dict[int, KV],
+        visible: Tensor | None,
+        self_attention: SelfAttention,
+        glimpse: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states `(batch, queries, width)`, after the final norm.
+
+        Args:
+            embeddings: `(batch, queries, width)`.
+            rotary: cosines and sines for the draft's own heads and for its cross-attention (None: it does not rotate).
+            cross_kv: keys and values `(batch, kv_heads, keys, head_dim)` of the target layers that are read, by number.
+            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all.
+            self_attention: stores the queries' own keys and values, and attends.
+            glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
+        """
+        x, (own_rotary, cross_rotary) = embeddings, rotary
+        read = Readable(cross_kv if self.config.cross_attention else {}, visible)
+        for layer in self.layers:
+            x = layer(x, own_rotary, cross_rotary, read, self_attention, glimpse)
+            glimpse = None
+        return self.norm(x)
 
     def hidden(
         self,
         tokens: Tensor,
         positions: Tensor,
-        target_kv: dict[int, KV],
+        cross_kv: dict[int, KV],
         visible: Tensor | None,
-        own: KVCache | None = None,
-        own_mask: Tensor | None = None,
+        self_attention: SelfAttention | None = None,
         glimpse: Tensor | None = None,
-        recent: int = 0,
     ) -> Tensor:
-        """Last hidden states `(batch, queries, width)`, after the final norm.
-
-        Args:
-            tokens, positions: `(batch, queries)`.
-            target_kv: keys and values `(batch, kv_heads, keys, head_dim)` of the target layers that are read, by number.
-            visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all.
-            own: the draft's cache while decoding; the queries are written to its scratch. None while training: the
-                queries are whole sequences from position 0.
-            own_mask: `(batch, 1, queries, slots)` for `own`; None: every slot.
-            recent: where one query sees every slot, the newest slots that its window holds; 0: all.
-            glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
-        """
-        x = self._embed(tokens)
-        rotary, cross_rotary = self._rotary[0](positions)
-        if own is None and self.config.window and tokens.shape[1] > self.config.window:
-            own_mask = window_mask(positions, positions, self.config.window)
-        read = Readable(target_kv if self.config.cross_attention else {}, visible)
-        for layer in self.layers:
-            x = layer(x, rotary, cross_rotary, read, own, own_mask, glimpse, recent)
-            glimpse = None
-        return self.norm(x)
-
-    def forward(
-        self, tokens: Tensor, positions: Tensor, target_kv: dict[int, KV], visible: Tensor | None, **more: Any
-    ) -> Tensor:
-        """Draft logits `(batch, queries, vocab)`; arguments as of `hidden`."""
-        return self.logits(self.hidden(tokens, positions, target_kv, visible, **more))
+        """`forward` of tokens and positions `(batch, queries)`; without `self_attention` they are whole sequences."""
+        window = self.config.window
+        if self_attention is None:
+            windowed = window and tokens.shape[1] > window
+            self_attention = WholeSequence(window_mask(positions, positions, window) if windowed else None)
+        return self(self.embeddings(tokens), self.rotary(positions), cross_kv, visible, self_attention, glimpse)
 
 
 def _final_norm(target: Target) -> Tensor | None:

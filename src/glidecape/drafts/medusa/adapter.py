@@ -21,4 +21,4 @@ class MedusaDraft:
 
     def all_depths(self, target_cache: KVCache) -> Tensor:
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
-        return self.module(target_cache.hidden_at(target_cache.lengths[:, None] - 1)[:, 0])
+        return self.module.logits(self.module(target_cache.hidden_at(target_cache.lengths[:, None] - 1)[:, 0]))

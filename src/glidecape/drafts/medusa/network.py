@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...target.packed import draft_products, pack
-from ..borrowed import Borrowed
+from ..borrowed import DraftNetwork
 from .config import MedusaConfig
 
 if TYPE_CHECKING:
@@ -34,18 +34,21 @@ class ResidualBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
-class MedusaModel(nn.Module):
-    """The heads, bound to their target's vocabulary head."""
+class MedusaModel(DraftNetwork):
+    """The heads."""
 
     kind: ClassVar[str] = "medusa"
 
-    def __init__(self, config: MedusaConfig, target: Target) -> None:
+    def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
-        self._borrowed = Borrowed(target)
         self.layers = nn.ModuleList([ResidualBlock(config.hidden_size) for _ in range(config.heads)])
         self._served_dtype: torch.dtype | None = None
-        self.to(target.device)
+
+    @classmethod
+    def new(cls, config: MedusaConfig, target: Target) -> MedusaModel:
+        """Untrained heads for a target, bound to it."""
+        return cls(config).bind(target)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,14 +60,18 @@ class MedusaModel(nn.Module):
         self._served_dtype = self.dtype  # packed weights are no parameters
         products = draft_products(self.dtype)
         pack(self, products)
-        self._borrowed.serve(products)
+        self.borrowed.serve(products)
         return self
 
     def head_logits(self, number: int, hidden: Tensor) -> Tensor:
         """Logits `(batch, queries, vocab)` of one head, from hidden states `(batch, queries, hidden_size)`."""
-        return self._borrowed.logits(self.layers[number](hidden.to(self.dtype)))
+        return self.borrowed.logits(self.layers[number](hidden.to(self.dtype)))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits of every head, `(batch, heads, vocab)`, from hidden states `(batch, hidden_size)`."""
+        """What every head makes of hidden states `(batch, hidden_size)`, for `logits`: `(batch, heads, hidden_size)`."""
         hidden = hidden.to(self.dtype)
-        return self._borrowed.logits(torch.stack([layer(hidden) for layer in self.layers], 1))
+        return torch.stack([layer(hidden) for layer in self.layers], 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(batch, heads, vocab)`."""
+        return self.borrowed.logits(hidden)
