@@ -217,7 +217,7 @@ def test_a_draft_that_runs_accepted_tokens_again_has_the_target_law(
 @pytest.mark.parametrize(
     "expansion", [Chain, TREES["static of 2 and 5"], TREES["tree of 2 and 4"]], ids=["chain", "static", "tree"]
 )
-def test_heads_that_foretell_all_depths_have_the_target_law(
+def test_heads_that_predict_all_depths_have_the_target_law(
     expansion: Callable[[], Expansion], stop: str, params: str
 ) -> None:
     drafter = MedusaDrafter(ToyHeads(DRAFT), expansion(), STOPS[stop]())

@@ -92,7 +92,7 @@ def rounds_on_paper(matches, first, end, length):
 
 
 def test_acceptance_in_training_is_acceptance_in_serving():
-    """Teacher-forced forwards, as training takes them, foretell alpha of real decoding to one point."""
+    """Teacher-forced forwards, as training takes them, predict alpha of real decoding to one point."""
     if not (PAIR / "target" / "config.json").is_file():
         pytest.skip("the shipped pair models/pysource is not in this checkout")
     import json

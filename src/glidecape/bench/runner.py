@@ -140,7 +140,7 @@ def _refuse_seen(plan: Plan) -> None:
 
 def _calibration(plan: Plan) -> tuple[list[list[int]], SamplingParams]:
     """Token ids of the calibration prompts, greedily of those that don't loop, as what is tested, unless all do; and how
-    they are decoded. An answer ends where it ends: what comes after is easy to foretell."""
+    they are decoded. An answer ends where it ends: what comes after is easy to predict."""
     assert plan.calibration is not None
     items = draw(plan.target, [plan.calibration], replace(plan.settings, batch=1)).items
     chosen = [item for item in items if item.kind == "steady"] or items

@@ -94,7 +94,7 @@ def _open(
     read = read_suites([one for one in suite.split(",") if one.strip()], suites)
     dtype, device, threads, revision, trust = machine
     model = load_target(target, dtype, device, threads, revision, trust)
-    # An answer that is decoded past its end is nothing that anybody asks for, and easy to foretell.
+    # An answer that is decoded past its end is nothing that anybody asks for, and easy to predict.
     chat = bool(getattr(model.tokenizer, "chat_template", None)) and any(
         p.conversation for s in read for p in s.prompts
     )

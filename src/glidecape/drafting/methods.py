@@ -133,7 +133,7 @@ def make_drafter(
 
 
 def joined(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:
-    """The drafter of a draft of either kind: one that runs node by node, or one that foretells all depths at once."""
+    """The drafter of a draft of either kind: one that runs node by node, or one that predicts all depths at once."""
     if isinstance(draft, DepthModel):
         return MedusaDrafter(draft, expansion, stop)
     return ModelDrafter(draft, expansion, stop)

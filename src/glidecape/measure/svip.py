@@ -70,7 +70,7 @@ def study_svip(
     lengths = lengths or Lengths()
     if params.temperature > 0 and params.sampling != NOISE:
         raise InputError(
-            "the oracle knows what will be accepted: under the residual rule nobody does; use shared noise"
+            "the oracle knows what will be accepted: under the residual rule that cannot be known; use shared noise"
         )
     if not calibration or {tuple(p) for p in prompts} & {tuple(p) for p in calibration}:
         raise InputError("SVIP's threshold is fitted on calibration prompts that are none of those measured: give some")

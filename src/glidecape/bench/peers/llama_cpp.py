@@ -33,7 +33,7 @@ PROGRAM = "llama-server"
 FOLDER = "GLIDECAPE_PEERS"  # environment variable: the folder that `make peers` made
 START_S = 120.0  # to load a model
 ANSWER_S = 3600.0
-# A server outlives nobody: its keeper ends it when the pipe from this process closes, even by SIGKILL.
+# A server never outlives this process: its keeper ends it when the pipe from this process closes, even by SIGKILL.
 KEEPER = 'exec 3<&0; "$@" </dev/null & pid=$!; (read -r _ <&3; kill $pid) 2>/dev/null & wait $pid'
 
 
@@ -56,7 +56,7 @@ def find_program(name: str = PROGRAM) -> Path:
 
 
 class _Socket(http.client.HTTPConnection):
-    """HTTP over a Unix socket: no port to choose, nobody else can ask."""
+    """HTTP over a Unix socket: no port to choose, no other program can reach it."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -78,7 +78,7 @@ class LlamaServer:
         draft_length: tokens drafted a round; not used without a draft.
         program: None: see `find_program`.
 
-    It ends when nobody holds it any more, or with this process.
+    It ends when the last reference to it is gone, or with this process.
 
     Raises:
         InputError: the program is not there, or it ended before it was ready.

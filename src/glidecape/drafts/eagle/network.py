@@ -1,4 +1,4 @@
-"""EAGLE: a draft of one layer that foretells the target's last hidden states, its features.
+"""EAGLE: a draft of one layer that predicts the target's last hidden states, its features.
 
 At position j it reads the embedding of token j joined with the target's feature of position j - 1, and gives a guess of
 the feature of position j, from which the target's own head makes logits. Below the root of a round it reads its own guess
@@ -45,7 +45,7 @@ class EagleLayer(nn.Module):
         return rotate(split_heads(k, self.kv_heads), *rotary), split_heads(v, self.kv_heads)
 
     def serve(self) -> None:
-        """One product for queries, keys and values while decoding: there a product of few rows costs its call."""
+        """Share one matmul among Q, K and V: with few rows, call overhead dominates it."""
         assert self.q is not None
         self.qkv, self.q = side_by_side(self.q, self.kv), None
 

@@ -111,7 +111,7 @@ class GlideLayer(nn.Module):
         return rotate(split_heads(k, self.heads), cos, sin), split_heads(v, self.heads)
 
     def serve(self) -> None:
-        """One product for queries, keys and values while decoding: there a product of few rows costs its call."""
+        """Share one matmul among Q, K and V: with few rows, call overhead dominates it."""
         assert self.q is not None
         self.qkv, self.q = side_by_side(self.q, self.kv), None
 

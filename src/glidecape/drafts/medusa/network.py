@@ -1,4 +1,4 @@
-"""Medusa-1: heads that each foretell one token further ahead, all from one of the target's last hidden states.
+"""Medusa-1: heads that each predict one token further ahead, all from one of the target's last hidden states.
 
 Head k, a residual block and a vocabulary head, guesses the token k places after the root from the hidden state of the
 token before the root. No head sees the root or another head's token, so all depths are made in one call.
