@@ -51,7 +51,7 @@ def read_card_text(text: str, kinds: tuple[str, ...]) -> Card:
     """The card in a draft file's metadata.
 
     Raises:
-        ValueError: it is not a card, has a newer format, or of an unknown kind; the message says which field is wrong.
+        ValueError: it is not a card, or it has a newer format or an unknown kind; the message says which field is wrong.
     """
     try:
         fields = json.loads(text)
