@@ -52,6 +52,8 @@ class KVCache(Cache):
         keys, values: of each layer, of all row slots.
         hidden: `(rows, capacity, width)` or None; slots as those of the keys.
         scratch: scratch slots in use before the next write, the same in each row.
+        longest: most committed tokens of a row.
+        ragged: do the rows' lengths differ?
 
     Raises:
         InputError: the cache would need more memory than `limit_bytes` (the amount is named), or a write does not fit.
@@ -97,10 +99,15 @@ class KVCache(Cache):
     def use(self, first: int, last: int) -> None:
         """Run the row slots `first` to `last` - 1 from now on; all other calls are about these rows."""
         self.rows = slice(first, last)
+        # Views of these rows, made once: every layer of every forward writes through them.
+        self._own = [(k[self.rows], v[self.rows]) for k, v in zip(self.keys, self.values, strict=True)]
         self._forget()
 
     def _forget(self) -> None:
+        """Nothing is in scratch, and what depends on the rows' lengths is made anew."""
         self.scratch = 0
+        self.longest = max(self.host_lengths, default=0)
+        self.ragged = len(set(self.host_lengths)) > 1
         self._slots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -112,15 +119,6 @@ class KVCache(Cache):
     def host_lengths(self) -> list[int]:
         """The same numbers on the host."""
         return self._host_lengths[self.rows]
-
-    @property
-    def longest(self) -> int:
-        return max(self.host_lengths)
-
-    @property
-    def ragged(self) -> bool:
-        """Do the rows' lengths differ?"""
-        return len(set(self.host_lengths)) > 1
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +141,7 @@ class KVCache(Cache):
         end = self.longest + self.scratch + count
         if end > self.capacity:
             raise InputError(f"the cache holds {self.capacity} tokens a row, but {end} are needed")
-        own_keys, own_values = self.keys[layer][self.rows], self.values[layer][self.rows]
+        own_keys, own_values = self._own[layer]
         if self.ragged:
             at = self._next_slots(count, own_keys.device)
             own_keys.transpose(1, 2)[at] = keys.transpose(1, 2)
@@ -183,8 +181,8 @@ class KVCache(Cache):
 
         Rows shorter than the longest hold unspecified values past their length.
         """
-        end = self.longest
-        return self.keys[layer][self.rows, :, :end], self.values[layer][self.rows, :, :end]
+        own_keys, own_values = self._own[layer]
+        return own_keys[:, :, : self.longest], own_values[:, :, : self.longest]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the scratch slots named by its path (ascending), and drop the rest."""
@@ -200,7 +198,7 @@ class KVCache(Cache):
         slots, start = to_device(table, self.device), self.lengths[:, None]
         source, goal = start + slots, start + torch.arange(first, last, device=self.device)
         rows = torch.arange(len(paths), device=self.device)[:, None]
-        stores = [t[self.rows].transpose(1, 2) for t in (*self.keys, *self.values)]
+        stores = [t.transpose(1, 2) for own in self._own for t in own]
         for store in [*stores, *([] if self.hidden is None else [self.hidden[self.rows]])]:
             at = store.device
             store[rows.to(at), goal.to(at)] = store[rows.to(at), source.to(at)]
@@ -229,11 +227,13 @@ class KVCache(Cache):
             self.hidden[goal, :length] = self.hidden[source, :length]
         self._host_lengths[goal] = length
         self._lengths[goal] = self._lengths[source]
+        self._forget()
 
     def clear(self, row: int) -> None:
         """Forget all of row slot `row`."""
         self._host_lengths[row] = 0
         self._lengths[row] = 0
+        self._forget()
 
     # --- what transformers calls on its `Cache`
 

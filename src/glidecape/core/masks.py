@@ -18,12 +18,8 @@ class Rows(Protocol):
     @property
     def lengths(self) -> Tensor: ...
 
-    @property
-    def longest(self) -> int: ...
-
-    @property
-    def ragged(self) -> bool: ...
-
+    longest: int
+    ragged: bool
     scratch: int
 
 

@@ -213,18 +213,19 @@ class ModelDrafter:
         at, roots = frontier.clamp(min=0), batch.root_positions
         ran = batch.draft.ran
         ran.append(frontier)
-        slots = torch.cat(ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
-        nodes = slots.clamp(min=0)
-        scratch = roots[:, None] + tree.depth.gather(1, nodes)
-        chain = nodes.shape[1] == len(ran)  # width 1 throughout: every slot is an ancestor
         above, parents = None, None
-        if not chain:
+        if own.scratch + at.shape[1] == len(ran):  # width 1 throughout: every slot is an ancestor
+            scratch = roots[:, None] + torch.arange(len(ran), device=roots.device)
+            if own.hidden is not None:
+                parents = at.new_full(at.shape, len(ran) - 2)
+        else:
+            slots = torch.cat(ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
+            nodes = slots.clamp(min=0)
+            scratch = roots[:, None] + tree.depth.gather(1, nodes)
             above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
             above = above.gather(2, nodes[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
-        if own.hidden is not None and chain:
-            parents = at.new_full(at.shape, nodes.shape[1] - 2)
-        elif own.hidden is not None:  # a parent was run before its children, the root in slot 0
-            parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
+            if own.hidden is not None:  # a parent was run before its children, the root in slot 0
+                parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         mask = tree_mask(own, above, at.shape[1])
         positions = scratch[:, -at.shape[1] :]
         logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, batch.cache, scratch, parents)

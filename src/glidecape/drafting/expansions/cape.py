@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.transfer import to_device, to_host
+from ...core.transfer import to_host
 from ...core.tree import TokenTree
 from ...errors import InputError
 from ..law import DraftLaw
@@ -33,13 +33,15 @@ class Cape(Chain):
         if not bins or min(bins) < 0 or max(bins) > 64:
             raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
         self.bins, self.most = bins, max(bins)
+        self._siblings = torch.tensor(bins)  # stays on the device of the last call
 
     def budget(self, depth: int) -> int:
         return 1 + depth * (1 + self.most)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         part = (law.confidence[:, :1] * len(self.bins)).long().clamp(0, len(self.bins) - 1)
-        siblings = to_device(self.bins, part.device)[part]
+        self._siblings = self._siblings.to(part.device, non_blocking=True)
+        siblings = self._siblings[part]
         rank, drawn = law.rank[:, 0], law.drawn
         if drawn is not None:  # a drawn token comes first, whatever its rank
             at = drawn.clamp(min=0)

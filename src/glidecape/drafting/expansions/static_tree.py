@@ -6,10 +6,10 @@ import heapq
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...core.sampling import widen
-from ...core.transfer import to_device
 from ...core.tree import TokenTree
 from ..law import DraftLaw
 from .eagle_tree import check_size
@@ -46,15 +46,14 @@ class StaticTree:
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """All of the shape's next depth; those of its nodes that have children, too, are the new frontier."""
-        level, vocab = self.levels[tree.levels], law.rank.shape[-1]
-        choices = to_device(level.choices, frontier.device)
-        best = widen(law.rank).log_softmax(-1).topk(min(max(level.choices) + 1, vocab), dim=-1)
-        at = choices.clamp(max=vocab - 1)
-        parents = to_device(level.parents, frontier.device)
-        tokens, own = best.indices[:, parents, at], best.values[:, parents, at].float()
+        level, vocab = self.levels[tree.levels].to(frontier.device), law.rank.shape[-1]
+        self.levels[tree.levels] = level  # stays on the device
+        best = widen(law.rank).log_softmax(-1).topk(min(level.most, vocab), dim=-1)
+        at = level.choices.clamp(max=vocab - 1)
+        tokens, own = best.indices[:, level.parents, at], best.values[:, level.parents, at].float()
         # A token outside the draft's processed law has no rank: its score is -inf.
-        added = tree.add(frontier[:, parents], tokens, own, own.isfinite() & (choices < vocab))
-        return added[:, to_device(level.goes_on, frontier.device).long()]
+        added = tree.add(frontier[:, level.parents], tokens, own, own.isfinite() & (level.choices < vocab))
+        return added[:, level.goes_on]
 
     def finish(self, tree: TokenTree) -> TokenTree:
         return tree
@@ -65,14 +64,22 @@ class Level:
     """The nodes of one depth of a static tree, in order.
 
     Attributes:
-        parents: of each node, a column of the frontier above.
-        choices: of each node, counted from 0: which of its parent's tokens it is.
+        parents: `(nodes,)` of each node, a column of the frontier above.
+        choices: `(nodes,)` of each node, counted from 0: which of its parent's tokens it is.
         goes_on: which of them have children.
+        most: most children of a parent.
     """
 
-    parents: list[int]
-    choices: list[int]
-    goes_on: list[int]
+    parents: Tensor
+    choices: Tensor
+    goes_on: Tensor
+    most: int
+
+    def to(self, device: torch.device) -> Level:
+        if self.parents.device == device:
+            return self
+        moved = [t.to(device, non_blocking=True) for t in (self.parents, self.choices, self.goes_on)]
+        return Level(*moved, self.most)
 
 
 def static_paths(top: int, total: int, depth: int) -> list[tuple[int, ...]]:
@@ -102,6 +109,8 @@ def _levels(paths: list[tuple[int, ...]]) -> list[Level]:
         parents = [frontier.index(path[:-1]) for path in here]
         with_children = {path[:-1] for path in paths if len(path) == depth + 1}
         goes_on = [i for i, path in enumerate(here) if path in with_children]
-        levels.append(Level(parents, [path[-1] for path in here], goes_on))
+        choices = [path[-1] for path in here]
+        numbers = [torch.tensor(one, dtype=torch.long) for one in (parents, choices, goes_on)]
+        levels.append(Level(*numbers, max(choices) + 1))
         frontier = [here[i] for i in goes_on]
     return levels
