@@ -118,7 +118,7 @@ def main():
         params = SamplingParams(max_new_tokens=options.rounds * 8, ignore_eos=True)
         for method in options.method or ["plain", "glide", "glide+cape"]:
             draft = None if method == "plain" else load_draft("models/pysource/glide", target)
-            drafter = make_drafter(method, draft, 4)
+            drafter = make_drafter(method, draft, length=4)
             rounds(target, drafter, prompts, params, 3)
             whole, ratios, alone, paces = [], [], [], []
             for _ in range(options.repeats):

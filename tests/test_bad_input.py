@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from glidecape import cli
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafts.checkpoint import WEIGHTS, read_card
 from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, InputError, MismatchError, UnsupportedError

@@ -28,9 +28,10 @@ from glidecape.bench.runner import run_job, run_peer
 from glidecape.bench.settings import Settings
 from glidecape.bench.suites import Prompt, Suite
 from glidecape.bench.watch import overlap, watch
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.chain import Chain
+from glidecape.drafting.options import MethodOptions
 from glidecape.drafting.stop import FixedLength
 from glidecape.target.target import Target
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
@@ -568,7 +569,7 @@ def test_the_recipes_name_options_and_methods_that_exist() -> None:
         assert len(used) > 8
         assert used <= known, used - known
         for methods in re.findall(r"(?:methods|all|ours)=(plain\S+)", text):
-            assert read_methods(methods.split(","), Settings())
+            assert read_methods(methods.split(","), MethodOptions())
 
 
 # --- the report

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
@@ -15,9 +15,9 @@ from glidecape.errors import CheckpointError
 from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.beside import Beside
-from glidecape.train.draft import DraftRecipe
 from glidecape.train.loop import STATE_FILE, Budget
-from glidecape.train.target import TargetShape, Windowing, train_target
+from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
+from glidecape.train.target import train_target
 from test_command_line import run
 
 SHAPE = TargetShape(layers=2, width=32, ffn=64, heads=2, kv_heads=2, context=192)

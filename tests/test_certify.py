@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glidecape import certify as certify_module
 from glidecape import cli
 from glidecape.certify import BUG, EQUAL, NEAR_TIE, certify
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.verify import verify_points
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft

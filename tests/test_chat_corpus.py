@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
@@ -21,10 +21,11 @@ from glidecape.errors import DataError, InputError
 from glidecape.target.target import Target
 from glidecape.train.chat import ChatSource, build_chat, rendered
 from glidecape.train.data import load_streams
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import Budget
+from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
 from glidecape.train.regenerate import Regeneration, prompts_of
-from glidecape.train.target import TargetShape, Windowing, new_model, train_target
+from glidecape.train.target import new_model, train_target
 from test_command_line import ROOT, run
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "fast", "slow", "warm", "cold"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.stats import RoundStats, Stats
 from glidecape.drafting.drafter import Drafter, ModelDrafter, NoDraft
 from glidecape.drafting.expansions.cape import Cape

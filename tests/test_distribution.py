@@ -18,7 +18,7 @@ import torch
 
 from glidecape.batch import laws
 from glidecape.core.noise import NoiseAhead
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.verify import DenseLaw, verify_points, verify_row
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.checkpoint import load_draft
@@ -91,7 +91,7 @@ class Pair:
         if base not in (*DRAFTLESS, *self.drafts):
             pytest.skip(f"the shipped pair has no draft for {base}")
         draft = self.drafts.get(base)
-        drafter = make_drafter(method, draft, 3, bins=(3, 2, 1, 1), beams=3)
+        drafter = make_drafter(method, draft, length=3, bins=(3, 2, 1, 1), beams=3)
         found: list[Prefix] = []
         for first in range(0, count, batch):
             seeds = range(first, min(first + batch, count))

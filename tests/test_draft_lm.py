@@ -4,7 +4,8 @@ import torch
 
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.target.target import Target
-from glidecape.train.draft import DraftRecipe, make_draft
+from glidecape.train.draft import make_draft
+from glidecape.train.recipe import DraftRecipe
 from test_against_transformers import build
 
 

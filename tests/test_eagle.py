@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.drafts.checkpoint import load_draft, read_card, save_network
 from glidecape.drafts.eagle.adapter import EagleDraft
@@ -19,11 +19,12 @@ from glidecape.engine.round import run_round
 from glidecape.errors import CheckpointError, InputError
 from glidecape.target.target import Target
 from glidecape.train.data import load_streams
-from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
+from glidecape.train.draft import Lesson, make_draft, train_draft
 from glidecape.train.features import eagle_loss, medusa_loss, noisy
 from glidecape.train.figures import figures_by_lag
 from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.teacher import Teacher, logits_by_lag, previous
 from test_against_transformers import build
 
@@ -60,7 +61,7 @@ def test_a_root_has_the_logits_of_training_and_a_deeper_node_those_of_guessed_fe
         return logits
 
     draft.step = recording
-    drafter = make_drafter("eagle+chain", draft, 3)
+    drafter = make_drafter("eagle+chain", draft, length=3)
     state = start(target, drafter, PROMPTS, SamplingParams(temperature=1.5, seed=3, max_new_tokens=12, ignore_eos=True))
     compared = 0
     for _ in range(3):
@@ -106,7 +107,7 @@ def test_a_tree_s_nodes_read_the_guess_of_their_own_parent(target):
 
     draft.step = recording
     prompt = PROMPTS[0]
-    drafter = make_drafter("eagle", draft, 4, top=3, total=40)
+    drafter = make_drafter("eagle", draft, length=4, top=3, total=40)
     tree = drafter.propose(start(target, drafter, [prompt], SamplingParams(max_new_tokens=12)))
     teacher = Teacher(target, 1, len(prompt), hidden=True)
     teacher(torch.tensor([prompt]))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.tree import TokenTree
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.eagle_tree import EagleTree

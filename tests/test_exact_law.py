@@ -17,8 +17,8 @@ from torch import Tensor
 
 from glidecape.batch import laws as laws_module
 from glidecape.core.noise import gumbel
+from glidecape.core.params import RESIDUAL, SamplingParams
 from glidecape.core.penalties import adjust
-from glidecape.core.sampling import RESIDUAL, SamplingParams
 from glidecape.core.stats import RoundStats
 from glidecape.core.tree import TokenTree
 from glidecape.core.verify import DenseLaw, verify_row

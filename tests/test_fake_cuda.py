@@ -20,7 +20,7 @@ import glidecape.engine.round as round_module
 from fake_cuda import fake_cuda, move_to_cuda
 from glidecape.batch.row import new_row
 from glidecape.core import noise
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.drafts.eagle.adapter import EagleDraft

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glidecape import fit as fit_module
-from glidecape.core.sampling import NOISE, RESIDUAL, SamplingParams
+from glidecape.core.params import NOISE, RESIDUAL, SamplingParams
 from glidecape.core.stats import Stats
 from glidecape.costmodel import RoundCosts
 from glidecape.drafting.drafter import ModelDrafter, NoDraft

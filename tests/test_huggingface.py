@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from glidecape import glidecape_generate
 from glidecape.compat import DynamicCache, cache_argument
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
+from glidecape.drafting.options import MethodOptions
 from glidecape.engine.decode import generate
 from glidecape.errors import GlideCapeError, InputError, UnsupportedError
 from glidecape.target.target import Target
@@ -268,7 +269,7 @@ REFUSED = {
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
     "classifier-free guidance": ({"guidance_scale": 2.0}, "state"),
     "streamed batch": ({"glide_streamer": Collects()}, "one row"),
-    "length 0": ({"draft_length": 0, "method": "lookup"}, "at least 1"),
+    "length 0": ({"options": MethodOptions(length=0), "method": "lookup"}, "at least 1"),
     "unknown method": ({"method": "magic"}, "unknown method"),
     "no draft": ({"method": "vanilla"}, "draft"),
     "positions": ({"position_ids": torch.arange(3, 43).expand(2, -1)}, "position_ids"),

@@ -11,8 +11,9 @@ from rich.console import Console
 from glidecape.errors import DataError
 from glidecape.target.target import Target
 from glidecape.train.data import Windows, load_streams, read_prompts
-from glidecape.train.draft import DraftRecipe, Lesson, make_draft, train_draft
+from glidecape.train.draft import Lesson, make_draft, train_draft
 from glidecape.train.loop import Budget
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.rows import preview
 from test_command_line import run
 

@@ -5,9 +5,9 @@ import torch
 
 from glidecape.errors import InputError
 from glidecape.train import losses
-from glidecape.train.draft import DraftRecipe
-from glidecape.train.lags import LAGS, lag_visible
-from glidecape.train.losses import check_loss, distillation_loss
+from glidecape.train.lags import lag_visible
+from glidecape.train.losses import distillation_loss
+from glidecape.train.recipe import LAGS, DraftRecipe, check_loss
 
 
 def obvious(draft, target, tokens, counted, loss):

@@ -15,7 +15,7 @@ from glidecape import cli
 from glidecape.bench.draw import Drawn
 from glidecape.bench.records import Item
 from glidecape.bench.settings import Settings
-from glidecape.core.sampling import RESIDUAL, SamplingParams
+from glidecape.core.params import RESIDUAL, SamplingParams
 from glidecape.core.stats import RoundStats, Stats
 from glidecape.costmodel import RoundCosts
 from glidecape.drafting.drafter import ModelDrafter, NoDraft

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glidecape.batch.row import new_row
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.tree import TokenTree
 from glidecape.drafting.drafter import ModelDrafter
 from glidecape.drafting.expansions.beam import Beam

@@ -22,6 +22,7 @@ from glidecape.bench.records import Counts, Difference, Item, Record
 from glidecape.bench.settings import Settings
 from glidecape.core.stats import loops, repetition
 from glidecape.costmodel import RoundCosts
+from glidecape.drafting.options import MethodOptions
 from glidecape.replay import expected, replay
 from glidecape.significance import bootstrap_ratio, paired_permutation
 
@@ -207,7 +208,7 @@ def test_stop_policies_replayed_by_hand() -> None:
 
 def test_what_drafts_think_against_what_is_accepted() -> None:
     costs = {"c": {"glide": 0.1}, "v": {"0": 1.0, "2": 1.2, "4": 1.4}}
-    found = watched_figures([NOTES], costs, Settings(draft_length=3))["glide"]
+    found = watched_figures([NOTES], costs, Settings(options=MethodOptions(length=3)))["glide"]
     assert (found["overlap"], found["positions"]) == (pytest.approx(5 / 6, abs=1e-4), 6)
     sure, unsure = found["confidence"][-1], found["confidence"][0]
     # reached and unsure (0.1): depth 3 at t=0, depth 2 at t=1, depth 1 at t=2: all wrong

@@ -21,7 +21,7 @@ from glidecape.bench.peers.base import PeerSource, draft_lm
 from glidecape.bench.peers.gguf import interleaved, write_gguf
 from glidecape.bench.peers.llama_cpp import LlamaCppPeer, LlamaServer, find_program
 from glidecape.bench.peers.registry import make_peers
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import NoDraft
 from glidecape.errors import InputError
 from glidecape.measure.runs import run

@@ -8,8 +8,9 @@ import torch
 from glidecape.commands import plan as planning
 from glidecape.errors import InputError
 from glidecape.target.target import Target
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.recipe import DraftRecipe
 from test_command_line import run
 
 

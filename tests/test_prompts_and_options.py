@@ -12,7 +12,7 @@ from glidecape import fit as fit_module
 from glidecape.batch.text import Prompt
 from glidecape.commands import effects
 from glidecape.commands.shared import read_prompts
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import METHODS

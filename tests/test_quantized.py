@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glidecape.certify import BUG, EQUAL, certify
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import METHODS, make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.drafts.checkpoint import load_draft
@@ -67,7 +67,7 @@ def test_the_shipped_draft_is_worth_its_cross_attention():
     length = {}
     for name in ("glide", "glide-no-cross"):
         stats = Stats()
-        drafter = make_drafter("glide", load_draft(PAIR / name, target), 5)
+        drafter = make_drafter("glide", load_draft(PAIR / name, target), length=5)
         each = [SamplingParams(temperature=1.0, seed=i, max_new_tokens=48, ignore_eos=True) for i in range(8)]
         generate(target, prompts, drafter, each, stats)
         length[name] = stats.acceptance_length
@@ -108,7 +108,7 @@ def test_acceptance_in_training_is_acceptance_in_serving():
         for line in lines:
             prompt, new = target.encode(json.loads(line)["prompt"])[:96], []
             params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-            for event in decode(target, make_drafter("glide", draft, 5), [prompt], params, stats):
+            for event in decode(target, make_drafter("glide", draft, length=5), [prompt], params, stats):
                 new += event.tokens
             ids = torch.tensor([prompt + new])
             teacher = Teacher(target, 1, ids.shape[1], reads_hidden(draft.module))

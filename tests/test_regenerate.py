@@ -10,15 +10,16 @@ import time
 import pytest
 import torch
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, DataError, InputError
 from glidecape.target.target import Target
 from glidecape.train.data import load_streams
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import Budget
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.regenerate import Regeneration, prompts_of, regenerate
 from test_command_line import run
 
@@ -62,7 +63,7 @@ def test_rows_are_what_generate_says_of_the_documents_beginnings(world, target, 
 def test_a_draft_and_the_batch_change_the_time_and_not_the_file(method, world, target, made, tmp_path):
     draft = {"glide+cape": "glide", "vanilla": "lm"}.get(method)
     loaded = None if draft is None else load_draft(world[draft], target)
-    regenerate(target, world["corpus"], tmp_path / "own.jsonl", PLAN, make_drafter(method, loaded, 4), batch=7)
+    regenerate(target, world["corpus"], tmp_path / "own.jsonl", PLAN, make_drafter(method, loaded, length=4), batch=7)
     assert (tmp_path / "own.jsonl").read_bytes() == made[0].read_bytes()
 
 

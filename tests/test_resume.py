@@ -16,8 +16,9 @@ from glidecape.drafts.checkpoint import CARD, WEIGHTS
 from glidecape.errors import CheckpointError
 from glidecape.files import only_writer, remove_leftovers, write_folder
 from glidecape.target.target import Target
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
+from glidecape.train.recipe import DraftRecipe
 
 STEPS, ROWS, LENGTH = 60, 4, 32
 RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)

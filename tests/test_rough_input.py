@@ -16,7 +16,7 @@ from glidecape.bench.provenance import commit
 from glidecape.bench.records import JsonLines, RunFolder
 from glidecape.bench.settings import Settings
 from glidecape.commands.shared import base_of, read_prompts
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.tree import TokenTree
 from glidecape.demo import run_demo
 from glidecape.drafting.methods import make_drafter
@@ -46,14 +46,15 @@ def test_deep_chains_know_all_their_ancestors(depth):
 def test_drafts_deeper_than_256_stay_lossless(tmp_path, world):
     """The target as its own draft, so that all of a draft of 299 is accepted or something is wrong."""
     from glidecape.train.loop import Budget
-    from glidecape.train.target import TargetShape, Windowing, train_target
+    from glidecape.train.recipe import TargetShape, Windowing
+    from glidecape.train.target import train_target
 
     shape = TargetShape(layers=1, width=16, ffn=16, heads=2, kv_heads=2, context=400)
     train_target(world["corpus"], tmp_path, shape, Budget(tokens=128), Windowing(32, 2, long_share=0.0))
     deep = Target.from_pretrained(tmp_path, dtype=torch.float32)
     params = SamplingParams(max_new_tokens=300, ignore_eos=True)
     (plain,) = generate(deep, [[1, 2, 3]], None, params)
-    (drafted,) = generate(deep, [[1, 2, 3]], make_drafter("vanilla", StandaloneDraft(deep), 299), params)
+    (drafted,) = generate(deep, [[1, 2, 3]], make_drafter("vanilla", StandaloneDraft(deep), length=299), params)
     assert drafted.tokens == plain.tokens
     assert len(drafted.rounds) <= 3
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from glidecape.core.sampling import SamplingParams, log_law, widen
+from glidecape.core.params import SamplingParams
+from glidecape.core.sampling import log_law, widen
 from glidecape.errors import InputError
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)

@@ -12,7 +12,8 @@ from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import CheckpointError
 from glidecape.target.target import Target
 from glidecape.train.loop import Budget
-from glidecape.train.target import TargetShape, Windowing, train_target
+from glidecape.train.recipe import TargetShape, Windowing
+from glidecape.train.target import train_target
 
 SHORT = Windowing(length=32, rows=2, long_length=32)
 

@@ -10,8 +10,9 @@ from glidecape.drafts.checkpoint import load_draft
 from glidecape.errors import CheckpointError, InputError
 from glidecape.target.target import Target
 from glidecape.train import study
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.study import Trial, changes_of, run_study, study_rows
 from glidecape.train.study_table import summary, table_of
 from test_command_line import run

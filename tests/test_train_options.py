@@ -15,8 +15,9 @@ from glidecape.target.target import Target
 from glidecape.train import draft as drafts
 from glidecape.train import figures
 from glidecape.train.data import load_tokens
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.teacher import Teacher, draft_logits
 
 

@@ -10,7 +10,7 @@ import torch
 
 import zoo
 from glidecape.core.masks import block_visible
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts import checkpoint
@@ -23,9 +23,10 @@ from glidecape.errors import CheckpointError, DataError, InputError, MismatchErr
 from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.data import Windows, load_tokens
-from glidecape.train.draft import DraftRecipe, Teacher, train_draft
+from glidecape.train.draft import Teacher, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
+from glidecape.train.recipe import DraftRecipe
 from glidecape.train.teacher import draft_hidden, draft_logits
 from test_against_transformers import build
 
@@ -162,7 +163,7 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
     params = SamplingParams(max_new_tokens=28, ignore_eos=True, temperature=2.0, seed=5)
     text = {i: list(p) for i, p in enumerate(prompts)}
     siblings = 0
-    for event in decode(target, make_drafter("glide+cape", draft, 4, bins=(40,)), prompts, params):
+    for event in decode(target, make_drafter("glide+cape", draft, length=4, bins=(40,)), prompts, params):
         text[event.row] += event.tokens
         siblings += "sibling" in event.origins
     compared, deepest = 0, 0
@@ -296,7 +297,9 @@ def test_a_draft_overfitted_to_one_sample_reaches_the_acceptance_length_that_imp
     stats = Stats()
     params = SamplingParams(max_new_tokens=48, ignore_eos=True)
     out = []
-    for event in decode(target, make_drafter("glide", GlideDraft(module), 5), [ids[0, :16].tolist()], params, stats):
+    for event in decode(
+        target, make_drafter("glide", GlideDraft(module), length=5), [ids[0, :16].tolist()], params, stats
+    ):
         out += event.tokens
     assert out == ids[0, 16:].tolist()
     assert stats.acceptance_length >= 5.5, stats.as_dict()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.core.stats import RoundStats, Stats
 from glidecape.core.tree import TokenTree
 from glidecape.core.verify import DenseLaw, PointLaw, RandomChance, verify_row

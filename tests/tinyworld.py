@@ -6,9 +6,10 @@ import torch
 
 from glidecape.target.target import Target
 from glidecape.train.corpus import build_pysource
-from glidecape.train.draft import DraftRecipe, train_draft
+from glidecape.train.draft import train_draft
 from glidecape.train.loop import Budget
-from glidecape.train.target import TargetShape, Windowing, train_target
+from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
+from glidecape.train.target import train_target
 
 VERBS = ("load", "save", "check", "merge", "split", "count")
 NOUNS = ("table", "record", "index", "page", "token", "frame", "queue")

@@ -19,7 +19,7 @@ from glidecape.batch.batch import Batch
 from glidecape.batch.row import Emitted
 from glidecape.core.cache import KVCache
 from glidecape.core.masks import tree_mask
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import Drafter, ModelDrafter
 from glidecape.engine.decode import start
 from glidecape.engine.round import run_round

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glidecape.core.sampling import SamplingParams
+from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch.text import TextStream
-    from .core.sampling import SamplingParams
+    from .core.params import SamplingParams
     from .core.stats import Stats
     from .drafting.methods import METHODS, make_drafter
+    from .drafting.options import MethodOptions
     from .drafts.causal_lm import StandaloneDraft
     from .drafts.checkpoint import load_draft
     from .drafts.glide.adapter import GlideDraft
@@ -28,6 +29,7 @@ _HOME = {
     "Completion": "engine.decode",
     "generate": "engine.decode",
     "METHODS": "drafting.methods",
+    "MethodOptions": "drafting.options",
     "make_drafter": "drafting.methods",
     "GlideCapeError": "errors",
     "glidecape_generate": "integrations.huggingface",
@@ -35,7 +37,7 @@ _HOME = {
     "GlideDraft": "drafts.glide.adapter",
     "StandaloneDraft": "drafts.causal_lm",
     "Target": "target.target",
-    "SamplingParams": "core.sampling",
+    "SamplingParams": "core.params",
     "Stats": "core.stats",
     "TextStream": "batch.text",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "Completion",
     "GlideCapeError",
     "GlideDraft",
+    "MethodOptions",
     "SamplingParams",
     "StandaloneDraft",
     "Stats",

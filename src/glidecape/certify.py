@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .compat import cache_argument, cache_of
 from .core.noise import gumbel
-from .core.sampling import NOISE, SamplingParams, log_law, widen
+from .core.params import NOISE, SamplingParams
+from .core.sampling import log_law, widen
 from .core.tree import TokenTree
 from .drafting.drafter import Drafter, NoDraft
 from .engine.decode import generate

@@ -18,7 +18,6 @@ from .commands.measure import app as measure_app
 from .commands.plan import plan
 from .commands.regenerate import regenerate
 from .commands.report import report
-from .commands.shared import Threads
 from .commands.study import study
 from .commands.train import train, train_target
 from .errors import GlideCapeError
@@ -42,7 +41,7 @@ def demo(
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    threads: Threads = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
 ) -> None:
     """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""
     from .demo import run_demo

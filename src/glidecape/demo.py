@@ -12,11 +12,11 @@ from rich.live import Live
 from rich.text import Text
 
 from .batch.text import TextStream
-from .core.sampling import SamplingParams
+from .core.params import SamplingParams
 from .core.stats import Stats
 from .drafting.drafter import Drafter
-from .drafting.expansions.cape import Cape
 from .drafting.methods import make_drafter
+from .drafting.options import SMALL_BINS
 from .drafts.checkpoint import load_draft
 from .engine.decode import decode
 from .errors import CheckpointError, InputError
@@ -77,7 +77,7 @@ def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, 
     racers = {
         "plain": make_drafter("plain", None),
         "glide": make_drafter("glide", loaded, length=4),
-        "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=Cape.SMALL),
+        "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=SMALL_BINS),
     }
     console.print(
         f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "

@@ -18,7 +18,7 @@ from statistics import median
 from torch import Tensor
 
 from .batch.batch import Batch
-from .core.sampling import NOISE, SamplingParams
+from .core.params import NOISE, SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import RoundCosts, line
@@ -26,7 +26,7 @@ from .drafting.drafter import Around, Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.base import Expansion
 from .drafting.expansions.chain import Chain
 from .drafting.law import DraftLaw
-from .drafting.methods import AnyDraft, joined
+from .drafting.methods import AnyDraft, drafter_of
 from .drafting.stop import Entropy, FixedLength
 from .engine.decode import decode
 from .errors import InputError
@@ -116,7 +116,7 @@ def record(
     """Decode the prompts one by one; for each, one record a token that was emitted: of the draft of `cap` depths that could
     have begun in its place."""
     stop, params = _Recorder(cap, over), replace(params, sampling=NOISE)
-    inner = joined(draft, expansion or Chain(), stop)
+    inner = drafter_of(draft, expansion or Chain(), stop)
     texts = []
     for prompt in prompts:
         everywhere = _Everywhere(inner, stop)
@@ -162,7 +162,7 @@ def measured_costs(
 ) -> RoundCosts:
     """Costs on this machine: each prompt is decoded plainly, with short and with long drafts, one right after the other, since
     a drifting machine slows all three; medians over prompts."""
-    drafted = (joined(draft, expansion or Chain(), FixedLength(min(n, cap))) for n in (SHORT, LONG))
+    drafted = (drafter_of(draft, expansion or Chain(), FixedLength(min(n, cap))) for n in (SHORT, LONG))
     drafters: list[Drafter] = [NoDraft(), *drafted]
     found = []
     for prompt in prompts:
@@ -233,4 +233,4 @@ def with_fitted_threshold(
         raise InputError("there is no SVIP threshold to fit: choose a method with +svip")
     stop = drafter.stop
     fit = fit_threshold(target, drafter.model, prompts, params, drafter.expansion, stop.cap, stop.over)
-    return joined(drafter.model, drafter.expansion, Entropy(fit.threshold, stop.cap, stop.over)), fit
+    return drafter_of(drafter.model, drafter.expansion, Entropy(fit.threshold, stop.cap, stop.over)), fit

@@ -7,7 +7,7 @@ import sys
 
 from .batch.row import new_row
 from .batch.text import Prompt, TextStream, text_of
-from .core.sampling import SamplingParams
+from .core.params import SamplingParams
 from .core.stats import Stats
 from .drafting.drafter import Drafter
 from .engine.decode import decode

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.noise import Noise, NoiseAhead, gumbel
+from ..core.params import NOISE
 from ..core.penalties import History, adjust
-from ..core.sampling import NOISE, Warp, log_law, widen
+from ..core.sampling import Warp, log_law, widen
 from ..core.transfer import to_device
 from ..core.tree import TokenTree
 from ..core.verify import DenseLaw, Law, PointLaw

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..core.params import SamplingParams
 from ..core.penalties import History
-from ..core.sampling import SamplingParams
 from ..core.stats import RoundStats
 from ..core.verify import Chance, RandomChance
 from ..errors import InputError

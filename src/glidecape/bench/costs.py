@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..drafting.drafter import ModelDrafter
 from ..drafting.expansions.chain import Chain
 from ..drafting.methods import AnyDraft

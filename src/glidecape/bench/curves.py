@@ -83,7 +83,7 @@ def watched_figures(
             "positions": len(overlaps),
             "overlap": round(statistics.mean(overlaps), 4),
             "overlap_1": round(statistics.mean(x for line in own for x in line["overlap_1"]), 4),
-            "confidence": binned(_reached(own, "confidence", settings.draft_length), 1 / BINS, BINS),
+            "confidence": binned(_reached(own, "confidence", settings.options.length), 1 / BINS, BINS),
             "entropy": binned(
                 ((each[0], y) for line in own for each, y in zip(line["entropy"], line["overlap_1"], strict=True)),
                 0.4,
@@ -113,7 +113,9 @@ def _policies(
         points = sorted((1 + int(nodes), ratio) for nodes, ratio in costs["v"].items())
         model = RoundCosts(costs["c"][draft], tuple(n for n, _ in points), tuple(ratio for _, ratio in points))
     found = []
-    for kind, value, length in policies(max(len(one.nodes) for text in texts for one in text), settings.threshold):
+    for kind, value, length in policies(
+        max(len(one.nodes) for text in texts for one in text), settings.options.threshold
+    ):
         figures = expected([one for text in texts for one in replay(text, length)], model)
         row: dict[str, Any] = {"policy": kind, "value": value}
         for name, figure in (

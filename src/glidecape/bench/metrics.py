@@ -284,8 +284,8 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
             )
             if category == ALL:
                 pairs[kind] = pairs_of(one, peers)
-    settings = Settings(**{**identity["settings"], "bins": tuple(identity["settings"]["bins"])})
-    drafts = {name: read_method(name, settings).draft for name in identity["methods"]}
+    settings = Settings.of_record(identity["settings"])
+    drafts = {name: read_method(name, settings.options).draft for name in identity["methods"]}
     watched = watched_figures(folder.watched.lines, header.get("costs"), settings)
     for entry in groups:
         for row in entry["rows"]:

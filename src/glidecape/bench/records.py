@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import DataError, InputError
 from ..files import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ def _refuse_other(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any])
     for name in (*there, *ours):
         if there.get(name) != ours.get(name):
             was, now = there.get(name), ours.get(name)
-            if isinstance(was, Mapping) and isinstance(now, Mapping):
-                name = next(k for k in (*was, *now) if was.get(k) != now.get(k))
+            while isinstance(was, Mapping) and isinstance(now, Mapping):
+                name = next(key for key in (*was, *now) if was.get(key) != now.get(key))
                 was, now = was.get(name), now.get(name)
             raise InputError(
                 f"{path} holds a run with {name} {_short(was)}, not {_short(now)}: use another --out, or delete it"

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..core.sampling import NOISE, SamplingParams
+from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
 from ..drafting.methods import AnyDraft

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..core.sampling import NOISE, SamplingParams
-from ..drafting.expansions.cape import Cape
+from ..core.params import NOISE, SamplingParams
+from ..drafting.options import MethodOptions
 from ..errors import InputError
+from ..options import option
 
 
 @dataclass(frozen=True)
@@ -25,34 +28,26 @@ class Settings:
         chat: apply the tokenizer's chat template to prompts that are turns of a conversation.
         limit, looping: of each category, prompts that count, and prompts with looping greedy continuations.
         repeats: timed repeats.
-        draft_length, bins, threshold, cap, over, beams, ngram, top, total: of the methods, see `make_drafter`.
+        options: of the methods.
         watch: of each category, prompts on which every draft's law is written down, untimed.
         watch_depth: depths that the draft then runs from each token.
     """
 
-    temperature: float = 0.0
-    sampling: str = NOISE
-    seed: int = 11
-    max_new_tokens: int = 128
-    stop_at_eos: bool | None = None
-    batch: int = 1
-    prompt_tokens: int = 0
-    context: int = 0
-    chat: bool = True
-    limit: int = 32
-    looping: int = 16
-    repeats: int = 3
-    draft_length: int = 5
-    bins: tuple[int, ...] = Cape.PAPER
-    threshold: float = 0.3
-    cap: int = 40
-    over: str = "best"
-    beams: int = 4
-    ngram: int = 3
-    top: int = 10
-    total: int = 60
-    watch: int = 4
-    watch_depth: int = 8
+    temperature: float = option(0.0, "0: greedy.")
+    sampling: str = option(NOISE, "noise: every method emits the same tokens. residual: the papers' rule.")
+    seed: int = option(11, "Of the run; each prompt has noise of its own.")
+    max_new_tokens: int = option(128, "Tokens of each output at most.")
+    stop_at_eos: bool | None = option(None, "End a row at end-of-text; default: in conversations only.")
+    batch: int = option(1, "Prompts decoded side by side.")
+    prompt_tokens: int = option(0, "Prompts are cut to so many tokens; 0: whole.")
+    context: int = option(0, "Pad prompts in front with earlier text of their suite up to so many tokens; 0: don't.")
+    chat: bool = option(True, "Apply the tokenizer's chat template to conversations.")
+    limit: int = option(32, "Prompts of a category that count: with greedy decoding, ones that don't loop.")
+    looping: int = option(16, "Prompts of a category with looping greedy continuations, reported apart.")
+    repeats: int = option(3, "Timed repeats; medians are reported.")
+    options: MethodOptions = field(default_factory=MethodOptions)
+    watch: int = option(4, "Prompts of a category on which the drafts' laws are written down, untimed.")
+    watch_depth: int = option(8, "Tokens that a draft then runs ahead, of each position.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run.
@@ -75,3 +70,10 @@ class Settings:
             ignore_eos=not stop,
             sampling=self.sampling,
         )
+
+    @classmethod
+    def of_record(cls, recorded: Mapping[str, Any]) -> Settings:
+        """The settings that a run folder holds."""
+        options = recorded["options"]
+        own = MethodOptions(**(options | {"bins": tuple(options["bins"])}))
+        return cls(**{**recorded, "options": own})

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..batch.batch import Batch
-from ..core.sampling import SamplingParams, log_law, widen
+from ..core.params import SamplingParams
+from ..core.sampling import log_law, widen
 from ..core.tree import TokenTree
 from ..drafting.drafter import Around, ModelDrafter
 from ..drafting.expansions.chain import Chain

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.params import SamplingParams
 from ..errors import InputError
-from .shared import Quantize, Threads, base_of, load_target, named_folders, read_prompts
+from .flatten import flattened
+from .shared import AsJson, ServingMachine, TargetName, base_of, named_folders, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
     from ..drafting.drafter import Drafter
 
 
+@flattened
 def certify(
-    target: Annotated[str, typer.Option(help="Model folder or Hub name of the target.")],
+    target: TargetName,
     draft: Annotated[
         list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
     ] = None,
@@ -31,36 +34,21 @@ def certify(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
-    quantize: Quantize = None,
-    threads: Threads = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")
-    ] = False,
+    as_json: AsJson = False,
+    machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Is every method's output the target's? Equal and near-tie: exit code 0; bug: 1. Takes twice the memory."""
-    from transformers import AutoModelForCausalLM
-
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
-    from ..core.sampling import SamplingParams
     from ..drafts.checkpoint import load_draft
-    from ..target.quantize import quantize as quantize_layers
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code, quantize=quantize)
+    model = machine.load(target)
     folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
-    options = {"dtype": model.dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    reference = AutoModelForCausalLM.from_pretrained(target, **options).eval()
-    if quantize is not None:
-        quantize_layers(reference, quantize)
-    reference = reference.to(device)
+    reference = _reference(target, model.dtype, machine)
     findings = run(model, reference, drafters, texts, params, batch)
     if as_json:
         settings: dict[str, Any] = {
@@ -80,6 +68,18 @@ def certify(
         print_table(findings)
     if worst(findings) == BUG:
         raise typer.Exit(1)
+
+
+def _reference(target: str, dtype: Any, machine: ServingMachine) -> Any:
+    """A second copy of the target, run by transformers alone."""
+    from ..target.loading import load_model
+    from ..target.quantize import quantize
+
+    options = {"revision": machine.revision, "trust_remote_code": machine.trust_remote_code}
+    model, _ = load_model(target, dtype, options)
+    if machine.quantize is not None:
+        quantize(model, machine.quantize)
+    return model.eval().to(machine.device)
 
 
 def make_drafters(methods: str, drafts: dict[str, Any], bases: dict[str, str]) -> dict[str, Drafter]:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 
 import typer
 
+from ..drafting.options import CAPPED, FIXED, LOOKUP, SVIP, TREE, MethodOptions
 from ..errors import InputError
+from ..options import option_of
 
-# By parameter: which methods use it, and what is to be added to a method's name that does not.
-SVIP, CAPE, BEAM, TREE = "+svip", "+cape", "+beam", "+tree or +static"
-USES = {
-    "svip_threshold": SVIP,
-    "svip_fit": SVIP,
-    "svip_over": SVIP,
-    "svip_cap": "+svip or +heuristic",
-    "cape_bins": CAPE,
-    "beams": BEAM,
-    "tree_top": TREE,
-    "tree_total": TREE,
-    "lookup_ngram": "lookup",
-    "draft_length": "a fixed length",
-}
+# By parameter: what is to be in a method's name for it to be used.
+USES = {how.parameter(one.name): how.needs for one in fields(MethodOptions) if (how := option_of(one)) is not None}
+USES["svip_fit"] = SVIP
 SAMPLES = ("top_k", "top_p", "min_p", "seed", "sampling")  # used at temperatures above 0 only
 
 
@@ -43,23 +35,23 @@ def uses_of(method: str) -> set[str]:
     base, added = parse_method(method)
     if base == "plain":
         return set()
-    uses = {"lookup"} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
+    uses = {LOOKUP} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
     uses |= {f"+{name}" for name in added}
     if {"svip", "heuristic"} & added:
-        uses.add("+svip or +heuristic")
+        uses.add(CAPPED)
     if "svip" not in added:
-        uses.add("a fixed length")
+        uses.add(FIXED)
     return uses - {"", "+chain", "+tree", "+static", "+heuristic"}
 
 
-def refuse_unused(ctx: typer.Context, methods: Iterable[str]) -> None:
-    """Refuse options that none of the methods uses.
+def refuse_unused(ctx: typer.Context, methods: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Refuse options that none of the methods uses; `also` are parts that something else uses.
 
     Raises:
         InputError: naming the option and the methods that would use it.
     """
     methods = list(methods)
-    used = set().union(*(uses_of(method) for method in methods))
+    used = set(also).union(*(uses_of(method) for method in methods))
     for name, need in USES.items():
         if typed(ctx, name) and need not in used:
             option = f"--{name.replace('_', '-')}"

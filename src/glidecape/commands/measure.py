@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..drafting.options import CAPPED, SMALL_BINS, SVIP, MethodOptions, bins_from
 from ..errors import InputError
-from .shared import (
-    Device,
-    Dtype,
-    Revision,
-    TargetName,
-    Threads,
-    Trust,
-    command_line,
-    load_target,
-    named_folders,
-    parse_bins,
-)
+from .effects import refuse_unused
+from .flatten import flattened
+from .shared import ServingMachine, TargetName, command_line, named_folders
 
 if TYPE_CHECKING:
     from ..bench.settings import Settings
     from ..bench.suites import Suite
+    from ..drafting.drafter import Drafter
     from ..drafting.methods import AnyDraft
     from ..drafts.base import DraftModel
     from ..measure.table import Study
@@ -46,8 +39,9 @@ Limit = Annotated[int, typer.Option("--limit", help="Prompts of a category; gree
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed repeats; medians are reported.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write this JSON file, and a Markdown table beside it.")]
 Methods = Annotated[str, typer.Option("--methods", help="Joined by commas, written as for `glidecape bench`.")]
-Bins = Annotated[str, typer.Option("--cape-bins", help="paper, small, or numbers like 7,5,3,1.")]
-Length = Annotated[int, typer.Option("--draft-length", min=1)]
+Length = Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted a round.")]
+FLOAT32 = ServingMachine(dtype="float32")
+SMALL = MethodOptions(bins=SMALL_BINS)
 
 
 @dataclass
@@ -77,7 +71,7 @@ def _open(
     suite: str,
     suites: Path | None,
     out: Path | None,
-    machine: tuple[str, str, int, str | None, bool],
+    machine: ServingMachine,
     **options: Any,
 ) -> _Opened:
     from ..bench.provenance import circumstances, digest_of_model
@@ -92,8 +86,7 @@ def _open(
         out.parent.mkdir(parents=True, exist_ok=True)  # not after an hour
     settings = Settings(**options)
     read = read_suites([one for one in suite.split(",") if one.strip()], suites)
-    dtype, device, threads, revision, trust = machine
-    model = load_target(target, dtype, device, threads, revision, trust)
+    model = machine.load(target)
     # An answer that is decoded past its end is nothing that anybody asks for, and easy to predict.
     chat = bool(getattr(model.tokenizer, "chat_template", None)) and any(
         p.conversation for s in read for p in s.prompts
@@ -105,6 +98,19 @@ def _open(
     facts |= {f"weights of {key}": digest_of_model(folder)[:16] for key, folder in folders.items()}
     drafts = {key: load_draft(folder, model) for key, folder in folders.items()}
     return _Opened(model, drafts, read, settings, Study(name, facts, asdict(settings)), out)
+
+
+def _drafters(ctx: typer.Context, methods: str, opened: _Opened, also: tuple[str, ...] = ()) -> dict[str, Drafter]:
+    """Plain decoding and the drafters of `--methods`, by name.
+
+    Raises:
+        InputError: an option that none of them uses; see `read_methods` and `Method.drafter`.
+    """
+    from ..bench.methods import read_methods
+
+    chosen = read_methods(methods.split(","), opened.settings.options)
+    refuse_unused(ctx, [one.method for one in chosen], also)
+    return {one.name: one.drafter(opened.drafts) for one in chosen}
 
 
 def _numbers(text: str, option: str, kind: type = int) -> list[Any]:
@@ -126,6 +132,7 @@ def _numbers(text: str, option: str, kind: type = int) -> list[Any]:
 
 
 @app.command()
+@flattened
 def cape(
     target: TargetName,
     draft: Drafts,
@@ -144,11 +151,7 @@ def cape(
     limit: Limit = 16,
     repeats: Repeats = 2,
     out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    machine: ServingMachine = FLOAT32,
 ) -> None:
     """CaPE against fixed sibling sets, beams and the plain chain; drafting and verification apart; the best bins."""
     from ..measure.cape import GRID, study_cape
@@ -158,19 +161,14 @@ def cape(
     grid = dict(GRID)
     if bins:
         parts = [one.partition("=") for one in bins]
-        grid = {key.strip(): parse_bins(value) for key, _, value in parts if value}
+        grid = {key.strip(): bins_from(value) for key, _, value in parts if value}
         if len(grid) < len(bins):
             raise InputError("each --bins is NAME=NUMBERS with a name of its own, such as --bins mine=5,3,1,0")
     sets, widths = _numbers(siblings, "--siblings"), _numbers(beams, "--beams")
     temperatures = _numbers(temperature, "--temperature", float)
-    machine = (dtype, device, threads, revision, trust_remote_code)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "prompt_tokens": prompt_tokens,
-        "limit": limit,
-        "draft_length": length,
-    }
-    opened = _open("cape", target, draft, suite, suites, out, machine, repeats=repeats, **options)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens, "limit": limit}
+    options |= {"options": MethodOptions(length), "repeats": repeats}
+    opened = _open("cape", target, draft, suite, suites, out, machine, **options)
     model = _chosen(name, opened.drafts)
     for warmth in temperatures:
         settings = opened.at(warmth)
@@ -197,7 +195,9 @@ def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
 
 
 @app.command()
+@flattened
 def svip(
+    ctx: typer.Context,
     target: TargetName,
     draft: Drafts,
     methods: Annotated[
@@ -209,115 +209,100 @@ def svip(
         str, typer.Option(help="Suites or files to fit the threshold on; default: every fourth prompt is kept for it.")
     ] = "",
     lengths: Annotated[str, typer.Option(help="Constant lengths, such as 1-16 or 1,2,4,8.")] = "1-6,8,12,16",
-    threshold: Annotated[float, typer.Option(help="SVIP's published one, beside the fitted.")] = 0.3,
-    cap: int = 40,
-    bins: Bins = "small",
+    method_options: MethodOptions = SMALL,
     temperature: Temperatures = "0,1",
     max_new_tokens: NewTokens = 128,
     prompt_tokens: PromptTokens = 192,
     limit: Limit = 16,
     repeats: Repeats = 1,
     out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    machine: ServingMachine = FLOAT32,
 ) -> None:
     """SVIP against constant and heuristic draft lengths, and the gap to an oracle that knows what will be accepted."""
-    from ..bench.methods import read_method
-    from ..bench.suites import read_suites
     from ..drafting.drafter import ModelDrafter
-    from ..drafting.methods import STOPS, parse_method
     from ..measure.costs import verification_ratios
-    from ..measure.runs import prompts_of
     from ..measure.svip import Lengths, study_svip
     from ..measure.sweeps import params_of
 
-    tried = Lengths(tuple(_numbers(lengths, "--lengths")), threshold=threshold, cap=cap)
+    tried = Lengths(tuple(_numbers(lengths, "--lengths")), threshold=method_options.threshold, cap=method_options.cap)
     temperatures = _numbers(temperature, "--temperature", float)
-    machine = (dtype, device, threads, revision, trust_remote_code)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens, "limit": limit}
-    options |= {"bins": parse_bins(bins), "threshold": threshold, "cap": cap, "repeats": repeats}
-    apart = [one for one in calibration.split(",") if one.strip()]
+    options |= {"options": method_options, "repeats": repeats}
     opened = _open("svip", target, draft, suite, suites, out, machine, **options)
-    chosen = {name: read_method(name, opened.settings) for name in methods.split(",")}
-    named = {name: one.drafter(opened.drafts) for name, one in chosen.items()}
-    for name, drafter in named.items():
-        if not isinstance(drafter, ModelDrafter) or parse_method(chosen[name].method)[1] & set(STOPS):
+    drafters = _drafters(ctx, methods, opened, also=(SVIP, CAPPED))
+    for name, drafter in drafters.items():
+        if name != "plain" and (not isinstance(drafter, ModelDrafter) or {"svip", "heuristic"} & set(name.split("+"))):
             raise InputError(f"--methods {name}: name a draft model and an expansion only, such as glide or glide+cape")
     for warmth in temperatures:
         settings = opened.at(warmth)
-        if apart:
-            prompts = prompts_of(opened.target, opened.suites, settings)
-            kept = prompts_of(opened.target, read_suites(apart, suites), settings)
-        else:
-            drawn = prompts_of(opened.target, opened.suites, settings)
-            prompts, kept = [p for i, p in enumerate(drawn) if i % 4], drawn[::4]
-        if not prompts:
-            raise InputError(
-                "one prompt is not enough: every fourth is kept for calibration; give more, or --calibration"
-            )
-        verification = verification_ratios(opened.target, prompts[:1], params_of(settings))
-        for name, drafter in named.items():
-            assert isinstance(drafter, ModelDrafter)
-            table, _ = study_svip(
-                opened.target,
-                drafter.model,
-                drafter.expansion,
-                name,
-                prompts,
-                kept,
-                params_of(settings),
-                verification,
-                tried,
-                settings.repeats,
-            )
-            opened.study.tables.append(table)
+        prompts, kept = _calibrated(opened, settings, calibration, suites)
+        params = params_of(settings)
+        verification = verification_ratios(opened.target, prompts[:1], params)
+        for name, drafter in drafters.items():
+            if isinstance(drafter, ModelDrafter):
+                table, _ = study_svip(
+                    opened.target,
+                    drafter.model,
+                    drafter.expansion,
+                    name,
+                    prompts,
+                    kept,
+                    params,
+                    verification,
+                    tried,
+                    repeats,
+                )
+                opened.study.tables.append(table)
         sizes = ", ".join(f"{n}: {v:.2f}" for n, v in zip(verification.sizes, verification.ratios, strict=True))
         opened.study.notes.append(f"T={warmth:g}, v(n) by nodes, the root counted: {sizes}.")
     opened.finish()
 
 
+def _calibrated(
+    opened: _Opened, settings: Settings, calibration: str, suites: Path | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts to measure, and those to fit a threshold on; without suites for these, every fourth prompt."""
+    from ..bench.suites import read_suites
+    from ..measure.runs import prompts_of
+
+    prompts = prompts_of(opened.target, opened.suites, settings)
+    apart = [one for one in calibration.split(",") if one.strip()]
+    if apart:
+        return prompts, prompts_of(opened.target, read_suites(apart, suites), settings)
+    if len(prompts) < 2:
+        raise InputError("one prompt is not enough: every fourth is kept for calibration; give more, or --calibration")
+    return [p for i, p in enumerate(prompts) if i % 4], prompts[::4]
+
+
 @app.command()
+@flattened
 def batch(
+    ctx: typer.Context,
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
     suite: SuiteNames = OWN,
     suites: Folder = None,
     sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4,16",
-    length: Length = 5,
-    bins: Bins = "small",
-    threshold: Annotated[float, typer.Option("--svip-threshold")] = 0.3,
+    method_options: MethodOptions = SMALL,
     temperature: Temperatures = "0,1",
     max_new_tokens: NewTokens = 128,
     prompt_tokens: PromptTokens = 192,
     limit: Limit = 16,
     repeats: Repeats = 1,
     out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    machine: ServingMachine = FLOAT32,
 ) -> None:
     """Speed-ups over plain decoding of the same batch, by batch size."""
-    from ..measure.runs import drafters_of, prompts_of
+    from ..measure.runs import prompts_of
     from ..measure.sweeps import params_of, study_batches
 
     wanted = _numbers(sizes, "--sizes")
     temperatures = _numbers(temperature, "--temperature", float)
-    machine = (dtype, device, threads, revision, trust_remote_code)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "prompt_tokens": prompt_tokens,
-        "limit": limit,
-        "draft_length": length,
-    }
-    options |= {"bins": parse_bins(bins), "threshold": threshold, "repeats": repeats}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens, "limit": limit}
+    options |= {"options": method_options, "repeats": repeats}
     opened = _open("batch", target, draft, suite, suites, out, machine, **options)
-    drafters = drafters_of(methods.split(","), opened.drafts, opened.settings)
+    drafters = _drafters(ctx, methods, opened)
     for warmth in temperatures:
         settings = opened.at(warmth)
         prompts = prompts_of(opened.target, opened.suites, settings)
@@ -327,44 +312,32 @@ def batch(
 
 
 @app.command()
+@flattened
 def context(
+    ctx: typer.Context,
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
     suite: SuiteNames = "own",
     suites: Folder = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, padded with earlier text.")] = "256,1024,4096",
-    length: Length = 5,
-    bins: Bins = "small",
-    threshold: Annotated[float, typer.Option("--svip-threshold")] = 0.3,
+    method_options: MethodOptions = SMALL,
     temperature: Temperatures = "0,1",
     max_new_tokens: NewTokens = 128,
     limit: Limit = 8,
     repeats: Repeats = 1,
     out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    machine: ServingMachine = FLOAT32,
 ) -> None:
     """Speed-ups over plain decoding by the length of the prompt."""
-    from ..measure.runs import drafters_of
     from ..measure.sweeps import study_contexts
 
     wanted = _numbers(lengths, "--lengths")
     temperatures = _numbers(temperature, "--temperature", float)
-    machine = (dtype, device, threads, revision, trust_remote_code)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "limit": limit,
-        "draft_length": length,
-        "bins": parse_bins(bins),
-    }
-    opened = _open(
-        "context", target, draft, suite, suites, out, machine, threshold=threshold, repeats=repeats, **options
-    )
-    drafters = drafters_of(methods.split(","), opened.drafts, opened.settings)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "limit": limit}
+    options |= {"options": method_options, "repeats": repeats}
+    opened = _open("context", target, draft, suite, suites, out, machine, **options)
+    drafters = _drafters(ctx, methods, opened)
     for warmth in temperatures:
         table = study_contexts(opened.target, drafters, opened.suites, opened.at(warmth), wanted, repeats)
         opened.study.tables.append(table)
@@ -372,37 +345,31 @@ def context(
 
 
 @app.command()
+@flattened
 def long(
+    ctx: typer.Context,
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
     suite: SuiteNames = "own:4",
     suites: Folder = None,
-    length: Length = 5,
-    bins: Bins = "small",
-    threshold: Annotated[float, typer.Option("--svip-threshold")] = 0.3,
+    method_options: MethodOptions = SMALL,
     temperature: Temperatures = "1,0",
     max_new_tokens: NewTokens = 4096,
     prompt_tokens: PromptTokens = 192,
     repeats: Repeats = 1,
     out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    machine: ServingMachine = FLOAT32,
 ) -> None:
     """Long outputs: figures up to 128, 256, … tokens, with the repetition of what was emitted. Loops stay in."""
     from ..bench.draw import encode
-    from ..measure.runs import drafters_of
     from ..measure.sweeps import params_of, study_long
 
     temperatures = _numbers(temperature, "--temperature", float)
-    machine = (dtype, device, threads, revision, trust_remote_code)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens, "draft_length": length}
-    options |= {"bins": parse_bins(bins), "threshold": threshold, "repeats": repeats}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens}
+    options |= {"options": method_options, "repeats": repeats}
     opened = _open("long", target, draft, suite, suites, out, machine, **options)
-    drafters = drafters_of(methods.split(","), opened.drafts, opened.settings)
+    drafters = _drafters(ctx, methods, opened)
     ids = [encode(opened.target, p, opened.settings)[0] for one in opened.suites for p in one.prompts]
     prompts = [p[: prompt_tokens or None] for p in ids]
     for warmth in temperatures:

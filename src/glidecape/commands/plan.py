@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .shared import Threads, load_target
+from ..train.recipe import DraftRecipe
+from .flatten import flattened
+from .shared import AsJson, Machine
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..target.target import Target
-    from ..train.draft import DraftRecipe
 
 ROOM = 0.9  # of the free memory that a training may be planned to take
 
@@ -194,31 +195,17 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@flattened
 def plan(
     target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
     data: Annotated[Path | None, typer.Option(help="Text to train on; default: random token ids.")] = None,
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 4e6,
-    kind: Annotated[str, typer.Option(help="glide, glide-no-cross, eagle, medusa or lm.")] = "glide",
-    preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
-    loss: Annotated[str, typer.Option(help="As for train.")] = "",
-    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
-    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
-    recipe: Annotated[
-        str, typer.Option(help="More of the recipe, as field:value,field:value, such as glimpse:on,layers:2.")
-    ] = "",
+    recipe: DraftRecipe = DraftRecipe(),
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "float32",
-    threads: Threads = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    as_json: AsJson = False,
+    machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
-    from ..train.draft import DraftRecipe
-    from ..train.study import changes_of
-
-    chosen = DraftRecipe(kind, preset, loss, length=length, rows=rows).changed(**(changes_of(recipe) if recipe else {}))
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
-    made = make_plan(model, chosen, int(tokens), data, seconds)
+    model = machine.load(target, pack=False)
+    made = make_plan(model, recipe, int(tokens), data, seconds)
     print(json.dumps(made) if as_json else describe(made))

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
-from .shared import Device, Dtype, Revision, Threads, Trust, command_line, load_target
+from .effects import refuse_unused
+from .flatten import flattened
+from .shared import Machine, base_of, command_line, load_fitting_draft
 
 
+@flattened
 def regenerate(
+    ctx: typer.Context,
     target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
     data: Annotated[Path, typer.Option(help="As for train: documents are cut, prompts and messages are continued.")],
     out: Annotated[Path, typer.Option(help="A .jsonl file for train --data; an interrupted one goes on.")],
@@ -25,28 +30,21 @@ def regenerate(
     limit: Annotated[int, typer.Option(min=0, help="Rows to make; 0: one of every row.")] = 0,
     seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
-    draft_length: Annotated[int, typer.Option(min=1, help="Tokens drafted a round.")] = 5,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    options: MethodOptions = MethodOptions(),
+    machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
-    from ..drafting.methods import DRAFTLESS, make_drafter, parse_method
-    from ..drafts.checkpoint import load_draft
+    from ..drafting.methods import make_drafter, parse_method
     from ..train.regenerate import Regeneration
     from ..train.regenerate import regenerate as run
-    from .generate import _check_kind
-    from .shared import base_of
 
     if out.suffix != ".jsonl":
         raise InputError(f"--out takes a .jsonl file, not {out}")
     method = method or ("plain" if draft is None else base_of(draft))
     base, _ = parse_method(method)
+    refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code)
-    loaded = load_draft(draft, model) if draft is not None and base not in DRAFTLESS else None
-    _check_kind(base, loaded, draft)
+    model = machine.load(target)
+    drafter = make_drafter(method, load_fitting_draft(draft, base, model), options)
     with only_writer(out, folder=False):
-        run(model, data, out, plan, make_drafter(method, loaded, draft_length), batch, command_line())
+        run(model, data, out, plan, drafter, batch, command_line())

@@ -3,74 +3,88 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError, first_line
+from ..options import option
 
 if TYPE_CHECKING:
     from ..batch.text import Prompt
+    from ..drafting.methods import AnyDraft
     from ..target.target import Target
 
 TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Quantize = Annotated[str | None, typer.Option(help="int8: the target's weights in 8 bits, by torchao.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", help="GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name."),
+]
 
 
-def load_target(
-    name: str,
-    dtype: str,
-    device: str,
-    threads: int,
-    revision: str | None,
-    trust: bool,
-    pack: bool = True,
-    quantize: str | None = None,
-) -> Target:
-    import torch
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class Machine:
+    """Where a target runs, and how it is loaded."""
 
-    from ..target.target import Target
+    device: str = option("cpu", "cpu, cuda, cuda:1, …")
+    dtype: str = option("auto", "float32, bfloat16, float16, or auto: as stored.")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice.", least=0)
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the weights.")
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if threads:
-        torch.set_num_threads(threads)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
-    check_device(device)
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return Target.from_pretrained(name, wanted, device, revision, trust, pack=pack, quantize=quantize)
+    def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
+        """The target; `pack=False`: to be trained on.
+
+        Raises:
+            InputError: an unknown dtype, or a device that is not there.
+            CheckpointError, UnsupportedError: see `Target.from_pretrained`.
+        """
+        import torch
+        from transformers.utils import logging
+
+        from ..target.target import Target
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.check()
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise InputError(f"unknown dtype '{self.dtype}': choose float32, bfloat16, float16 or auto")
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        return Target.from_pretrained(
+            name, dtype, self.device, self.revision, self.trust_remote_code, pack=pack, quantize=quantize
+        )
+
+    def check(self) -> None:
+        """Set the threads; refuse a device that is not there.
+
+        Raises:
+            InputError: it is not.
+        """
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device '{self.device}' cannot be used here: {first_line(error)}") from None
 
 
-def check_device(name: str) -> None:
-    """Raises InputError for a device that is not there."""
-    import torch
+@dataclass(frozen=True)
+class ServingMachine(Machine):
+    """Where a target that is only decoded runs: its weights may be quantized."""
 
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{name}' cannot be used here: {first_line(error)}") from None
+    quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
+
+    def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
+        return super().load(name, pack, quantize or self.quantize)
 
 
 def command_line() -> str:
     return " ".join(["glidecape", *sys.argv[1:]])
-
-
-def parse_bins(text: str) -> tuple[int, ...]:
-    from ..drafting.expansions.cape import Cape
-
-    named = {"paper": Cape.PAPER, "small": Cape.SMALL}
-    try:
-        return named[text] if text in named else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--cape-bins takes 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
@@ -124,3 +138,24 @@ def named_folders(items: list[str]) -> dict[str, str]:
             raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
         named[name] = folder
     return named
+
+
+def load_fitting_draft(name: str | None, base: str, target: Target) -> AnyDraft | None:
+    """The draft of a method of this base; None where it needs none.
+
+    Raises:
+        InputError: it is of another kind.
+        CheckpointError, MismatchError: see `load_draft`.
+    """
+    from ..drafting.methods import DRAFTLESS, WANTS
+    from ..drafts.checkpoint import load_draft
+
+    if name is None or base in DRAFTLESS:
+        return None
+    loaded = load_draft(name, target)
+    if loaded.base != base:
+        raise InputError(
+            f"{name} holds {WANTS[loaded.base]}, which does not fit --method {base}: use {loaded.base}, "
+            f"{loaded.base}+svip, …, or name another draft"
+        )
+    return loaded

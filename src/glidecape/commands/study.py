@@ -9,10 +9,13 @@ import typer
 
 from ..errors import InputError
 from ..files import only_writer
-from .shared import Device, Dtype, Revision, TargetName, Threads, Trust, command_line, load_target
-from .train import _budget, _is_muon
+from ..train.recipe import DraftRecipe, is_muon
+from .flatten import flattened
+from .shared import Machine, TargetName, command_line
+from .train import SaveEvery, Tokens, budget_of
 
 
+@flattened
 def study(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="As for train.")],
@@ -29,7 +32,7 @@ def study(
     ] = None,
     base: Annotated[str, typer.Option(help="Changes to what all rows begin with, field:value,field:value.")] = "",
     seeds: Annotated[str, typer.Option(help="Every row is trained with each, joined by commas.")] = "0",
-    tokens: Annotated[float | None, typer.Option(help="Tokens that each row is trained on, such as 4e6.")] = None,
+    tokens: Tokens = None,
     length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -37,15 +40,10 @@ def study(
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts that count: ones that don't loop.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded after each.")] = 64,
-    save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")] = 300,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    save_every: SaveEvery = 300,
+    machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
-    from ..train.draft import DraftRecipe
     from ..train.study import Trial, changes_of, run_study, study_rows
     from ..train.study_table import table_of
 
@@ -55,11 +53,13 @@ def study(
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise InputError(f"--seeds takes numbers joined by commas, not '{seeds}'") from None
-    common = {"length": length, "rows": rows, "rate": rate, "muon": _is_muon(optimizer)}
+    common = {"length": length, "rows": rows, "rate": rate, "muon": is_muon(optimizer)}
     recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
     trial = Trial(prompts, prompt_tokens, new_tokens)
-    model = load_target(target, dtype, device, threads, revision, trust_remote_code, pack=False)
+    model = machine.load(target, pack=False)
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
     with only_writer(out):
-        result = run_study(model, data, out, recipes, _budget(tokens, None), numbers, trial, command_line(), save_every)
+        result = run_study(
+            model, data, out, recipes, budget_of(tokens, None), numbers, trial, command_line(), save_every
+        )
     table_of(result["table"]).print()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .sampling import SamplingParams
+from .params import SamplingParams
 
 
 class History:

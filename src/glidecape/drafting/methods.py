@@ -8,6 +8,7 @@ a fixed length). Without an expansion a base has its usual one: EAGLE-2's dynami
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
@@ -20,6 +21,7 @@ from .expansions.eagle_tree import EagleTree
 from .expansions.static_tree import StaticTree
 from .lookup import LookupDrafter
 from .medusa import MedusaDrafter
+from .options import MethodOptions
 from .stop import Entropy, FixedLength, Heuristic, StopPolicy
 
 BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")
@@ -77,38 +79,28 @@ def form_of(base: str, added: set[str]) -> str:
 
 
 def make_drafter(
-    method: str,
-    draft: AnyDraft | None,
-    length: int = 5,
-    bins: tuple[int, ...] = Cape.PAPER,
-    threshold: float = 0.3,
-    cap: int = 40,
-    *,
-    over: str = "best",
-    beams: int = 4,
-    ngram: int = 3,
-    top: int = 10,
-    total: int = 60,
+    method: str, draft: AnyDraft | None = None, options: MethodOptions | None = None, **changes: Any
 ) -> Drafter:
     """The drafter of a method.
 
     Args:
-        length: tokens drafted a round, depth of a tree; with "heuristic", in the first round; not used by SVIP.
-        bins: CaPE's siblings by confidence.
-        threshold, cap: SVIP's; the cap is the heuristic length's, too.
-        over: whose entropy SVIP takes of several frontier nodes: "best", "mean" or "min".
-        beams: of the beam expansion.
-        ngram: longest match of prompt lookup.
-        top, total: of a tree: choices of a node that may go on, and nodes of the proposal, the root included.
+        draft: its draft model, where it needs one.
+        options: of the method; None: the defaults.
+        changes: single fields of `MethodOptions`, such as `length=8`, in the place of those in `options`.
 
     Raises:
-        InputError: unknown method, no draft model for a method that needs one, one of another kind, or options out of range.
+        InputError: unknown method or option, no draft model for a method that needs one, one of another kind, or options out
+            of range.
+
+    >>> make_drafter("lookup", length=8).length
+    8
     """
+    chosen = (options or MethodOptions()).changed(**changes)
     base, added = parse_method(method)
     if base == "plain":
         return NoDraft()
     if base == "lookup":
-        return LookupDrafter(length, ngram)
+        return LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     made_for = getattr(draft, "base", None)  # None: anything that can draft
@@ -117,22 +109,26 @@ def make_drafter(
             f"method '{method}' needs {WANTS[base]}, and this is {WANTS[made_for]}: use {made_for}, {made_for}+svip, …, or "
             "name another draft"
         )
-    stop: StopPolicy = FixedLength(length)
-    if "svip" in added:
-        stop = Entropy(threshold, cap, over)
-    elif "heuristic" in added:
-        stop = Heuristic(length, cap)
+    stop = _stop_policy(added, chosen)
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
-        "cape": lambda: Cape(bins),
-        "beam": lambda: Beam(beams),
-        "tree": lambda: EagleTree(top, total),
-        "static": lambda: StaticTree(top, total, min(stop.cap, draft.max_lag)),
+        "cape": lambda: Cape(chosen.bins),
+        "beam": lambda: Beam(chosen.beams),
+        "tree": lambda: EagleTree(chosen.top, chosen.total),
+        "static": lambda: StaticTree(chosen.top, chosen.total, min(stop.cap, draft.max_lag)),
     }
-    return joined(draft, makers[form_of(base, added)](), stop)
+    return drafter_of(draft, makers[form_of(base, added)](), stop)
 
 
-def joined(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:
+def _stop_policy(added: set[str], options: MethodOptions) -> StopPolicy:
+    if "svip" in added:
+        return Entropy(options.threshold, options.cap, options.over)
+    if "heuristic" in added:
+        return Heuristic(options.length, options.cap)
+    return FixedLength(options.length)
+
+
+def drafter_of(draft: AnyDraft, expansion: Expansion, stop: StopPolicy) -> ModelDrafter:
     """The drafter of a draft of either kind: one that runs node by node, or one that predicts all depths at once."""
     if isinstance(draft, DepthModel):
         return MedusaDrafter(draft, expansion, stop)

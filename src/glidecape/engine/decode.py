@@ -12,7 +12,7 @@ from ..batch.batch import Batch
 from ..batch.row import Emitted, Row, new_row
 from ..batch.text import text_of
 from ..core.noise import Noise, gumbel
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import RoundStats, Stats
 from ..drafting.drafter import Drafter, NoDraft
 from ..errors import InputError

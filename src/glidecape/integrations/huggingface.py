@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
-from ..core.sampling import NOISE, SamplingParams
+from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
 from ..drafting.methods import DRAFTLESS, USUAL, make_drafter, parse_method
+from ..drafting.options import MethodOptions
 from ..drafts.base import DraftModel
 from ..drafts.causal_lm import StandaloneDraft
 from ..drafts.checkpoint import load_draft
@@ -44,7 +45,7 @@ def glidecape_generate(
     generation_config: Any = None,
     draft: str | Path | DraftModel | Any = None,
     method: str | None = None,
-    draft_length: int = 5,
+    options: MethodOptions | None = None,
     seed: int | None = None,
     sampling: str = NOISE,
     glide_streamer: Any = None,
@@ -63,7 +64,7 @@ def glidecape_generate(
             once a model.
         method: as in `glidecape generate --method`; by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or
             prompt lookup without a draft.
-        draft_length: tokens drafted a round, where the stop policy is a fixed length.
+        options: of the method, such as `MethodOptions(length=4)`; None: the defaults.
         seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
         sampling: "noise" or "residual", see `SamplingParams`.
         glide_streamer: a transformers streamer, for one row; gets the prompt, then each round's tokens. `streamer=` does
@@ -109,7 +110,7 @@ def glidecape_generate(
     if glide_streamer is not None:
         glide_streamer.put(input_ids.cpu())
     with _borrowed(model, draft):
-        target, drafter = _prepare(model, draft, method, draft_length)
+        target, drafter = _prepare(model, draft, method, options)
         for event in decode(target, drafter, prompts, params, glide_stats):
             emitted[event.row] += event.tokens
             if glide_streamer is not None and event.tokens:
@@ -226,7 +227,7 @@ class _Kept:
     drafts: dict[str, Any] = field(default_factory=dict)
 
 
-def _prepare(model: Any, draft: Any, method: str | None, length: int) -> tuple[Target, Drafter]:
+def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions | None) -> tuple[Target, Drafter]:
     kept = model.__dict__.get(_KEPT)
     if kept is None or kept.target.model is not model:
         kept = model.__dict__[_KEPT] = _Kept(Target(model))
@@ -248,7 +249,7 @@ def _prepare(model: Any, draft: Any, method: str | None, length: int) -> tuple[T
     base, _ = parse_method(method or usual)
     if draft is not None and base not in DRAFTLESS and base != own_base:
         raise InputError(f"the draft does not fit method '{method}': try '{usual}'")
-    return kept.target, make_drafter(method or usual, draft, length)
+    return kept.target, make_drafter(method or usual, draft, options)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
 from ..drafting.expansions.base import Expansion
 from ..drafting.expansions.beam import Beam
 from ..drafting.expansions.cape import Cape
 from ..drafting.expansions.chain import Chain
+from ..drafting.options import PAPER_BINS, SMALL_BINS
 from ..drafting.stop import FixedLength
 from ..drafts.base import DraftModel
 from ..errors import InputError
@@ -25,8 +26,8 @@ from .table import Table
 
 # Siblings by confidence, ten equal parts of it.
 GRID: dict[str, tuple[int, ...]] = {
-    "paper": Cape.PAPER,
-    "small": Cape.SMALL,
+    "paper": PAPER_BINS,
+    "small": SMALL_BINS,
     "half": (4, 4, 4, 3, 3, 3, 2, 2, 1, 0),
     "unsure": (5, 4, 3, 2, 1, 0, 0, 0, 0, 0),
     "one": (1, 1, 1, 1, 1, 1, 1, 0, 0, 0),

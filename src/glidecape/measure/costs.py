@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..batch.batch import Batch
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import Stats
 from ..core.tree import TokenTree
 from ..drafting.drafter import NoDraft

@@ -16,15 +16,13 @@ from rich.progress import Progress
 
 from ..batch.batch import Batch
 from ..bench.draw import draw
-from ..bench.methods import read_methods
 from ..bench.settings import Settings
 from ..bench.suites import Suite
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import RoundStats, Stats
 from ..core.stats import merged as merged_stats
 from ..core.tree import TokenTree
 from ..drafting.drafter import Around, Drafter
-from ..drafting.methods import AnyDraft
 from ..engine.decode import decode
 from ..errors import InputError
 from ..significance import bootstrap_ratio
@@ -158,15 +156,6 @@ class Watched(Around):
         tree = self.inner.propose(batch)
         self.nodes.append(tuple(tree.depth[0][tree.valid[0]].bincount().cumsum(0).sub(1)[1:].tolist()))
         return tree
-
-
-def drafters_of(methods: Sequence[str], drafts: Mapping[str, AnyDraft], settings: Settings) -> dict[str, Drafter]:
-    """Plain decoding and the drafters of `methods`, named as for `glidecape bench`.
-
-    Raises:
-        InputError: see `read_methods` and `Method.drafter`.
-    """
-    return {one.name: one.drafter(drafts) for one in read_methods(list(methods), settings)}
 
 
 def prompts_of(target: Target, suites: Sequence[Suite], settings: Settings) -> list[list[int]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.sampling import NOISE, SamplingParams
+from ..core.params import NOISE, SamplingParams
 from ..costmodel import RoundCosts, line
 from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
 from ..drafting.expansions.base import Expansion
 from ..drafting.methods import AnyDraft
-from ..drafting.methods import joined as with_stop
+from ..drafting.methods import drafter_of as with_stop
 from ..drafting.stop import Entropy, FixedLength, Heuristic
 from ..errors import InputError
 from ..fit import fit_threshold, record

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bench.settings import Settings
 from ..bench.suites import Suite
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import repetition
 from ..drafting.drafter import Drafter
 from ..errors import InputError

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..target.target import Target
-from .draft import DraftRecipe, Lesson, finish_draft, make_draft
+from .draft import Lesson, finish_draft, make_draft
 from .loop import optimizers, recent_mean
+from .recipe import DraftRecipe
 
 
 def frozen_view(model: nn.Module) -> nn.Module:

@@ -7,10 +7,9 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,121 +28,14 @@ from ..drafts.medusa.network import MedusaModel
 from ..errors import InputError
 from ..target.target import Target
 from .data import Windows, load_streams
-from .features import FEATURE, eagle_loss, medusa_loss
+from .features import eagle_loss, medusa_loss
 from .figures import evaluate_draft, figures_by_lag, trial_prompts, write_curve
-from .lags import LAGS, lag_visible
+from .lags import lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
-from .losses import check_loss, distillation_loss
+from .losses import distillation_loss
+from .recipe import DraftRecipe
 from .rows import Preview, preview
 from .teacher import Taught, Teacher, draft_logits, reads_hidden
-
-GLIDE_KINDS = ("glide", "glide-no-cross")
-KINDS = (*GLIDE_KINDS, "eagle", "medusa", "lm")
-OF_GLIDE = ("preset", "layers", "read", "glimpse", "width", "window", "embedding", "norm", "draft_vocab")
-
-
-@dataclass(frozen=True)
-class DraftRecipe:
-    """How a draft is trained.
-
-    Attributes:
-        kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM).
-        preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
-            lags="block" besides.
-        loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`features.eagle_loss`). "" takes
-            "feature" for EAGLE, else "kl".
-        lags: one of `lags.LAGS`; of GliDe.
-        max_lag: deepest lag trained; 0 takes the preset's. Of EAGLE the deepest node, of Medusa the number of heads.
-        noise: on the features that EAGLE is trained on (`features.noisy`); 0: none.
-        length, rows: window in tokens and windows a step.
-        muon: hidden matrices with Muon instead of AdamW.
-        loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
-        accumulate: batches of `rows` windows whose gradients make one step.
-        clip: largest norm of a step's gradient; 0: none.
-        layers: of GliDe, 1 or 2; of an LM, any number.
-        read: which target layers GliDe reads (`GlideConfig.for_target`); "" as the preset says.
-        glimpse: GliDe with the target's last hidden state, "on", "off", or "" as the preset says; the ablation has none by
-            itself.
-        width: of the draft, as a multiple of the target's; its heads grow and shrink with it.
-        window: tokens that GliDe's self-attention looks back; 0: all; -1: as the preset says.
-        embedding: "shared" with the target and frozen, "own", or "" as the preset says.
-        norm: before the cross-attention: "on", "off", or "" as the preset says.
-        draft_vocab: propose only so many tokens, the most frequent of the training text; 0: all.
-    """
-
-    kind: str = "glide"
-    preset: str = "default"
-    loss: str = ""
-    max_lag: int = 0
-    length: int = 256
-    rows: int = 16
-    rate: float = 2e-3
-    muon: bool = False
-    seed: int = 0
-    lags: str = "block-random"
-    loss_on: str = "all"
-    accumulate: int = 1
-    clip: float = 1.0
-    layers: int = 1
-    read: str = ""
-    glimpse: str = ""
-    width: float = 1.0
-    window: int = -1
-    embedding: str = ""
-    norm: str = ""
-    draft_vocab: int = 0
-    noise: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"unknown kind of draft '{self.kind}': choose one of {', '.join(KINDS)}")
-        if not self.loss:
-            object.__setattr__(self, "loss", FEATURE if self.kind == "eagle" else "kl")
-        fits = ("layers", "width") if self.kind == "lm" else ()
-        alone = [name for name in OF_GLIDE if name not in fits]
-        if self.kind not in GLIDE_KINDS and (
-            given := [name for name in alone if getattr(self, name) != _default(name)]
-        ):
-            raise InputError(f"{given[0].replace('_', '-')} is an option of GliDe, not of a draft of kind {self.kind}")
-        if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise InputError(f"the learning rate is a positive number, not {self.rate}")
-        if self.length < 2 or self.rows < 1 or self.seed < 0 or self.max_lag < 0:
-            raise InputError(
-                f"a window has at least 2 tokens, a step at least 1 window; seed and max lag are not negative: not length "
-                f"{self.length}, rows {self.rows}, seed {self.seed}, max lag {self.max_lag}"
-            )
-        if self.noise < 0:
-            raise InputError(f"noise on features must not be negative, as {self.noise} is")
-        if self.lags not in LAGS:
-            raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
-        if self.loss_on not in ("all", "completion"):
-            raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
-        if self.accumulate < 1 or self.clip < 0:
-            raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
-        if self.embedding not in ("", "shared", "own"):
-            raise InputError(f"--embedding takes shared or own, not '{self.embedding}'")
-        for name in ("norm", "glimpse"):
-            if getattr(self, name) not in ("", "on", "off"):
-                raise InputError(f"--{name} takes on or off, not '{getattr(self, name)}'")
-        if not 0 < self.width <= 16 or self.window < -1 or self.draft_vocab < 0:
-            raise InputError(
-                f"a draft's width is 0 to 16 times its target's, not {self.width}; window {self.window} and draft "
-                f"vocabulary {self.draft_vocab} must not be negative"
-            )
-        if self.loss != FEATURE:
-            check_loss(self.loss)
-        elif self.kind != "eagle":
-            raise InputError(f"the loss '{FEATURE}' is EAGLE's: a draft of kind {self.kind} has no features to compare")
-
-    def changed(self, **changes: Any) -> DraftRecipe:
-        """The recipe with these fields; a kind that changes brings its own loss, unless another than its kind's was given."""
-        if "kind" in changes and "loss" not in changes and self.loss == DraftRecipe(self.kind).loss:
-            changes = changes | {"loss": ""}
-        return replace(self, **changes)
-
-
-def _default(name: str) -> Any:
-    return DraftRecipe.__dataclass_fields__[name].default
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:

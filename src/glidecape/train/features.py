@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from ..drafts.eagle.network import EagleModel
 from ..drafts.medusa.network import MedusaModel
 from .losses import distillation_loss
+from .recipe import FEATURE
 from .teacher import Taught, previous
 
-FEATURE = "feature"  # EAGLE's own loss
 LAW_WEIGHT = 0.1
 FADE = 0.8
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import Stats, loops
 from ..drafting.drafter import Drafter
 from ..drafting.methods import AnyDraft, make_drafter
@@ -64,7 +64,7 @@ def evaluate_draft(
         stats = Stats()
         params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
         for prompt in prompts:
-            for _ in decode(target, make_drafter(method + "+chain", draft, 5), [prompt], params, stats):
+            for _ in decode(target, make_drafter(method + "+chain", draft), [prompt], params, stats):
                 pass
         figures[f"alpha_{name}"] = round(stats.alpha, 4)
         figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)

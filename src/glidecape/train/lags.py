@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..core.masks import block_visible
 
-LAGS = ("block-random", "block", "balanced", "shift")
-
 
 def lag_visible(scheme: str, seed: int, number: int, rows: int, length: int, max_lag: int) -> Tensor:
     """Target keys `(rows, length)` that each position of batch `number` may read; 0: none, and not in the loss.

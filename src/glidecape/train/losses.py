@@ -23,17 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..errors import InputError
-
-LOSSES = ("kl", "rkl", "tv", "nla", "lk_hybrid", "ce")
 CHUNK = 2**23  # logits that are widened at once: 32 MiB in float32
-
-
-def check_loss(loss: str) -> None:
-    """Raises InputError for a loss that is not one of `LOSSES`, or a sum of different ones."""
-    parts = loss.split("+")
-    if not set(parts) <= set(LOSSES) or len(set(parts)) < len(parts):
-        raise InputError(f"unknown loss '{loss}': choose from {', '.join(LOSSES)}, or join some with +, as in kl+tv")
 
 
 def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError

@@ -18,16 +18,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core.sampling import SamplingParams
+from ..core.params import SamplingParams
 from ..core.stats import Stats, merged
 from ..drafting.methods import make_drafter
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
-from .draft import DraftRecipe, Lesson, make_draft, save_draft
+from .draft import Lesson, make_draft, save_draft
 from .figures import as_draft, evaluation_prompts, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
+from .recipe import DraftRecipe
 from .study_table import summary, table_of
 from .teacher import Teacher, reads_hidden
 
@@ -369,7 +370,7 @@ def _figures(
     base, draft = as_draft(module)
     for name, (addition, depth) in MEASURED.items():
         for heat, temperature in TEMPERATURES.items():
-            drafter = make_drafter(base + addition, draft, depth)
+            drafter = make_drafter(base + addition, draft, length=depth)
             params = SamplingParams(temperature, max_new_tokens=trial.new_tokens, ignore_eos=True, seed=1)
             figures[f"{name}_{heat}"] = trial_figures(stats_by_prompt(target, drafter, prompts[0], params))
     return figures

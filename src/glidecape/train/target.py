@@ -4,7 +4,7 @@ causal LM further."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,40 +13,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import CheckpointError, DataError, InputError, first_line
+from ..errors import DataError, InputError
+from ..target.loading import load_model
 from ..target.target import digest_of
 from .beside import Beside
 from .data import Windows, corpus_tokenizer, load_streams
-from .draft import DraftRecipe
 from .figures import trial_prompts
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
-
-
-@dataclass(frozen=True)
-class TargetShape:
-    """The size of a target; the defaults make a Llama of 12 M parameters with a 4k vocabulary.
-
-    `architecture` is "llama", or "qwen3": queries and keys are normalised, and with a `window` (tokens) a layer attends to
-    so many only, but for each `full_every`-th counted from the last, which stays full.
-    """
-
-    layers: int = 6
-    width: int = 384
-    ffn: int = 1024
-    heads: int = 6
-    kv_heads: int = 6
-    context: int = 8192
-    rope_theta: float = 100_000.0
-    architecture: str = "llama"
-    window: int = 0
-    full_every: int = 4
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Which kind of attention each layer has, in transformers' words."""
-        last = self.layers - 1
-        full = [not self.window or (last - i) % self.full_every == 0 for i in range(self.layers)]
-        return ["full_attention" if one else "sliding_attention" for one in full]
+from .recipe import DraftRecipe, TargetShape, Windowing
 
 
 def new_model(shape: TargetShape, tokenizer: Any) -> Any:
@@ -90,45 +64,6 @@ def new_model(shape: TargetShape, tokenizer: Any) -> Any:
     return Qwen3ForCausalLM(Qwen3Config(**common, **windows))
 
 
-def known_model(folder: Path) -> tuple[Any, Any]:
-    """A saved causal LM in float32, all its weights trainable, and its tokenizer.
-
-    Raises:
-        CheckpointError: there is no such model.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # safetensors and configurations have exceptions of their own
-        raise CheckpointError(f"cannot load a model to start from at {folder}: {first_line(error)}") from None
-
-
-@dataclass(frozen=True)
-class Windowing:
-    """Tokens a training window, windows a step; the last `long_share` of the run sees `long_length` instead.
-
-    A step holds `rows * length` tokens throughout: long windows come in smaller numbers, and are no longer than the model's
-    context.
-    """
-
-    length: int = 512
-    rows: int = 16
-    long_length: int = 2048
-    long_share: float = 0.1
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest window that a run sees."""
-        return max(self.length, self.long_length if self.long_share else 0)
-
-    def at(self, progress: float) -> tuple[int, int]:
-        """(rows, length) at that share of the run."""
-        if progress < 1 - self.long_share or self.long_length <= self.length:
-            return self.rows, self.length
-        return max(1, self.rows * self.length // self.long_length), self.long_length
-
-
 @torch.no_grad()
 def valid_loss(model: torch.nn.Module, tokens: np.ndarray, length: int, max_rows: int = 64) -> float:
     """Mean loss in nats a token on the first windows of `tokens`."""
@@ -139,6 +74,42 @@ def valid_loss(model: torch.nn.Module, tokens: np.ndarray, length: int, max_rows
     device = next(model.parameters()).device
     parts = [part.to(device) for part in windows.split(8)]
     return sum(len(part) * float(model(input_ids=part, labels=part).loss) for part in parts) / rows
+
+
+@dataclass(frozen=True)
+class TargetRun:
+    """What is trained on what, all of it checked before the first step."""
+
+    model: Any
+    tokenizer: Any
+    windows: Windows
+    valid: np.ndarray
+    windowing: Windowing
+    digest: str
+
+
+def _begin(data: Path, shape: TargetShape, windowing: Windowing, seed: int, start_from: Path | None) -> TargetRun:
+    """The model and the text of a run; see `train_target`."""
+    if start_from is not None:
+        model, tokenizer = load_model(start_from, torch.float32, {})
+    elif not (data / "train.bin").is_file():
+        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
+    else:
+        tokenizer = corpus_tokenizer(data)
+        torch.manual_seed(seed)
+        model = new_model(shape, tokenizer)
+    config = model.config.get_text_config()
+    streams = load_streams(data, tokenizer, config.vocab_size)
+    windows = Windows(streams["train"].tokens, seed)
+    context = getattr(config, "max_position_embeddings", None) or windowing.longest
+    if windowing.length > context:
+        raise InputError(
+            f"windows of {windowing.length} tokens are longer than the model's context of {context}: lower --length"
+        )
+    windowing = replace(windowing, long_length=min(windowing.long_length, context))
+    for length in {windowing.length, windowing.longest}:
+        windows.usable(length)  # too little text is an error now, not when the first long window is cut
+    return TargetRun(model, tokenizer, windows, streams["valid"].tokens, windowing, streams["train"].digest)
 
 
 def train_target(
@@ -160,7 +131,7 @@ def train_target(
 ) -> dict[str, Any]:
     """Train on a corpus folder (`glidecape data`) and write a Hugging Face model folder to `out`.
 
-    An interrupted run goes on from `out/training.pt`. Weights are written in bfloat16.
+    An interrupted run resumes from `out/training.pt`. Weights are written in bfloat16.
 
     Args:
         draft: of a draft that is trained beside it on the same batches, and written to `draft_out` (default: `out/draft`),
@@ -174,85 +145,71 @@ def train_target(
         DataError: no corpus folder at `data`.
         CheckpointError: `out` holds a run that cannot be resumed, or `start_from` no model.
     """
-    if start_from is not None:
-        model, tokenizer = known_model(start_from)
-    elif not (data / "train.bin").is_file():
-        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
-    else:
-        tokenizer = corpus_tokenizer(data)
-        torch.manual_seed(seed)
-        model = new_model(shape, tokenizer)
-    model.to(device)
-    config = model.config.get_text_config()
-    streams = load_streams(data, tokenizer, config.vocab_size)
-    windows, valid = Windows(streams["train"].tokens, seed), streams["valid"].tokens
-    context = getattr(config, "max_position_embeddings", None) or windowing.longest
-    if windowing.length > context:
-        raise InputError(
-            f"windows of {windowing.length} tokens are longer than the model's context of {context}: lower --length"
-        )
-    windowing = replace(windowing, long_length=min(windowing.long_length, context))
-    for length in {windowing.length, windowing.longest}:
-        windows.usable(length)  # too little text is an error now, not when the first long window is cut
+    run = _begin(data, shape, windowing, seed, start_from)
+    model = run.model.to(device).train()
     if draft is not None:
-        trial_prompts(valid, prompts, context, seed)
-    made = optimizers(model, rate, muon=True)
-    beside = Beside(model, tokenizer, draft, windows.tokens) if draft is not None else None
-    trained: list[torch.nn.Module] = [model]
+        trial_prompts(run.valid, prompts, getattr(model.config, "max_position_embeddings", None) or 2**31, seed)
+    beside = Beside(model, run.tokenizer, draft, run.windows.tokens) if draft is not None else None
+    trained, made = [model], optimizers(model, rate, muon=True)
     state: torch.nn.Module = model
     if beside is not None:
         trained, made = [model, beside.module], made + beside.made
         state = torch.nn.ModuleDict({"target": model, "draft": beside.module})
     out.mkdir(parents=True, exist_ok=True)
-    identity: dict[str, Any] = {"shape": asdict(shape), "windowing": asdict(windowing), "rate": rate, "seed": seed}
-    identity |= {"draft": asdict(draft) if draft is not None else None, "compile": compile_model}
-    identity |= {"start_from": str(start_from) if start_from is not None else None, "data": streams["train"].digest}
-    if start_from is not None:
-        identity["start_from_weights"] = digest_of(model.state_dict())[:16]
+    about = {"shape": asdict(shape), "windowing": asdict(run.windowing), "seed": seed}
+    identity = about | {"rate": rate, "draft": draft and asdict(draft), "compile": compile_model, "data": run.digest}
+    identity["start_from"] = start_from and [str(start_from), digest_of(model.state_dict())[:16]]
     clock = load_state(out, state, made, identity)
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-
-    def next_token_loss(batch: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=batch).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
-    compiled = torch.compile(next_token_loss, dynamic=False) if compile_model else next_token_loss
+    loss_of = _next_token_loss(model, compile_model)
 
     def losses_of(step: int) -> tuple[Iterator[torch.Tensor], int]:
         # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
-        rows, length = windowing.at(budget.progress(clock.tokens, clock.seconds))
-        batch = windows.batch(step, rows, length).to(device)
+        rows, length = run.windowing.at(budget.progress(clock.tokens, clock.seconds))
+        batch = run.windows.batch(step, rows, length).to(device)
         return losses(batch, step), batch.numel()
 
     def losses(batch: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
-        with autocast:
-            loss = compiled(batch)
-        yield loss
+        yield loss_of(batch)
         if beside is not None:
             yield beside.loss(batch, step)
 
-    def save(now: Clock) -> None:
-        save_state(out, state, made, now, identity)
-
-    clock = fit(trained, made, budget, losses_of, clock, save, save_every_s)
-    model.eval()
+    clock = fit(
+        trained, made, budget, losses_of, clock, lambda now: save_state(out, state, made, now, identity), save_every_s
+    )
     counts = {"steps": clock.step, "tokens": clock.tokens, "seconds": round(clock.seconds, 1)}
-    figures: dict[str, Any] = counts | {
-        "train_loss": recent_mean(clock.losses),
-        "valid_loss": round(valid_loss(model, valid, windowing.length), 4),
-    }
-    card = {
-        "command": command,
-        "shape": asdict(shape) if start_from is None else {"start_from": str(start_from)},
-        "windowing": asdict(windowing),
-        "seed": seed,
-        "figures": figures,
-    }
-    save_lm(model.to(torch.bfloat16), tokenizer, out, card)
+    began: Any = asdict(shape) if start_from is None else {"start_from": str(start_from)}
+    figures = _write(out, run, clock, counts, about | {"command": command, "shape": began})
     if (data / "sources.json").exists():
         shutil.copy(data / "sources.json", out / "sources.json")
-    Console(stderr=True).print(f"wrote {out}: {figures}")
     if beside is not None:
-        options = {"length": windowing.length, "prompts": prompts, "seed": seed, "command": command}
-        figures["draft"] = beside.finish(draft_out or out / "draft", out, valid, counts, clock.each[1], **options)
+        options = {"length": run.windowing.length, "prompts": prompts, "seed": seed, "command": command}
+        figures["draft"] = beside.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
+    return figures
+
+
+def _next_token_loss(model: torch.nn.Module, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The mean loss in nats over a batch `(rows, length)`, products in bfloat16."""
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    run = torch.compile(loss, dynamic=False) if compiled else loss
+
+    def autocast(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            return run(batch)
+
+    return autocast
+
+
+def _write(out: Path, run: TargetRun, clock: Clock, counts: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the model and write its folder; its figures."""
+    model = run.model.eval()
+    figures = counts | {
+        "train_loss": recent_mean(clock.losses),
+        "valid_loss": round(valid_loss(model, run.valid, run.windowing.length), 4),
+    }
+    save_lm(model.to(torch.bfloat16), run.tokenizer, out, about | {"figures": figures})
+    Console(stderr=True).print(f"wrote {out}: {figures}")
     return figures

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ...core.sampling import SamplingParams
+from ...core.params import SamplingParams
 from ...errors import InputError
 from ...target.target import Target
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ...core.sampling import SamplingParams
+from ...core.params import SamplingParams
 from ...errors import InputError
 from .base import PeerSource
 from .gguf import write_gguf

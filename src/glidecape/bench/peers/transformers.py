@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from ...core.sampling import SamplingParams
+from ...core.params import SamplingParams
 from .base import PeerSource
 
 LOOKUP_TOKENS = 10  # proposed a round: the number in transformers' documentation

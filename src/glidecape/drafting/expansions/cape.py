@@ -9,6 +9,7 @@ from ...core.transfer import to_host
 from ...core.tree import TokenTree
 from ...errors import InputError
 from ..law import DraftLaw
+from ..options import PAPER_BINS
 from .chain import Chain
 
 
@@ -26,10 +27,7 @@ class Cape(Chain):
     probable other tokens; the paper is greedy only.
     """
 
-    PAPER = (7, 7, 7, 5, 5, 5, 3, 3, 1, 1)
-    SMALL = (3, 3, 3, 2, 2, 1, 1, 1, 0, 0)  # for CPUs, where 32 nodes cost several times one node (dev/LOG.md)
-
-    def __init__(self, bins: tuple[int, ...] = PAPER) -> None:
+    def __init__(self, bins: tuple[int, ...] = PAPER_BINS) -> None:
         if not bins or min(bins) < 0 or max(bins) > 64:
             raise InputError(f"CaPE's bins must be one or more numbers of siblings from 0 to 64, not {bins}")
         self.bins, self.most = bins, max(bins)

@@ -78,8 +78,10 @@ class Level:
     def to(self, device: torch.device) -> Level:
         if self.parents.device == device:
             return self
-        moved = [t.to(device, non_blocking=True) for t in (self.parents, self.choices, self.goes_on)]
-        return Level(*moved, self.most)
+        parents, choices, goes_on = (
+            one.to(device, non_blocking=True) for one in (self.parents, self.choices, self.goes_on)
+        )
+        return Level(parents, choices, goes_on, self.most)
 
 
 def static_paths(top: int, total: int, depth: int) -> list[tuple[int, ...]]:
@@ -110,7 +112,7 @@ def _levels(paths: list[tuple[int, ...]]) -> list[Level]:
         with_children = {path[:-1] for path in paths if len(path) == depth + 1}
         goes_on = [i for i, path in enumerate(here) if path in with_children]
         choices = [path[-1] for path in here]
-        numbers = [torch.tensor(one, dtype=torch.long) for one in (parents, choices, goes_on)]
-        levels.append(Level(*numbers, max(choices) + 1))
+        as_numbers = torch.LongTensor
+        levels.append(Level(as_numbers(parents), as_numbers(choices), as_numbers(goes_on), max(choices) + 1))
         frontier = [here[i] for i in goes_on]
     return levels

@@ -1,0 +1,117 @@
+"""`MethodOptions`: what a method can be told, whoever asks: Python, the command line, the benchmark or an integration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import InputError
+from ..options import option, option_of
+
+PAPER_BINS = (7, 7, 7, 5, 5, 5, 3, 3, 1, 1)
+SMALL_BINS = (3, 3, 3, 2, 2, 1, 1, 1, 0, 0)  # for CPUs, where 32 nodes cost several times one node (dev/LOG.md)
+NAMED_BINS = {"paper": PAPER_BINS, "small": SMALL_BINS}
+
+SVIP, CAPE, BEAM, TREE, LOOKUP = "+svip", "+cape", "+beam", "+tree or +static", "lookup"
+CAPPED, FIXED = "+svip or +heuristic", "a fixed length"
+
+
+def bins_from(text: str) -> tuple[int, ...]:
+    """CaPE's bins from "paper", "small", or numbers joined by commas or slashes.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return NAMED_BINS.get(text) or tuple(int(part) for part in text.replace("/", ",").split(","))
+    except ValueError:
+        raise InputError(f"CaPE's bins are 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
+
+
+def bins_text(bins: tuple[int, ...]) -> str:
+    """The shortest text of these bins that `bins_from` reads."""
+    return next((name for name, known in NAMED_BINS.items() if known == bins), ",".join(map(str, bins)))
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options of all methods; a method uses those of its parts, see docs/methods.md.
+
+    Attributes:
+        length: tokens drafted a round, depth of a tree; with "heuristic", in the first round; not used by SVIP.
+        bins: CaPE's siblings by confidence.
+        threshold, cap: SVIP's; the cap is the heuristic length's, too.
+        over: whose entropy SVIP takes of several frontier nodes: "best", "mean" or "min".
+        beams: of the beam expansion.
+        top, total: of a tree: choices of a node that may go on, and nodes of the proposal, the root included.
+        ngram: longest match of prompt lookup.
+
+    >>> MethodOptions().changed(length="8", bins="2/1").bins
+    (2, 1)
+    """
+
+    length: int = option(
+        5,
+        "Tokens drafted a round, or a tree's depth, without SVIP; the first one with heuristic.",
+        flag="draft-length",
+        needs=FIXED,
+    )
+    bins: tuple[int, ...] = option(
+        PAPER_BINS,
+        "Siblings by confidence: paper, small, or numbers like 7,5,3,1.",
+        flag="cape-bins",
+        needs=CAPE,
+        type=str,
+        read=bins_from,
+        write=bins_text,
+    )
+    threshold: float = option(
+        0.3,
+        "Higher values draft longer: drafting stops once sqrt(0.15 entropy) exceeds this.",
+        flag="svip-threshold",
+        needs=SVIP,
+    )
+    cap: int = option(
+        40,
+        "Tokens at most with svip or heuristic; the draft's max lag also holds.",
+        flag="svip-cap",
+        needs=CAPPED,
+    )
+    over: str = option(
+        "best",
+        "Whose entropy, with beam or a tree: best, mean or min of the frontier.",
+        flag="svip-over",
+        needs=SVIP,
+    )
+    beams: int = option(4, "Nodes a depth with beam.", needs=BEAM)
+    top: int = option(
+        10,
+        "With tree or static: choices of a node that go on; with tree also nodes run a depth.",
+        flag="tree-top",
+        needs=TREE,
+    )
+    total: int = option(60, "Nodes verified with tree or static, the root included.", flag="tree-total", needs=TREE)
+    ngram: int = option(3, "Longest match of prompt lookup.", flag="lookup-ngram", needs=LOOKUP)
+
+    def changed(self, **changes: Any) -> MethodOptions:
+        """These options with some changed; text becomes what the field holds.
+
+        Raises:
+            InputError: no option has that name, or the text is no value of it.
+        """
+        known = {one.name: one for one in fields(self)}
+        if unknown := [name for name in changes if name not in known]:
+            raise InputError(f"unknown option '{unknown[0]}': choose from {', '.join(known)}")
+        return replace(self, **{name: _value(known[name], value) for name, value in changes.items()})
+
+
+def _value(one: Any, value: Any) -> Any:
+    how = option_of(one)
+    if not isinstance(value, str) or how is None:
+        return value
+    if how.type is str:
+        return how.read(value)
+    try:
+        return {"int": int, "float": float}.get(one.type, str)(value)
+    except ValueError:
+        raise InputError(f"{one.name} takes a number, not '{value}'") from None
