@@ -19,7 +19,7 @@ from glidecape.engine.round import run_round
 from glidecape.errors import CheckpointError, InputError
 from glidecape.target.target import Target
 from glidecape.train.data import load_streams
-from glidecape.train.draft import Lesson, make_draft, train_draft
+from glidecape.train.draft import DraftLoss, make_draft, train_draft
 from glidecape.train.features import eagle_loss, medusa_loss, noisy
 from glidecape.train.figures import figures_by_lag
 from glidecape.train.loop import Budget
@@ -157,41 +157,41 @@ def test_heads_in_serving_are_heads_in_training(target):
                     torch.testing.assert_close(logits[0, lag], module.head_logits(lag - 1, features)[0, 0])
 
 
-# --- lessons
+# --- losses
 
 
-def taught_by(target, rows=2, length=12, learned=None):
+def output_of(target, rows=2, length=12, learned=None):
     teacher = Teacher(target, rows, length, hidden=True)
     tokens = torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(2))
-    return teacher.teach(tokens, 5, learned)
+    return teacher.run(tokens, 5, learned)
 
 
 def test_eagle_s_loss_is_the_formula(target):
-    module, taught = random_eagle(target), taught_by(target)
-    loss = float(eagle_loss(module, taught, "feature", 0.0, 0))
-    features = taught.teacher.features(taught.tokens).float()
+    module, output = random_eagle(target), output_of(target)
+    loss = float(eagle_loss(module, output, "feature", 0.0, 0))
+    features = output.teacher.features(output.tokens).float()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = module.hidden(taught.tokens, taught.teacher.positions, previous(features))
+        hidden = module.hidden(output.tokens, output.teacher.positions, previous(features))
         logits = module.logits(hidden)
     gap = (hidden.float() - features)[:, 1:].abs()
     smooth = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
-    p, q = taught.logits[:, 1:].float().log_softmax(-1), logits[:, 1:].float().log_softmax(-1)
+    p, q = output.logits[:, 1:].float().log_softmax(-1), logits[:, 1:].float().log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     assert loss == pytest.approx(float(smooth + 0.1 * divergence), rel=1e-3)
-    assert float(eagle_loss(module, taught, "kl", 0.0, 0)) == pytest.approx(float(divergence), rel=1e-3)
+    assert float(eagle_loss(module, output, "kl", 0.0, 0)) == pytest.approx(float(divergence), rel=1e-3)
 
 
 def test_medusa_s_loss_is_the_weighted_mean_of_its_heads(target):
-    taught = taught_by(target)
+    output = output_of(target)
     torch.manual_seed(1)
     module = MedusaModel.new(MedusaConfig.for_target(target, 2), target)
     total = 0.0
     for k, weight in ((1, 0.8 / 1.44), (2, 0.64 / 1.44)):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            drafted = module.head_logits(k - 1, taught.teacher.features(taught.tokens))
-        p, q = taught.logits[:, k:].float().log_softmax(-1), drafted[:, :-k].float().log_softmax(-1)
+            drafted = module.head_logits(k - 1, output.teacher.features(output.tokens))
+        p, q = output.logits[:, k:].float().log_softmax(-1), drafted[:, :-k].float().log_softmax(-1)
         total += weight * float((p.exp() * (p - q)).sum(-1).mean())
-    assert float(medusa_loss(module, taught, "kl")) == pytest.approx(total, rel=1e-3)
+    assert float(medusa_loss(module, output, "kl")) == pytest.approx(total, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "medusa"])
@@ -200,8 +200,8 @@ def test_a_token_that_is_not_to_be_learned_changes_no_loss(target, kind):
     learned[:, 5:8] = True
     recipe = DraftRecipe(kind=kind, length=12, rows=2, noise=0.0, max_lag=2)
     module = make_draft(target, recipe)
-    lesson = Lesson(target, module, recipe, 12)
-    losses = [float(lesson(tokens_changed_at(at), 0, learned)) for at in (None, 9, 6)]
+    draft_loss = DraftLoss(target, module, recipe, 12)
+    losses = [float(draft_loss(tokens_changed_at(at), 0, learned)) for at in (None, 9, 6)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # after all that is learned
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
@@ -242,15 +242,15 @@ def test_kl_on_the_shifted_law_is_what_a_medusa_head_learns(world):
     raw = MedusaModel.new(trained.config, target)
     text = load_streams(world["corpus"], target.tokenizer, target.vocab_size, "all")["valid"].tokens
     tokens = torch.from_numpy(text[: 4 * 48].astype("int64")).view(4, 48)
-    taught = Teacher(target, 4, 48, hidden=True).teach(tokens, 0)
+    output = Teacher(target, 4, 48, hidden=True).run(tokens, 0)
     before, after = [], []
     for k in range(1, trained.config.heads + 1):
         for module, losses in ((raw, before), (trained, after)):
             with torch.no_grad():
-                drafted = module.head_logits(k - 1, taught.teacher.features(taught.tokens)[:, :-k])
-            everywhere = torch.ones_like(taught.tokens[:, k:], dtype=torch.bool)
+                drafted = module.head_logits(k - 1, output.teacher.features(output.tokens)[:, :-k])
+            everywhere = torch.ones_like(output.tokens[:, k:], dtype=torch.bool)
             losses.append(
-                float(distillation_loss(drafted, taught.logits[:, k:], taught.tokens[:, k:], everywhere, "kl"))
+                float(distillation_loss(drafted, output.logits[:, k:], output.tokens[:, k:], everywhere, "kl"))
             )
     assert all(a < 0.9 * b for a, b in zip(after, before, strict=True)), (before, after)
 

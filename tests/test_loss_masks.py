@@ -11,7 +11,7 @@ from rich.console import Console
 from glidecape.errors import DataError
 from glidecape.target.target import Target
 from glidecape.train.data import Windows, load_streams, read_prompts
-from glidecape.train.draft import Lesson, make_draft, train_draft
+from glidecape.train.draft import DraftLoss, make_draft, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.rows import preview
@@ -148,17 +148,17 @@ def test_windows_in_which_nothing_is_learned_are_passed_over():
 def test_the_loss_sees_learned_tokens_only(target):
     """Changing what follows at positions that are not learned changes no loss; at a learned one it does."""
     recipe = DraftRecipe(rows=1, length=16, lags="shift", loss="ce")
-    lesson = Lesson(target, make_draft(target, recipe), recipe, 16)
+    draft_loss = DraftLoss(target, make_draft(target, recipe), recipe, 16)
     batch = torch.arange(10, 26)[None]
     learned = torch.zeros(1, 16, dtype=torch.bool)
     learned[0, 12] = True
-    value = lesson(batch, 0, learned)
+    value = draft_loss(batch, 0, learned)
     last, middle = batch.clone(), batch.clone()
     last[0, 13:] = 3
     middle[0, 12] = 3
-    assert torch.equal(lesson(last, 0, learned), value)
-    assert not torch.equal(lesson(middle, 0, learned), value)
-    assert not torch.equal(lesson(batch, 0), value)
+    assert torch.equal(draft_loss(last, 0, learned), value)
+    assert not torch.equal(draft_loss(middle, 0, learned), value)
+    assert not torch.equal(draft_loss(batch, 0), value)
 
 
 def test_a_completion_run_trains_and_its_preview_shows_the_mask(world, target, tmp_path, capfd, monkeypatch):

@@ -56,8 +56,8 @@ def test_rows_trained_side_by_side_are_those_trained_alone(world, target, tmp_pa
 
 def test_the_targets_forward_is_paid_once(world, target, tmp_path, monkeypatch):
     calls = []
-    real = study.Teacher.teach
-    monkeypatch.setattr(study.Teacher, "teach", lambda *a: calls.append(1) or real(*a))
+    real = study.Teacher.run
+    monkeypatch.setattr(study.Teacher, "run", lambda *a: calls.append(1) or real(*a))
     rows = study_rows(BASE, ["lags"])
     assert len(rows) == 4  # the baseline is "block-random" already
     run_study(target, world["corpus"], tmp_path, rows, BUDGET, (0,), TRIAL)

@@ -22,7 +22,7 @@ from .core.params import NOISE, SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import RoundCosts, line
-from .drafting.drafter import Around, Drafter, ModelDrafter, NoDraft
+from .drafting.drafter import Drafter, DrafterWrapper, ModelDrafter, NoDraft
 from .drafting.expansions.base import Expansion
 from .drafting.expansions.chain import Chain
 from .drafting.law import DraftLaw
@@ -73,7 +73,7 @@ class _Recorder(Entropy):
         return depth < self.cap
 
 
-class _Everywhere(Around):
+class _DraftEverywhere(DrafterWrapper):
     """Drafts at every token and has nothing of it verified: a round emits one token."""
 
     def __init__(self, inner: Drafter, stop: _Recorder) -> None:
@@ -119,7 +119,7 @@ def record(
     inner = drafter_of(draft, expansion or Chain(), stop)
     texts = []
     for prompt in prompts:
-        everywhere = _Everywhere(inner, stop)
+        everywhere = _DraftEverywhere(inner, stop)
         text = [token for event in decode(target, everywhere, [prompt], params) for token in event.tokens]
         texts.append(
             [

@@ -17,7 +17,7 @@ from ..batch.batch import Batch
 from ..core.params import SamplingParams
 from ..core.sampling import log_law, widen
 from ..core.tree import TokenTree
-from ..drafting.drafter import Around, ModelDrafter
+from ..drafting.drafter import DrafterWrapper, ModelDrafter
 from ..drafting.expansions.chain import Chain
 from ..drafting.law import DraftLaw
 from ..drafting.stop import FixedLength
@@ -45,7 +45,7 @@ class Watched:
     overlap_1: list[float] = field(default_factory=list)
 
 
-class _Heard:
+class _LogitsRecorder:
     """A target that remembers the logits of its last forward."""
 
     def __init__(self, target: Any) -> None:
@@ -61,7 +61,7 @@ class _Heard:
         return out
 
 
-class _Noting(Chain):
+class _LawRecorder(Chain):
     """A chain that keeps the laws it grew from."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Noting(Chain):
         return super().grow(tree, frontier, law)
 
 
-class _Unspoken(Around):
+class _DraftOnly(DrafterWrapper):
     """Drafts as another drafter does, and proposes nothing."""
 
     tree: TokenTree | None = None
@@ -91,9 +91,9 @@ def watch(target: Target, model: DraftModel, prompt: list[int], params: Sampling
     Raises:
         InputError: see `start`.
     """
-    noting = _Noting()
-    drafter = _Unspoken(ModelDrafter(model, noting, FixedLength(depth)))
-    heard: Any = _Heard(target)
+    noting = _LawRecorder()
+    drafter = _DraftOnly(ModelDrafter(model, noting, FixedLength(depth)))
+    heard: Any = _LogitsRecorder(target)
     state = start(heard, drafter, [prompt], params)
     (row,), seen = state.rows, Watched()
     drafted: list[list[int]] = []

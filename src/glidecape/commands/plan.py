@@ -1,7 +1,7 @@
 """`glidecape plan`: what a training of a draft will need, before it is begun: parameters, disk, memory and hours.
 
 Sizes are counted, memory is estimated from them, speed is measured on this machine with the very step that training
-takes (`train.draft.Lesson`).
+takes (`train.draft.DraftLoss`).
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def measure(
     """
     import torch
 
-    from ..train.draft import Lesson
+    from ..train.draft import DraftLoss
     from ..train.loop import optimizers, reuse_freed_memory
 
     reuse_freed_memory()
     made = optimizers(module, recipe.rate, recipe.muon)
-    lesson = Lesson(target, module.train(), recipe, length)
+    draft_loss = DraftLoss(target, module.train(), recipe, length)
     times: list[float] = []
     began = time.monotonic()
     while len(times) < 4 or time.monotonic() - began < seconds:
@@ -111,7 +111,7 @@ def measure(
             batch = torch.randint(target.vocab_size, (recipe.rows, length), generator=generator)
         else:
             batch = windows.batch(number, recipe.rows, length)
-        lesson(batch.to(target.device), number).backward()
+        draft_loss(batch.to(target.device), number).backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
         for optimizer in made:
             optimizer.step()

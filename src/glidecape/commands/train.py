@@ -104,7 +104,7 @@ def train_target(
 
     Machine(device, threads=threads).check()
     budget = budget_of(tokens, minutes)
-    draft = _draft_beside(draft_recipe, seed) if with_draft else None
+    draft = _joint_recipe(draft_recipe, seed) if with_draft else None
     if draft_recipe and draft is None:
         raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
     with only_writer(out):
@@ -125,7 +125,7 @@ def train_target(
         )
 
 
-def _draft_beside(changes: str, seed: int) -> DraftRecipe:
+def _joint_recipe(changes: str, seed: int) -> DraftRecipe:
     from ..train.study import changes_of
 
     wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})

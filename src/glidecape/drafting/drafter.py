@@ -76,7 +76,7 @@ class NoDraft:
         return None
 
 
-class Around:
+class DrafterWrapper:
     """Passes everything on to another drafter: a base for drafters that watch one, or change one thing of it."""
 
     def __init__(self, inner: Drafter) -> None:

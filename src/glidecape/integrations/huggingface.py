@@ -109,7 +109,7 @@ def glidecape_generate(
     emitted: list[list[int]] = [[] for _ in prompts]
     if glide_streamer is not None:
         glide_streamer.put(input_ids.cpu())
-    with _borrowed(model, draft):
+    with _our_attention(model, draft):
         target, drafter = _prepare(model, draft, method, options)
         for event in decode(target, drafter, prompts, params, glide_stats):
             emitted[event.row] += event.tokens
@@ -253,7 +253,7 @@ def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions 
 
 
 @contextmanager
-def _borrowed(*models: Any) -> Iterator[None]:
+def _our_attention(*models: Any) -> Iterator[None]:
     """Our attention on these models, dropout off; all of it as it was when done. What is no model is left alone."""
     models = tuple(m for m in models if isinstance(m, torch.nn.Module) and hasattr(m, "set_attn_implementation"))
     attention = [(config, config._attn_implementation) for model in models for config in _configs(model)]

@@ -22,7 +22,7 @@ from ..core.params import SamplingParams
 from ..core.stats import RoundStats, Stats
 from ..core.stats import merged as merged_stats
 from ..core.tree import TokenTree
-from ..drafting.drafter import Around, Drafter
+from ..drafting.drafter import Drafter, DrafterWrapper
 from ..engine.decode import decode
 from ..errors import InputError
 from ..significance import bootstrap_ratio
@@ -145,7 +145,7 @@ def _speed(each: Sequence[Run]) -> float:
     return merged(each).tokens_per_s
 
 
-class Watched(Around):
+class Watched(DrafterWrapper):
     """A drafter that remembers the trees it proposed: for each round of row 0, nodes down to each depth, root excluded."""
 
     def __init__(self, inner: Drafter) -> None:

@@ -35,7 +35,7 @@ from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_
 from .losses import distillation_loss
 from .recipe import DraftRecipe
 from .rows import Preview, preview
-from .teacher import Taught, Teacher, draft_logits, reads_hidden
+from .teacher import Teacher, TeacherOutput, draft_logits, reads_hidden
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
@@ -144,12 +144,12 @@ def compiled(module: nn.Module) -> Iterator[None]:
             del part.forward  # the class's own again: decoding has a new shape each round
 
 
-class Lesson:
+class DraftLoss:
     """The loss of a batch: the target's forward, its keys and values read at the recipe's lags, the draft's forward.
 
     Args:
         length: of the windows, in tokens.
-        teacher: shared with other lessons; None: one of its own.
+        teacher: shared with other drafts' losses; None: one of its own.
     """
 
     def __init__(
@@ -165,23 +165,23 @@ class Lesson:
         self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `Taught`."""
-        return self.learn(self.teacher.teach(batch, number, learned))
+        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `TeacherOutput`."""
+        return self.of(self.teacher.run(batch, number, learned))
 
-    def learn(self, taught: Taught) -> Tensor:
+    def of(self, output: TeacherOutput) -> Tensor:
         """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""
         if isinstance(self.module, EagleModel):
-            return eagle_loss(self.module, taught, self.recipe.loss, self.recipe.noise, self.recipe.seed)
+            return eagle_loss(self.module, output, self.recipe.loss, self.recipe.noise, self.recipe.seed)
         if isinstance(self.module, MedusaModel):
-            return medusa_loss(self.module, taught, self.recipe.loss)
-        batch, teacher = taught.tokens, taught.teacher
+            return medusa_loss(self.module, output, self.recipe.loss)
+        batch, teacher = output.tokens, output.teacher
         rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, taught.number, rows, length, self.max_lag)
+        visible = lag_visible(self.recipe.lags, self.recipe.seed, output.number, rows, length, self.max_lag)
         visible = visible.to(batch.device)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
             drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
-        counted = (visible > 0) & taught.counted()  # every kind of draft learns from the same positions
-        logits = taught.logits
+        counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
+        logits = output.logits
         if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
             logits, batch = logits[..., self.kept], self._among_kept(batch)
         return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
@@ -226,14 +226,14 @@ def train_draft(
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
     identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
-    lesson = Lesson(target, module, recipe, length)
+    draft_loss = DraftLoss(target, module, recipe, length)
     module.train()
 
     def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
         batch = windows.batch(number, recipe.rows, length).to(target.device)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return [lesson(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
+        return [draft_loss(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)

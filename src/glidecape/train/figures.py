@@ -139,12 +139,12 @@ def figures_by_lag(
     module.eval()
     for at in np.linspace(0, len(tokens) - length, windows).astype(int):
         batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
-        taught = teacher(batch)[0, deepest:]
-        p = taught.float().softmax(-1)
+        output = teacher(batch)[0, deepest:]
+        p = output.float().softmax(-1)
         by_lag = logits_by_lag(module, batch, teacher)
         for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
             overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
-            same[i] += int((drafted.argmax(-1) == taught.argmax(-1)).sum())
+            same[i] += int((drafted.argmax(-1) == output.argmax(-1)).sum())
     count = windows * (length - deepest)
     return {
         "lags": lags,

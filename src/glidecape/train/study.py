@@ -25,7 +25,7 @@ from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
-from .draft import Lesson, make_draft, save_draft
+from .draft import DraftLoss, make_draft, save_draft
 from .figures import as_draft, evaluation_prompts, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .recipe import DraftRecipe
@@ -149,7 +149,7 @@ def study_rows(
     return rows
 
 
-class Class:
+class DraftGroup:
     """Drafts that learn side by side from one target, as one module with one state.
 
     Args:
@@ -169,21 +169,21 @@ class Class:
             for module, recipe in zip(self.modules, recipes.values(), strict=True)
             for one in optimizers(module, recipe.rate, recipe.muon)
         ]
-        self.lessons = [
-            Lesson(target, module, recipe, length, self.teacher)
+        self.draft_losses = [
+            DraftLoss(target, module, recipe, length, self.teacher)
             for module, recipe in zip(self.modules, recipes.values(), strict=True)
         ]
-        self.teach_s, self.learn_s, self.taught = 0.0, [0.0] * len(self.modules), 0
+        self.target_s, self.draft_s, self.tokens_seen = 0.0, [0.0] * len(self.modules), 0
 
     def losses(self, batch: Tensor, number: int, learned: Tensor | None) -> Iterator[Tensor]:
         """Each draft's loss over `batch (rows, length)`, made when it is asked for."""
         started = self._now()
-        taught = self.teacher.teach(batch, number, learned)
-        self.taught += batch.numel()
-        self.teach_s += (learning := self._now()) - started
-        for i, lesson in enumerate(self.lessons):
-            yield lesson.learn(taught)
-            self.learn_s[i] += (now := self._now()) - learning  # the caller has been through the backward pass
+        output = self.teacher.run(batch, number, learned)
+        self.tokens_seen += batch.numel()
+        self.target_s += (learning := self._now()) - started
+        for i, draft_loss in enumerate(self.draft_losses):
+            yield draft_loss.of(output)
+            self.draft_s[i] += (now := self._now()) - learning  # the caller has been through the backward pass
             learning = now
 
     def _now(self) -> float:
@@ -192,8 +192,8 @@ class Class:
         return time.monotonic()
 
     def tokens_per_s(self, i: int) -> float | None:
-        """Tokens a second of teaching and learning, were draft `i` alone; optimizers excluded. None: nothing was taught."""
-        return round(self.taught / (self.teach_s + self.learn_s[i]), 1) if self.taught else None
+        """Tokens a second of teaching and learning, were draft `i` alone; optimizers excluded. None: nothing was output."""
+        return round(self.tokens_seen / (self.target_s + self.draft_s[i]), 1) if self.tokens_seen else None
 
 
 def run_study(
@@ -239,14 +239,14 @@ def run_study(
         identities = {name: shared | {"recipe": asdict(recipe)} for name, recipe in recipes.items()}
         while pending := [name for name in recipes if _finished(folder, name, identities[name]) is None]:
             group = {name: identities[name] for name in _begun(folder, recipes) or pending}
-            taught = _trained(target, streams["train"], folder, recipes, group, budget, save_every_s)
+            trained, clock = _trained(target, streams["train"], folder, recipes, group, budget, save_every_s)
             prompts = prompts or held_out_prompts(target, streams["valid"], trial)
             for i, name in enumerate(group):
                 if _finished(folder, name, group[name]) is None:
                     console.print(f"seed {seed}: trying {name}", markup=False)
-                    figures = _figures(target, taught[0], i, taught[1], streams["valid"], prompts, trial)
-                    write_row(folder / name, taught[0].modules[i], target, command, figures, group[name])
-            (folder / STATE_FILE).unlink()  # rows that come later begin a class of their own
+                    figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
+                    write_row(folder / name, trained.modules[i], target, command, figures, group[name])
+            (folder / STATE_FILE).unlink()  # rows that come later begin a group of their own
         for name in recipes:
             results[name][str(seed)] = _finished(folder, name, identities[name]) or {}
     result: dict[str, Any] = {
@@ -309,29 +309,29 @@ def _trained(
     group: dict[str, Any],
     budget: Budget,
     save_every_s: float,
-) -> tuple[Class, Clock]:
+) -> tuple[DraftGroup, Clock]:
     """Train the rows of `group` together, from where they were left."""
     chosen = {name: recipes[name] for name in group}
     first = next(iter(chosen.values()))
     length = min(first.length, target.context)
-    taught = Class(target, chosen, length, text.tokens)
+    output = DraftGroup(target, chosen, length, text.tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    clock = load_state(folder, taught.state, taught.made, group)
+    clock = load_state(folder, output.state, output.made, group)
     windows = Windows(text.tokens, first.seed, text.learned)
-    taught.state.train()
+    output.state.train()
 
     def losses_of(number: int) -> tuple[Iterator[Tensor], int]:
         batch = windows.batch(number, first.rows, length).to(target.device)
         learned = windows.batch_learned(number, first.rows, length)
         learned = None if learned is None else learned.to(target.device)
-        return taught.losses(batch, number, learned), batch.numel()
+        return output.losses(batch, number, learned), batch.numel()
 
     def save(now: Clock) -> None:
-        save_state(folder, taught.state, taught.made, now, group)
+        save_state(folder, output.state, output.made, now, group)
 
     clock = fit(
-        taught.modules,
-        taught.made,
+        output.modules,
+        output.made,
         budget,
         losses_of,
         clock,
@@ -340,12 +340,12 @@ def _trained(
         first.clip,
         accumulate=first.accumulate,
     )
-    return taught, clock
+    return output, clock
 
 
 def _figures(
     target: Target,
-    taught: Class,
+    trained: DraftGroup,
     i: int,
     clock: Clock,
     text: Stream,
@@ -353,12 +353,12 @@ def _figures(
     trial: Trial,
 ) -> dict[str, Any]:
     """What is told of draft `i`: its training, its agreement by lag, and its trial."""
-    module = taught.modules[i]
+    module = trained.modules[i]
     losses = clock.each[i] if clock.each else clock.losses
     figures: dict[str, Any] = {
         "steps": clock.step,
         "tokens": clock.tokens,
-        "tokens_per_s": taught.tokens_per_s(i),
+        "tokens_per_s": trained.tokens_per_s(i),
         "parameters": sum(p.numel() for p in module.parameters()),
         "train_loss": recent_mean(losses),
         "loss": [round(value, 5) for value in losses],
@@ -366,7 +366,7 @@ def _figures(
         "prompts_drawn": prompts[1],
     }
     module.eval()
-    figures |= figures_by_lag(target, module, text.tokens, taught.length)
+    figures |= figures_by_lag(target, module, text.tokens, trained.length)
     base, draft = as_draft(module)
     for name, (addition, depth) in MEASURED.items():
         for heat, temperature in TEMPERATURES.items():

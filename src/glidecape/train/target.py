@@ -16,9 +16,9 @@ from rich.console import Console
 from ..errors import DataError, InputError
 from ..target.loading import load_model
 from ..target.target import digest_of
-from .beside import Beside
 from .data import Windows, corpus_tokenizer, load_streams
 from .figures import trial_prompts
+from .joint import JointDraft
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .recipe import DraftRecipe, TargetShape, Windowing
 
@@ -149,12 +149,12 @@ def train_target(
     model = run.model.to(device).train()
     if draft is not None:
         trial_prompts(run.valid, prompts, getattr(model.config, "max_position_embeddings", None) or 2**31, seed)
-    beside = Beside(model, run.tokenizer, draft, run.windows.tokens) if draft is not None else None
+    joint = JointDraft(model, run.tokenizer, draft, run.windows.tokens) if draft is not None else None
     trained, made = [model], optimizers(model, rate, muon=True)
     state: torch.nn.Module = model
-    if beside is not None:
-        trained, made = [model, beside.module], made + beside.made
-        state = torch.nn.ModuleDict({"target": model, "draft": beside.module})
+    if joint is not None:
+        trained, made = [model, joint.module], made + joint.made
+        state = torch.nn.ModuleDict({"target": model, "draft": joint.module})
     out.mkdir(parents=True, exist_ok=True)
     about = {"shape": asdict(shape), "windowing": asdict(run.windowing), "seed": seed}
     identity = about | {"rate": rate, "draft": draft and asdict(draft), "compile": compile_model, "data": run.digest}
@@ -170,8 +170,8 @@ def train_target(
 
     def losses(batch: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
         yield loss_of(batch)
-        if beside is not None:
-            yield beside.loss(batch, step)
+        if joint is not None:
+            yield joint.loss(batch, step)
 
     clock = fit(
         trained, made, budget, losses_of, clock, lambda now: save_state(out, state, made, now, identity), save_every_s
@@ -181,9 +181,9 @@ def train_target(
     figures = _write(out, run, clock, counts, about | {"command": command, "shape": began})
     if (data / "sources.json").exists():
         shutil.copy(data / "sources.json", out / "sources.json")
-    if beside is not None:
+    if joint is not None:
         options = {"length": run.windowing.length, "prompts": prompts, "seed": seed, "command": command}
-        figures["draft"] = beside.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
+        figures["draft"] = joint.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
     return figures
 
 

@@ -39,15 +39,15 @@ class Teacher:
         assert self.cache.hidden is not None, "this teacher does not keep them"
         return self.cache.hidden[: tokens.shape[0], : tokens.shape[1]]
 
-    def teach(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> Taught:
+    def run(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> TeacherOutput:
         """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
-        next one is taught."""
+        next one is output."""
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            return Taught(tokens, number, learned, self(tokens), self)
+            return TeacherOutput(tokens, number, learned, self(tokens), self)
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutput:
     """A batch of a training and the target's forward over it.
 
     Attributes:
@@ -92,12 +92,12 @@ def draft_hidden(
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     if not module.config.glimpse:
         return module.hidden(tokens, positions, kv, visible)
-    of_root = module.look(cache.hidden_at(visible - 1).to(module.dtype))
+    of_root = module.glimpse_projection(cache.hidden_at(visible - 1).to(module.dtype))
     is_root, glimpse = (visible == positions)[..., None], of_root
     for _ in range(passes - 1):
         with torch.no_grad():
             above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
-        glimpse = torch.where(is_root, of_root, module.recall(previous(above)))
+        glimpse = torch.where(is_root, of_root, module.own_glimpse_projection(previous(above)))
     return module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
 
 
@@ -113,9 +113,9 @@ def hidden_by_lag(
     for lag in range(1, deepest + 1):
         glimpse = None
         if module.config.glimpse and above is None:
-            glimpse = module.look(cache.hidden_at(positions - 1).to(module.dtype))
+            glimpse = module.glimpse_projection(cache.hidden_at(positions - 1).to(module.dtype))
         elif above is not None and module.config.glimpse:
-            glimpse = module.recall(previous(above))
+            glimpse = module.own_glimpse_projection(previous(above))
         above = module.hidden(tokens, positions, kv, (positions + 1 - lag).clamp(min=0), glimpse=glimpse)
         yield above
 

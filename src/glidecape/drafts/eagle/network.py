@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...target.packed import draft_products, pack
-from ..borrowed import DraftNetwork
 from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
+from ..network import DraftNetwork
 from ..self_attention import SelfAttention, WholeSequence
 from .config import EagleConfig
 
@@ -99,12 +99,12 @@ class EagleModel(DraftNetwork):
         cast("EagleLayer", self.layers[0]).serve()
         products = draft_products(self.dtype)
         pack(self, products)
-        self.borrowed.serve(products)
+        self.target_parts.serve(products)
         return self
 
     def embeddings(self, tokens: Tensor) -> Tensor:
         """`(batch, queries, embed_width)` of tokens `(batch, queries)`."""
-        return self.borrowed.embed(tokens, self.dtype)
+        return self.target_parts.embed(tokens, self.dtype)
 
     def _joined(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.join(torch.cat([embeddings, features.to(self.dtype)], -1))
@@ -134,4 +134,4 @@ class EagleModel(DraftNetwork):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(batch, queries, vocab)`."""
-        return self.borrowed.logits(hidden)
+        return self.target_parts.logits(hidden)

@@ -88,5 +88,5 @@ class GlideDraft:
 
     def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
         if parents is None:
-            return self.module.look(target_cache.hidden_at(positions - 1).to(self.module.dtype))
-        return self.module.recall(own.hidden_at(own.lengths[:, None] + parents))
+            return self.module.glimpse_projection(target_cache.hidden_at(positions - 1).to(self.module.dtype))
+        return self.module.own_glimpse_projection(own.hidden_at(own.lengths[:, None] + parents))

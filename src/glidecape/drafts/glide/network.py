@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
 from ...target.packed import draft_products, pack
-from ..borrowed import DraftNetwork
 from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
+from ..network import DraftNetwork
 from ..self_attention import SelfAttention, WholeSequence
 from .config import GlideConfig
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 KV = tuple[Tensor, Tensor]
 
 
-class Readable:
+class CrossInputs:
     """What the cross-attention may read: keys and values of target layers, and how many of them each query sees.
 
     Args:
@@ -70,7 +70,7 @@ class CrossAttention(nn.Module):
         self.out = linear(inner, c.width)
         self.mix = nn.Parameter(torch.zeros(2, len(reads))) if c.mix else None
 
-    def _sources(self, read: Readable) -> list[KV]:
+    def _sources(self, read: CrossInputs) -> list[KV]:
         sources = [read.layers[layer] for layer in self.reads]
         if self.mix is None:
             return sources
@@ -79,7 +79,7 @@ class CrossAttention(nn.Module):
         values = torch.stack([w * v for w, (_, v) in zip(share[1], sources, strict=True)]).sum(0)
         return [(keys, values)]
 
-    def forward(self, x: Tensor, rotary: KV | None, read: Readable) -> Tensor:
+    def forward(self, x: Tensor, rotary: KV | None, read: CrossInputs) -> Tensor:
         sources = self._sources(read)
         queries = split_heads(self.q(self.norm(x)), len(sources) * self.heads)
         if rotary is not None:
@@ -135,7 +135,7 @@ class GlideLayer(nn.Module):
         x: Tensor,
         rotary: KV,
         cross_rotary: KV | None,
-        read: Readable,
+        read: CrossInputs,
         self_attention: SelfAttention,
         glimpse: Tensor | None = None,
     ) -> Tensor:
@@ -166,14 +166,15 @@ class GlideModel(DraftNetwork):
             self.register_buffer("kept", torch.arange(config.draft_vocab) if kept is None else kept.long())
         if config.share_embedding:
             if config.width != config.embed_width:
-                self.bring = linear(config.embed_width, config.width)
+                self.embedding_projection = linear(config.embed_width, config.width)
             if config.width != config.hidden_size:
-                self.give = linear(config.width, config.hidden_size)
+                self.head_projection = linear(config.width, config.hidden_size)
         else:
             self.embed = nn.Embedding(config.vocab_size, config.width)
             self.head = linear(config.width, config.draft_vocab or config.vocab_size)
         if config.glimpse:
-            self.look, self.recall = linear(config.hidden_size, config.width), linear(config.width, config.width)
+            self.glimpse_projection = linear(config.hidden_size, config.width)
+            self.own_glimpse_projection = linear(config.width, config.width)
         self.layers = nn.ModuleList([GlideLayer(config, m) for m in range(config.layers)])
         self.norm = RMSNorm(config.width, config.eps)
         for module in self.modules():
@@ -181,8 +182,8 @@ class GlideModel(DraftNetwork):
                 nn.init.normal_(module.weight, std=0.02)
         if config.glimpse:
             # It begins as the draft without a glimpse: hidden states are ten times as large as embeddings.
-            nn.init.zeros_(self.look.weight)
-            nn.init.zeros_(self.recall.weight)
+            nn.init.zeros_(self.glimpse_projection.weight)
+            nn.init.zeros_(self.own_glimpse_projection.weight)
 
     @classmethod
     def new(cls, config: GlideConfig, target: Target, kept: Tensor | None = None) -> GlideModel:
@@ -206,17 +207,17 @@ class GlideModel(DraftNetwork):
         """`(batch, queries, width)` of tokens `(batch, queries)`."""
         if not self.config.share_embedding:
             return self.embed(tokens)
-        x = self.borrowed.embed(tokens, self.dtype)
+        x = self.target_parts.embed(tokens, self.dtype)
         # The residual stream stays in the module's dtype, whatever autocast makes of a product.
-        return self.bring(x).to(self.dtype) if self.config.width != self.config.embed_width else x
+        return self.embedding_projection(x).to(self.dtype) if self.config.width != self.config.embed_width else x
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the tokens that it can propose: `(batch, queries, draft_vocab)`, or the target's vocabulary."""
         if not self.config.share_embedding:
             return self.head(hidden)
         if self.config.width != self.config.hidden_size:
-            hidden = self.give(hidden)
-        return self.borrowed.logits(hidden, self.kept if self.config.draft_vocab else None)
+            hidden = self.head_projection(hidden)
+        return self.target_parts.logits(hidden, self.kept if self.config.draft_vocab else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(batch, queries, vocab)`: of a reduced vocabulary mapped back, -inf for what it cannot propose."""
@@ -235,7 +236,7 @@ class GlideModel(DraftNetwork):
         products = draft_products(self.dtype)
         pack(self, products)
         if self.config.share_embedding:
-            self.borrowed.serve(products, self.kept if self.config.draft_vocab else None)
+            self.target_parts.serve(products, self.kept if self.config.draft_vocab else None)
         return self
 
     def first_keys_values(self, tokens: Tensor, positions: Tensor) -> KV:
@@ -266,7 +267,7 @@ class GlideModel(DraftNetwork):
             glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
         """
         x, (own_rotary, cross_rotary) = embeddings, rotary
-        read = Readable(cross_kv if self.config.cross_attention else {}, visible)
+        read = CrossInputs(cross_kv if self.config.cross_attention else {}, visible)
         for layer in self.layers:
             x = layer(x, own_rotary, cross_rotary, read, self_attention, glimpse)
             glimpse = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...target.packed import draft_products, pack
-from ..borrowed import DraftNetwork
+from ..network import DraftNetwork
 from .config import MedusaConfig
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ class MedusaModel(DraftNetwork):
         self._served_dtype = self.dtype  # packed weights are no parameters
         products = draft_products(self.dtype)
         pack(self, products)
-        self.borrowed.serve(products)
+        self.target_parts.serve(products)
         return self
 
     def head_logits(self, number: int, hidden: Tensor) -> Tensor:
         """Logits `(batch, queries, vocab)` of one head, from hidden states `(batch, queries, hidden_size)`."""
-        return self.borrowed.logits(self.layers[number](hidden.to(self.dtype)))
+        return self.target_parts.logits(self.layers[number](hidden.to(self.dtype)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What every head makes of hidden states `(batch, hidden_size)`, for `logits`: `(batch, heads, hidden_size)`."""
@@ -74,4 +74,4 @@ class MedusaModel(DraftNetwork):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(batch, heads, vocab)`."""
-        return self.borrowed.logits(hidden)
+        return self.target_parts.logits(hidden)

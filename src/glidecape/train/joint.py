@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..target.target import Target
-from .draft import Lesson, finish_draft, make_draft
+from .draft import DraftLoss, finish_draft, make_draft
 from .loop import optimizers, recent_mean
 from .recipe import DraftRecipe
 
@@ -27,8 +27,8 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=dict(views))
 
 
-class Beside:
-    """A draft and its lessons from a target in training.
+class JointDraft:
+    """A draft and its draft_losses from a target in training.
 
     The target's forward is taken again without gradients, through our cache, so that the draft sees what it will see in
     decoding.
@@ -43,15 +43,17 @@ class Beside:
         self.target, self.recipe = Target(frozen_view(model), tokenizer, probe=False), recipe
         self.module, self._text = make_draft(self.target, recipe, text).train(), text
         self.made = optimizers(self.module, recipe.rate, recipe.muon)
-        self._lessons: dict[torch.Size, Lesson] = {}
+        self._draft_losses: dict[torch.Size, DraftLoss] = {}
 
     def loss(self, batch: Tensor, number: int) -> Tensor:
         """The draft's mean loss over `batch (rows, length)`, the run's batch of that number."""
         rows, length = batch.shape
-        if batch.shape not in self._lessons:
+        if batch.shape not in self._draft_losses:
             recipe = replace(self.recipe, rows=rows, length=length)
-            self._lessons = {batch.shape: Lesson(self.target, self.module, recipe, length)}  # one cache at a time
-        return self._lessons[batch.shape](batch, number)
+            self._draft_losses = {
+                batch.shape: DraftLoss(self.target, self.module, recipe, length)
+            }  # one cache at a time
+        return self._draft_losses[batch.shape](batch, number)
 
     def finish(
         self, out: Path, target_folder: Path, held_out: Any, counts: dict[str, Any], losses: list[float], **rest: Any
@@ -62,5 +64,5 @@ class Beside:
         module = make_draft(saved, self.recipe, self._text)
         module.load_state_dict(self.module.state_dict())
         parameters = sum(p.numel() for p in module.parameters())
-        figures = counts | {"train_loss": recent_mean(losses), "parameters": parameters, "beside_its_target": True}
+        figures = counts | {"train_loss": recent_mean(losses), "parameters": parameters, "trained_with_target": True}
         return finish_draft(out, module, saved, held_out, figures, losses, **rest)

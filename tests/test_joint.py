@@ -14,7 +14,7 @@ from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError
 from glidecape.target.target import Target
 from glidecape.train import loop
-from glidecape.train.beside import Beside
+from glidecape.train.joint import JointDraft
 from glidecape.train.loop import STATE_FILE, Budget
 from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
 from glidecape.train.target import train_target
@@ -50,7 +50,7 @@ def test_the_draft_fits_the_saved_target_and_says_where_it_comes_from(both, recw
     target = Target.from_pretrained(both[0], dtype=torch.float32)
     draft = load_draft(both[0] / "draft", target)
     assert not [w for w in recwarn if "other weights" in str(w.message)]
-    assert (draft.max_lag, draft.figures["beside_its_target"], draft.figures["steps"]) == (3, True, STEPS)
+    assert (draft.max_lag, draft.figures["trained_with_target"], draft.figures["steps"]) == (3, True, STEPS)
     assert len(json.loads((both[0] / "draft" / "curve.json").read_text())["loss"]) == STEPS
     params = SamplingParams(max_new_tokens=16, ignore_eos=True)
     plain = generate(target, ["def load_table("], None, params)[0].tokens
@@ -61,19 +61,19 @@ def test_no_gradient_reaches_the_target_and_the_draft_sees_its_steps(world):
     model = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False).model.requires_grad_(True)
     tokenizer = Target.from_pretrained(world["target"]).tokenizer
     implementation = model.config._attn_implementation
-    beside = Beside(model, tokenizer, DRAFT, torch.arange(400).numpy())
+    joint = JointDraft(model, tokenizer, DRAFT, torch.arange(400).numpy())
     assert model.config._attn_implementation == implementation
     batch = torch.arange(3, 67).view(2, 32)
-    first = beside.loss(batch, 0)
+    first = joint.loss(batch, 0)
     first.backward()
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert all(p.grad is not None for p in beside.module.parameters())
+    assert all(p.grad is not None for p in joint.module.parameters())
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
-    own = dict(beside.target.model.named_parameters())
+    own = dict(joint.target.model.named_parameters())
     assert all(torch.equal(p, own[name]) and not own[name].requires_grad for name, p in model.named_parameters())
-    assert beside.loss(batch, 0) != first
+    assert joint.loss(batch, 0) != first
 
 
 class KilledError(Exception):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..target.target import Target
 
 
-class Borrowed:
+class TargetParts:
     """No module on purpose: what is lent is no parameter of the draft, and not in its checkpoint.
 
     Where a reduced vocabulary is meant, `kept (draft_vocab,)` names the rows of the head that are used.
@@ -64,7 +64,7 @@ class DraftNetwork(nn.Module):
     """
 
     rotary_layer: int | None = None
-    _borrowed: Borrowed | None = None
+    _target_parts: TargetParts | None = None
 
     def bind(self, target: Target) -> Self:
         """Take what it needs from this target, and go to its device.
@@ -72,21 +72,21 @@ class DraftNetwork(nn.Module):
         Raises:
             UnsupportedError: the target cannot give what the configuration asks for.
         """
-        self._borrowed = Borrowed(target, self.rotary_layer)
+        self._target_parts = TargetParts(target, self.rotary_layer)
         return self.to(target.device)
 
     @property
-    def borrowed(self) -> Borrowed:
+    def target_parts(self) -> TargetParts:
         """What it took.
 
         Raises:
             InputError: nothing yet.
         """
-        if self._borrowed is None:
+        if self._target_parts is None:
             raise InputError(f"this {type(self).__name__} knows no target yet: call bind(target) first")
-        return self._borrowed
+        return self._target_parts
 
     def rotary(self, positions: Tensor) -> tuple[KV, KV | None]:
         """See `TargetRotary`, for positions `(batch, queries)`."""
-        assert self.borrowed.rotary is not None
-        return self.borrowed.rotary(positions)
+        assert self.target_parts.rotary is not None
+        return self.target_parts.rotary(positions)
