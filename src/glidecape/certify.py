@@ -112,14 +112,10 @@ def certify(
     params = params or SamplingParams(max_new_tokens=64)
     if reference is target.model:
         raise InputError("the reference must be a model of its own: load the target's weights a second time")
-    if not params.greedy and params.sampling != NOISE:
-        raise InputError("the residual rule draws other tokens with every method: certify with sampling='noise'")
-    bare = SamplingParams(params.temperature, seed=params.seed, max_new_tokens=params.max_new_tokens)
-    if replace(params, ignore_eos=False) != bare:
-        raise InputError("certify compares the bare law at a temperature: leave all other sampling options out")
     if batch < 1:
         raise InputError(f"a batch has at least 1 prompt, not {batch}")
-    found: dict[str, list[Finding]] = {}
+    _refuse_other_options(params)
+    found: list[Finding] = []
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     each = [replace(params, seed=params.seed + i, ignore_eos=True) for i in range(len(ids))]
     alone = [generate(target, [own], None, p)[0].tokens for own, p in zip(ids, each, strict=True)]
@@ -129,25 +125,28 @@ def certify(
             judge.beside = ids[i - 1]
     truths = [judge.reference_tokens(plain) for judge, plain in zip(judges, alone, strict=True)]
     for name, drafter in {"plain": NoDraft(), **drafters}.items():
-        found[name] = []
         for first in range(0, len(ids), batch):
             rows = range(first, min(first + batch, len(ids)))
-            if name == "plain" and batch == 1:
-                outputs = [alone[first]]
-            else:
+            is_plain_alone = name == "plain" and batch == 1
+            outputs = [alone[first]]
+            if not is_plain_alone:
                 made = generate(target, [ids[i] for i in rows], drafter, [each[i] for i in rows])
                 outputs = [one.tokens for one in made]
             for i, tokens in zip(rows, outputs, strict=True):
                 against = (
-                    {"transformers": truths[i]}
-                    if tokens is alone[i]
-                    else {"plain": alone[i], "transformers": truths[i]}
+                    {"transformers": truths[i]} if is_plain_alone else {"plain": alone[i], "transformers": truths[i]}
                 )
-                verdicts = [
-                    judges[i].compare(Finding(name, i, against=a), right, tokens) for a, right in against.items()
-                ]
-                found[name].append(max(verdicts, key=lambda f: (EQUAL, NEAR_TIE, BUG).index(f.verdict)))
-    return [finding for own in found.values() for finding in own]
+                verdicts = [judges[i].compare(Finding(name, i, against=a), b, tokens) for a, b in against.items()]
+                found.append(max(verdicts, key=lambda f: (EQUAL, NEAR_TIE, BUG).index(f.verdict)))
+    return found
+
+
+def _refuse_other_options(params: SamplingParams) -> None:
+    if not params.greedy and params.sampling != NOISE:
+        raise InputError("the residual rule draws other tokens with every method: certify with sampling='noise'")
+    bare = SamplingParams(params.temperature, seed=params.seed, max_new_tokens=params.max_new_tokens)
+    if replace(params, ignore_eos=False) != bare:
+        raise InputError("certify compares the bare law at a temperature: leave all other sampling options out")
 
 
 class _Judge:

@@ -19,29 +19,35 @@ from .flatten import flattened
 from .shared import AsJson, ServingMachine, TargetName, command_line, named_folders
 
 if TYPE_CHECKING:
+    from ..bench.peers.base import Peer, PeerSource
     from ..bench.runner import Plan
+
+Drafts = Annotated[
+    list[str] | None, typer.Option("--draft", help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")
+]
+Methods = Annotated[
+    str,
+    typer.Option(
+        help="Joined by commas; NAME:method uses the draft of that name, method@length=8 sets an option "
+        "(length, bins, threshold, cap, over, beams, ngram, top, total) for it alone."
+    ),
+]
+SuiteNames = Annotated[
+    str,
+    typer.Option(
+        "--suite",
+        help="Joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib; /CATEGORY, :N, :A-B narrow.",
+    ),
+]
 
 
 @flattened
 def bench(
     ctx: typer.Context,
     target: TargetName,
-    draft: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")
-    ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Joined by commas; NAME:method uses the draft of that name, method@length=8 sets an option "
-            "(length, bins, threshold, cap, over, beams, ngram, top, total) for it alone."
-        ),
-    ] = "plain,glide",
-    suite: Annotated[
-        str,
-        typer.Option(
-            help="Joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib; /CATEGORY, :N, :A-B narrow."
-        ),
-    ] = "",
+    draft: Drafts = None,
+    methods: Methods = "plain,glide",
+    suite: SuiteNames = "",
     prompts: Annotated[str, typer.Option(help="Joined by commas: .jsonl or text files; names of suites do, too.")] = "",
     suites: Annotated[
         Path | None, typer.Option(help="Folder that holds the suites' .jsonl files; default: GLIDECAPE_SUITES.")
@@ -72,7 +78,6 @@ def bench(
     """
     from ..bench.methods import read_methods
     from ..bench.peers.base import PeerSource
-    from ..bench.peers.registry import make_peers
     from ..bench.provenance import digest_of_model
     from ..bench.runner import Plan
     from ..bench.suites import read_suites
@@ -88,13 +93,23 @@ def bench(
     folders = named_folders(draft or [])
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
-    if peers is None:
-        peers = "transformers" if settings.batch == 1 and machine.quantize is None else ""
-    elif machine.quantize is not None and peers:
-        raise InputError("other libraries would run the full weights: leave --peers out where --quantize is given")
-    asked = [name for name in peers.split(",") if name.strip()]
-    others = make_peers(asked, PeerSource(target, model, folders, settings.options.length))
+    others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
     _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)
+
+
+def _peers(names: str | None, source: PeerSource, settings: Settings, machine: ServingMachine) -> list[Peer]:
+    """The other libraries of `--peers`.
+
+    Raises:
+        InputError: an unknown one, or the target is quantized.
+    """
+    from ..bench.peers.registry import make_peers
+
+    if names is None:
+        names = "transformers" if settings.batch == 1 and machine.quantize is None else ""
+    elif machine.quantize is not None and names:
+        raise InputError("other libraries would run the full weights: leave --peers out where --quantize is given")
+    return make_peers([name for name in names.split(",") if name.strip()], source)
 
 
 def _measure(plan: Plan, out: Path | None, as_json: bool) -> None:

@@ -25,7 +25,7 @@ def bins_from(text: str) -> tuple[int, ...]:
     try:
         return NAMED_BINS.get(text) or tuple(int(part) for part in text.replace("/", ",").split(","))
     except ValueError:
-        raise InputError(f"CaPE's bins are 'paper', 'small' or numbers like 7,5,3,1, not '{text}'") from None
+        raise InputError(f"CaPE's bins (--cape-bins) are paper, small or numbers like 7,5,3,1, not '{text}'") from None
 
 
 def bins_text(bins: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,14 @@ def glidecape_generate(
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from `generate`. Processors
-            see each node of a tree with its own path, padding in front as ever; criteria judge each row alone, after every
-            token. Both must depend on their arguments alone.
-        draft: folder or Hub name of a draft, one that was loaded, or a transformers model that drafts. Folders are loaded
-            once a model.
-        method: as in `glidecape generate --method`; by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or
-            prompt lookup without a draft.
+            see each node of a tree with its own path, criteria each row after every token; both see the row's padding. Both
+            must depend on their arguments alone.
+        draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
+        method: by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or prompt lookup without a draft.
         options: of the method, such as `MethodOptions(length=4)`; None: the defaults.
         seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
         sampling: "noise" or "residual", see `SamplingParams`.
-        glide_streamer: a transformers streamer, for one row; gets the prompt, then each round's tokens. `streamer=` does
-            not work here: transformers keeps it to itself.
+        glide_streamer: a transformers streamer, for one row. transformers keeps `streamer=` to itself.
         glide_stats: counts and times are added to it.
 
     Returns:
@@ -88,39 +85,57 @@ def glidecape_generate(
     _refuse(generation_config, logits_processor, model_kwargs, glide_streamer, len(input_ids))
     prompts, pads = _unpad(input_ids, model_kwargs)
     room = generation_config.max_length - input_ids.shape[1]
-    ends = _token_ids(generation_config._eos_token_tensor)
-    criteria = [c for c in stopping_criteria or [] if not _ours(c, ends, generation_config.max_length)]
-    if seed is None:
-        seed = int(torch.randint(2**62, (1,)))
-    params = [
-        SamplingParams(
-            # transformers' list of processors ends with its own temperature, top-k and so on.
-            temperature=1.0 if generation_config.do_sample else 0.0,
-            seed=seed + i,
-            max_new_tokens=room,
-            stop_token_ids=ends,
-            ignore_eos=True,  # the generation config's are all there are
-            sampling=sampling,
-            processor=_processor(logits_processor, pads[i], i, len(input_ids)) if logits_processor else None,
-            ends=_ends(type(stopping_criteria)(criteria), pads[i], i, len(input_ids)) if criteria else None,
-        )
-        for i in range(len(input_ids))
-    ]
+    params = _params(generation_config, logits_processor, stopping_criteria, pads, room, seed, sampling)
     emitted: list[list[int]] = [[] for _ in prompts]
-    if glide_streamer is not None:
-        glide_streamer.put(input_ids.cpu())
+    streamer = _NoStreamer() if glide_streamer is None else glide_streamer
+    streamer.put(input_ids.cpu())
     with _our_attention(model, draft):
         target, drafter = _prepare(model, draft, method, options)
         for event in decode(target, drafter, prompts, params, glide_stats):
             emitted[event.row] += event.tokens
-            if glide_streamer is not None and event.tokens:
-                glide_streamer.put(torch.tensor(event.tokens))
-    if glide_streamer is not None:
-        glide_streamer.end()
+            if event.tokens:
+                streamer.put(torch.tensor(event.tokens))
+    streamer.end()
     sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences)
+    return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+class _NoStreamer:
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _params(
+    generation_config: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    pads: list[Tensor],
+    room: int,
+    seed: int | None,
+    sampling: str,
+) -> list[SamplingParams]:
+    """How each row is sampled: processors and criteria see the row's own padding before its tokens."""
+    ends = _token_ids(generation_config._eos_token_tensor)
+    criteria = [c for c in stopping_criteria or [] if not _ours(c, ends, generation_config.max_length)]
+    common = SamplingParams(
+        # transformers' list of processors ends with its own temperature, top-k and so on.
+        temperature=1.0 if generation_config.do_sample else 0.0,
+        seed=int(torch.randint(2**62, (1,))) if seed is None else seed,
+        max_new_tokens=room,
+        stop_token_ids=ends,
+        ignore_eos=True,  # the generation config's are all there are
+        sampling=sampling,
+    )
+    return [
+        replace(
+            common,
+            seed=common.seed + i,
+            processor=_processor(logits_processor, pad, i, len(pads)) if logits_processor else None,
+            ends=_ends(type(stopping_criteria)(criteria), pad, i, len(pads)) if criteria else None,
+        )
+        for i, pad in enumerate(pads)
+    ]
 
 
 def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer: Any, rows: int) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,36 @@ def default_roots() -> list[Path]:
     return [Path(sysconfig.get_paths()["purelib"])]
 
 
+def _held_out(size: dict[str, int], named: tuple[str, ...], share: float) -> set[str]:
+    """The packages that are held out: those that are named, then small ones in a fixed order, up to `share` of the bytes."""
+    total, held = sum(size.values()), set(named)
+    for package in sorted(size, key=lambda p: rank("hold out", p)):
+        if sum(size[p] for p in held) < share * total and size[package] < total * share:
+            held.add(package)
+    return held
+
+
+def _trained_bpe(texts: list[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of these texts, which puts an end-of-text token before a prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer=trainer)
+    # A prompt begins as every training document does.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, bpe.token_to_id(END_OF_TEXT))]
+    )
+    return bpe
+
+
 def build_pysource(
     out: Path,
     roots: list[Path] | None = None,
@@ -103,49 +135,25 @@ def build_pysource(
     Raises:
         DataError: no usable source was found.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     sources = sorted(read_sources(roots or default_roots()), key=lambda s: rank(s.package, s.text))
     if not sources:
         raise DataError(f"no Python sources below {roots or default_roots()}: name folders with --root")
-    size: dict[str, int] = {}
+    size: dict[str, int] = Counter()
     for source in sources:
-        size[source.package] = size.get(source.package, 0) + len(source.text)
+        size[source.package] += len(source.text)
     if unknown := set(hold_out) - size.keys():
         raise DataError(f"no package {', '.join(sorted(unknown))} to hold out: there are {', '.join(sorted(size))}")
-    total, held = sum(size.values()), set(hold_out)
-    for package in sorted(size, key=lambda p: rank("hold out", p)):
-        share = sum(size[p] for p in held) / total
-        if share < valid_share and size[package] < total * valid_share:
-            held.add(package)
+    held = _held_out(size, hold_out, valid_share)
     train = [s for s in sources if s.package not in held]
     valid = [s for s in sources if s.package in held]
     if not train or not valid:
         raise DataError(f"{len(size)} package(s) are too few to hold one out whole: add folders with --root")
     if max_bytes is not None:
-        kept, used = [], 0
-        for source in train:
-            used += len(source.text)
-            if used > max_bytes:
-                break
-            kept.append(source)
-        train = kept or train[:1]
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((s.text for s in train[:4000]), trainer=trainer)
-    # A prompt begins as every training document does.
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, bpe.token_to_id(END_OF_TEXT))]
-    )
+        ends = accumulate(len(source.text) for source in train)
+        train = [source for source, end in zip(train, ends, strict=True) if end <= max_bytes] or train[:1]
+    bpe = _trained_bpe([source.text for source in train[:4000]], vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(out)
 

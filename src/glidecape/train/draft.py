@@ -7,6 +7,7 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from ..drafts.checkpoint import Network, save_network
@@ -278,7 +278,7 @@ def finish_draft(
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)
-    Console(stderr=True).print(f"wrote {out}: {figures}")
+    print(f"wrote {out}: {figures}", file=sys.stderr)
     return figures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,9 @@ def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[st
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        Console(stderr=True).print(
+        print(
             f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the numbers are in {CURVE}",
-            markup=False,
+            file=sys.stderr,
         )
         return
     picture = Figure(figsize=(10, 4), layout="constrained")

@@ -225,6 +225,26 @@ def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None
     write_folder(out, write, last=CARD)
 
 
+def _step(
+    modules: Sequence[torch.nn.Module], made: list[torch.optim.Optimizer], losses: list[float], number: int, clip: float
+) -> None:
+    """Clip the gradients and take step `number`.
+
+    Raises:
+        InputError: a loss is not finite.
+    """
+    if not all(map(math.isfinite, losses)):
+        raise InputError(
+            f"the loss is {', '.join(f'{value:g}' for value in losses)} at step {number}: lower the learning rate and begin "
+            "in another --out; what was saved before is kept"
+        )
+    for module in modules if clip else ():
+        torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+    for optimizer in made:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def fit(
     modules: Sequence[torch.nn.Module],
     made: list[torch.optim.Optimizer],
@@ -254,9 +274,8 @@ def fit(
         task = bar.add_task("train", total=1.0, step=clock.step, loss=float("nan"), rate=0.0)
         progress = budget.progress(clock.tokens, clock.seconds)
         while progress < 1.0:
-            for optimizer in made:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * budget.factor(progress)
+            for group in (group for optimizer in made for group in optimizer.param_groups):
+                group["lr"] = group["peak"] * budget.factor(progress)
             here = [0.0] * len(modules)
             for number in range(clock.step * accumulate, (clock.step + 1) * accumulate):
                 losses, tokens = losses_of(number)
@@ -264,16 +283,7 @@ def fit(
                     (loss / accumulate).backward()
                     here[i] += float(loss.detach()) / accumulate
                 clock.tokens += tokens
-            if not all(map(math.isfinite, here)):
-                raise InputError(
-                    f"the loss is {', '.join(f'{value:g}' for value in here)} at step {clock.step + 1}: lower the learning "
-                    "rate and begin in another --out; what was saved before is kept"
-                )
-            for module in modules if clip else ():
-                torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
-            for optimizer in made:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            _step(modules, made, here, clock.step + 1, clip)
             clock.step += 1
             clock.seconds = before + time.monotonic() - started
             clock.log(here)
@@ -282,7 +292,9 @@ def fit(
             mean = sum(recent) / len(recent)
             bar.update(task, completed=progress, step=clock.step, loss=mean, rate=clock.tokens / clock.seconds)
             if not console.is_terminal and clock.step % 50 == 0:
-                console.print(f"step {clock.step} tokens {clock.tokens} loss {mean:.4f} {clock.seconds:.0f} s")
+                console.print(
+                    f"step {clock.step} tokens {clock.tokens} loss {mean:.4f} {clock.seconds:.0f} s", soft_wrap=True
+                )
             if time.monotonic() - last_save > save_every_s:
                 save(clock)
                 last_save = time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -168,10 +169,9 @@ def regenerate(
     if done > len(prompts):
         raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --out")
     emitted, start = 0, target.tokenizer.eos_token_id
-    console = Console(stderr=True)
     columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
     right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
-    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=console) as bar:
+    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=Console(stderr=True)) as bar:
         task = bar.add_task("regenerate", total=len(prompts), completed=done, rate=0.0)
         for first in range(done, len(prompts), batch):
             part = prompts[first : first + batch]
@@ -192,7 +192,7 @@ def regenerate(
                 bar.update(task, rate=emitted / elapsed if elapsed else 0.0)
         seconds = bar.tasks[0].elapsed or 0.0
     figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / seconds, 1) if seconds else 0.0}
-    console.print(f"wrote {out}: {figures}")
+    print(f"wrote {out}: {figures}", file=sys.stderr)
     return figures
 
 

@@ -7,6 +7,7 @@ weights that `train_draft` would have given its recipe alone.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,6 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from ..core.params import SamplingParams
@@ -209,8 +209,8 @@ def run_study(
 ) -> dict[str, Any]:
     """Train every row with every seed, evaluate them, and write `out/study.json` and `out/study.md`.
 
-    A row's draft lies in `out/seed-S/NAME`, ready for decoding. A study that was killed goes on where it was when it is
-    called again; rows that are done are taken as they are, so rows and seeds can be added later.
+    A row's draft lies in `out/seed-S/NAME`, ready for decoding. An interrupted study resumes when it is called again;
+    finished rows are kept, so rows and seeds can be added later.
 
     Returns:
         What study.json holds: command, settings, the rows with their recipes and figures (`summary`).
@@ -222,15 +222,8 @@ def run_study(
     streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on)
     room = min(trial.prompt_tokens, target.context - trial.new_tokens)
     evaluation_prompts(streams["valid"].tokens, 1, room, 0)  # too little text is an error now, not after an hour
-    shared = {
-        "data": streams["train"].digest,
-        "target": target.weights_digest[:16],
-        "dtype": str(target.dtype),
-        "tokens": budget.tokens,
-        "minutes": budget.minutes,
-        "trial": asdict(trial),
-    }
-    console = Console(stderr=True)
+    shared = {"data": streams["train"].digest, "target": target.weights_digest[:16], "dtype": str(target.dtype)}
+    shared |= {"tokens": budget.tokens, "minutes": budget.minutes, "trial": asdict(trial)}
     prompts: tuple[list[list[int]], int] | None = None
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in rows}
     for seed in seeds:
@@ -243,7 +236,7 @@ def run_study(
             prompts = prompts or held_out_prompts(target, streams["valid"], trial)
             for i, name in enumerate(group):
                 if _finished(folder, name, group[name]) is None:
-                    console.print(f"seed {seed}: trying {name}", markup=False)
+                    print(f"seed {seed}: trying {name}", file=sys.stderr)
                     figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
                     write_row(folder / name, trained.modules[i], target, command, figures, group[name])
             (folder / STATE_FILE).unlink()  # rows that come later begin a group of their own
@@ -255,8 +248,9 @@ def run_study(
         "rows": {name: {"recipe": asdict(rows[name]), "seeds": by_seed} for name, by_seed in results.items()},
         "table": summary(results),
     }
-    write_atomic(out / "study.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    write_atomic(out / "study.md", lambda path: path.write_text(table_of(result["table"]).markdown() + "\n"))
+    texts = {"study.json": json.dumps(result, indent=1), "study.md": table_of(result["table"]).markdown()}
+    for name, text in texts.items():
+        write_atomic(out / name, lambda path, text=text: path.write_text(text + "\n"))  # type: ignore[misc]
     return result
 
 

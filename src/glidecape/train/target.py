@@ -4,6 +4,7 @@ causal LM further."""
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from ..errors import DataError, InputError
 from ..target.loading import load_model
@@ -146,36 +146,14 @@ def train_target(
         CheckpointError: `out` holds a run that cannot be resumed, or `start_from` no model.
     """
     run = _begin(data, shape, windowing, seed, start_from)
-    model = run.model.to(device).train()
+    model = run.model.to(device)
     if draft is not None:
         trial_prompts(run.valid, prompts, getattr(model.config, "max_position_embeddings", None) or 2**31, seed)
     joint = JointDraft(model, run.tokenizer, draft, run.windows.tokens) if draft is not None else None
-    trained, made = [model], optimizers(model, rate, muon=True)
-    state: torch.nn.Module = model
-    if joint is not None:
-        trained, made = [model, joint.module], made + joint.made
-        state = torch.nn.ModuleDict({"target": model, "draft": joint.module})
-    out.mkdir(parents=True, exist_ok=True)
     about = {"shape": asdict(shape), "windowing": asdict(run.windowing), "seed": seed}
     identity = about | {"rate": rate, "draft": draft and asdict(draft), "compile": compile_model, "data": run.digest}
     identity["start_from"] = start_from and [str(start_from), digest_of(model.state_dict())[:16]]
-    clock = load_state(out, state, made, identity)
-    loss_of = _next_token_loss(model, compile_model)
-
-    def losses_of(step: int) -> tuple[Iterator[torch.Tensor], int]:
-        # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
-        rows, length = run.windowing.at(budget.progress(clock.tokens, clock.seconds))
-        batch = run.windows.batch(step, rows, length).to(device)
-        return losses(batch, step), batch.numel()
-
-    def losses(batch: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
-        yield loss_of(batch)
-        if joint is not None:
-            yield joint.loss(batch, step)
-
-    clock = fit(
-        trained, made, budget, losses_of, clock, lambda now: save_state(out, state, made, now, identity), save_every_s
-    )
+    clock = _fit(run, joint, out, identity, budget, rate, save_every_s)
     counts = {"steps": clock.step, "tokens": clock.tokens, "seconds": round(clock.seconds, 1)}
     began: Any = asdict(shape) if start_from is None else {"start_from": str(start_from)}
     figures = _write(out, run, clock, counts, about | {"command": command, "shape": began})
@@ -185,6 +163,42 @@ def train_target(
         options = {"length": run.windowing.length, "prompts": prompts, "seed": seed, "command": command}
         figures["draft"] = joint.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
     return figures
+
+
+def _fit(
+    run: TargetRun,
+    joint: JointDraft | None,
+    out: Path,
+    identity: dict[str, Any],
+    budget: Budget,
+    rate: float,
+    save_every_s: float,
+) -> Clock:
+    """Train the model, and the draft on the same batches, from where `out` was left."""
+    model, loss_of = run.model, _next_token_loss(run.model, identity["compile"])
+    trained, made = [model], optimizers(model, rate, muon=True)
+    state: torch.nn.Module = model
+    if joint is not None:
+        trained, made = [model, joint.module], made + joint.made
+        state = torch.nn.ModuleDict({"target": model, "draft": joint.module})
+    out.mkdir(parents=True, exist_ok=True)
+    clock = load_state(out, state, made, identity)
+
+    def losses_of(step: int) -> tuple[Iterator[torch.Tensor], int]:
+        # Long windows are another numbering of the same text: a step's batch still depends on the step alone.
+        rows, length = run.windowing.at(budget.progress(clock.tokens, clock.seconds))
+        batch = run.windows.batch(step, rows, length).to(model.device)
+        return losses(batch, step), batch.numel()
+
+    def losses(batch: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
+        yield loss_of(batch)
+        if joint is not None:
+            yield joint.loss(batch, step)
+
+    def save(now: Clock) -> None:
+        save_state(out, state, made, now, identity)
+
+    return fit(trained, made, budget, losses_of, clock, save, save_every_s)
 
 
 def _next_token_loss(model: torch.nn.Module, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -211,5 +225,5 @@ def _write(out: Path, run: TargetRun, clock: Clock, counts: dict[str, Any], abou
         "valid_loss": round(valid_loss(model, run.valid, run.windowing.length), 4),
     }
     save_lm(model.to(torch.bfloat16), run.tokenizer, out, about | {"figures": figures})
-    Console(stderr=True).print(f"wrote {out}: {figures}")
+    print(f"wrote {out}: {figures}", file=sys.stderr)
     return figures

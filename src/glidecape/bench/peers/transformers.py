@@ -8,25 +8,56 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ...core.params import SamplingParams
+from ...target.loading import load_model
+from ...target.target import Target
 from .base import PeerSource
 
 LOOKUP_TOKENS = 10  # proposed a round: the number in transformers' documentation
 
 
 class _FirstRound(StoppingCriteria):
-    """Stops nothing. Notes when the first round was done, and how many tokens there were then."""
+    """Stops nothing. Notes when the first round was done, and how many tokens there were then.
+
+    Some versions of transformers ask the criteria while the assistant drafts, too: that is before the model has run.
+    """
 
     def __init__(self) -> None:
+        self.model_ran = False
         self.at: float | None = None
         self.length = 0
 
+    def note_forward(self, *_: Any) -> None:
+        """A hook on the model's forward."""
+        self.model_ran = True
+
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if self.at is None:
+        if self.at is None and self.model_ran:
             self.at, self.length = time.perf_counter(), input_ids.shape[1]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _model(name: str, target: Target) -> Any:
+    """A model for transformers alone, with the target's dtype on its device.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    return load_model(name, target.dtype, {})[0].to(target.device).eval()
+
+
+def _options(ids: Tensor, params: SamplingParams, eos: list[int]) -> dict[str, Any]:
+    """What `generate` is told of the prompt `ids (1, length)` and of sampling."""
+    # The mask is spelled out: generate would guess it from the pad token, and hide a prompt's own end-of-text tokens.
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": params.temperature > 0,
+        "pad_token_id": 0,
+        "eos_token_id": None if params.ignore_eos or not eos else eos,
+    }
+    return options | ({"temperature": params.temperature, "top_k": 0, "top_p": 1.0} if params.temperature > 0 else {})
 
 
 class TransformersPeer:
@@ -35,24 +66,14 @@ class TransformersPeer:
     name, version = "transformers", transformers.__version__
 
     def __init__(self, source: PeerSource) -> None:
-        target = source.target
-        self.eos = list(target.eos_token_ids)
-        model = AutoModelForCausalLM.from_pretrained(source.source, dtype=target.dtype)
-        self.model = model.to(target.device).eval()
+        self.eos = list(source.target.eos_token_ids)
+        self.model = _model(source.source, source.target)
 
     @torch.no_grad()
     def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
         """See `Peer.run`; prefill is taken off by a second call for one token."""
         ids = torch.tensor([prompt], device=self.model.device)
-        # The mask is spelled out: generate would guess it from the pad token, and hide a prompt's own end-of-text tokens.
-        options: dict[str, Any] = {
-            "attention_mask": torch.ones_like(ids),
-            "do_sample": params.temperature > 0,
-            "pad_token_id": 0,
-            "eos_token_id": None if params.ignore_eos or not self.eos else self.eos,
-        }
-        if params.temperature > 0:
-            options |= {"temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        options = _options(ids, params, self.eos)
         times = []
         for new in (1, params.max_new_tokens):
             started = time.perf_counter()
@@ -71,16 +92,12 @@ class SpeculativePeer:
     version = transformers.__version__
 
     def __init__(self, source: PeerSource, assistant: str | None = None) -> None:
-        def load(name: str) -> Any:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=source.target.dtype)
-            return model.to(source.target.device).eval()
-
         self.name = "transformers+lookup" if assistant is None else "transformers+draft"
         self.eos = list(source.target.eos_token_ids)
-        self.model = load(source.source)
+        self.model = _model(source.source, source.target)
         self.options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
         if assistant is not None:
-            self.options = {"assistant_model": load(assistant)}
+            self.options = {"assistant_model": _model(assistant, source.target)}
 
     @torch.no_grad()
     def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
@@ -88,18 +105,13 @@ class SpeculativePeer:
         timed are the rounds after it, scaled to all tokens but the first."""
         ids = torch.tensor([prompt], device=self.model.device)
         first = _FirstRound()
-        # The mask is spelled out: generate would guess it from the pad token, and hide a prompt's own end-of-text tokens.
-        options: dict[str, Any] = {
-            "attention_mask": torch.ones_like(ids),
-            "do_sample": params.temperature > 0,
-            "pad_token_id": 0,
-            "eos_token_id": None if params.ignore_eos or not self.eos else self.eos,
-            "max_new_tokens": params.max_new_tokens,
-            "stopping_criteria": StoppingCriteriaList([first]),
-        }
-        if params.temperature > 0:
-            options |= {"temperature": params.temperature, "top_k": 0, "top_p": 1.0}
-        out = self.model.generate(ids, **options, **self.options)
+        options = _options(ids, params, self.eos) | {"max_new_tokens": params.max_new_tokens}
+        options["stopping_criteria"] = StoppingCriteriaList([first])
+        hook = self.model.register_forward_hook(first.note_forward)
+        try:
+            out = self.model.generate(ids, **options, **self.options)
+        finally:
+            hook.remove()
         seconds = 0.0 if first.at is None else time.perf_counter() - first.at
         later, tokens = out.shape[1] - first.length, out[0, len(prompt) :].tolist()
         return tokens, seconds * (len(tokens) - 1) / later if later else 0.0
