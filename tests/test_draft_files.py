@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glidecape.drafts.checkpoint import CARD, WEIGHTS, load_draft, read_card
+from glidecape.drafts.checkpoint import CARD, WEIGHTS, load_draft, read_card, save_network
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
 from glidecape.errors import CheckpointError, GlideCapeError, MismatchError
 from glidecape.target.target import Target
 
@@ -157,3 +159,26 @@ def test_any_change_of_a_description_loads_or_is_refused_in_our_words(folder: Pa
         load_draft(folder, target)
     except GlideCapeError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_draft_of_format_2_is_read_with_the_names_of_its_time(target: Target, tmp_path: Path) -> None:
+    config = GlideConfig.for_target(target, glimpse=True, width=24)
+    module = GlideModel.new(config, target)
+    torch.nn.init.normal_(module.glimpse_projection.weight)
+    torch.nn.init.normal_(module.own_glimpse_projection.weight)
+    save_network(tmp_path, module, target, "test", {}, torch.float32)
+    old = {
+        "bring": "embedding_projection",
+        "give": "head_projection",
+        "look": "glimpse_projection",
+        "recall": "own_glimpse_projection",
+    }
+    tensors = load_file(tmp_path / WEIGHTS)
+    for before, now in old.items():
+        tensors[f"{before}.weight"] = tensors.pop(f"{now}.weight")
+    write(tmp_path, card_of(tmp_path) | {"format": 2}, tensors)
+    read = load_draft(tmp_path, target).module
+    for now in old.values():
+        assert torch.equal(getattr(read, now).weight, getattr(module, now).weight.to(read.dtype))
+    write(tmp_path, card_of(tmp_path) | {"format": 3}, tensors)
+    refused(tmp_path, target, "lacks 4 tensor")

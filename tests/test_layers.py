@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -47,3 +48,31 @@ def test_modules_say_what_they_are_and_their_examples_run(name):
 def test_one_idea_a_file():
     for path in SOURCE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_a_greedy_round_is_short_enough_to_be_read(world) -> None:
+    """docs/design.md, "A token's way": the lines of this package that a round of the longest method runs."""
+    from glidecape import SamplingParams, Target, load_draft, make_drafter
+    from glidecape.engine.decode import start
+    from glidecape.engine.round import run_round
+
+    target = Target.from_pretrained(world["target"])
+    drafter = make_drafter("glide+cape+svip", load_draft(world["glide"], target), length=4)
+    batch = start(target, drafter, [[1, 2, 3, 4]], SamplingParams(max_new_tokens=40, ignore_eos=True))
+    run_round(target, drafter, batch)
+    lines = set()
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.startswith(str(SOURCE)):
+            return None
+        if event == "line":
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run_round(target, drafter, batch)
+    finally:
+        sys.settrace(before)
+    assert 200 < len(lines) < 500

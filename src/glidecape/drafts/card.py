@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-FORMAT = 2
+FORMAT = 3
 
 # Every field of a configuration must be known, of its own type and in range: a draft file is somebody else's.
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -59,7 +59,7 @@ def read_card_text(text: str, kinds: tuple[str, ...]) -> Card:
         raise ValueError("its description is nested too deeply") from None
     if not isinstance(fields, dict):
         raise ValueError("its description is no JSON object")
-    if fields.get("format") not in (1, FORMAT):
+    if fields.get("format") not in range(1, FORMAT + 1):
         raise ValueError(f"it has format {fields.get('format')}, this version reads {FORMAT}: update GlideCape")
     if fields.get("kind") not in list(kinds):
         raise ValueError(f"it holds a draft of kind '{fields.get('kind')}', unknown here: update GlideCape")

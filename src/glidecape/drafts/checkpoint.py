@@ -50,6 +50,14 @@ _SHAPE_FIELDS = (
 )
 
 
+_NAMES_BEFORE_3 = {
+    "bring.weight": "embedding_projection.weight",
+    "give.weight": "head_projection.weight",
+    "look.weight": "glimpse_projection.weight",
+    "recall.weight": "own_glimpse_projection.weight",
+}
+
+
 def fingerprint(target: Target) -> dict[str, str]:
     """What tells targets apart: sha256 of the shape, of the tokenizer, and of about 1 MB of fixed weight slices."""
     config = target.text_config
@@ -191,6 +199,8 @@ def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if card.format == 1:
         tensors = _tensors_from_format_1(tensors, config)
+    if card.format < 3:
+        tensors = {_NAMES_BEFORE_3.get(name, name): weight for name, weight in tensors.items()}
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     for what, names in (

@@ -69,8 +69,7 @@ def glidecape_generate(
         glide_stats: counts and times are added to it.
 
     Returns:
-        Sequences `(batch, tokens)`, prompt and output, padded on the right; with `return_dict_in_generate` in transformers'
-        own output class.
+        Sequences `(batch, tokens)`, prompt and output, padded on the right; or, as asked for, transformers' output class.
 
     Raises:
         InputError: input that cannot be decoded: holes in the attention mask, embeddings, positions or a cache of one's own.

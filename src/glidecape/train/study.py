@@ -222,8 +222,8 @@ def run_study(
     streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on)
     room = min(trial.prompt_tokens, target.context - trial.new_tokens)
     evaluation_prompts(streams["valid"].tokens, 1, room, 0)  # too little text is an error now, not after an hour
-    shared = {"data": streams["train"].digest, "target": target.weights_digest[:16], "dtype": str(target.dtype)}
-    shared |= {"tokens": budget.tokens, "minutes": budget.minutes, "trial": asdict(trial)}
+    shared: dict[str, Any] = {"data": streams["train"].digest, "target": target.weights_digest[:16]}
+    shared |= {"dtype": str(target.dtype), "tokens": budget.tokens, "minutes": budget.minutes, "trial": asdict(trial)}
     prompts: tuple[list[list[int]], int] | None = None
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in rows}
     for seed in seeds:
