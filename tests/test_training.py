@@ -145,8 +145,8 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
     runs: dict[int, dict[int, list]] = {0: {}, 1: {}}  # row -> position -> its runs: visible, token, logits
     step = draft.step
 
-    def recording(tokens, positions, own, own_mask, target_cache, scratch, parents=None, **more):
-        logits = step(tokens, positions, own, own_mask, target_cache, scratch, parents, **more)
+    def recording(tokens, positions, own, ancestors, target_cache, scratch, parents=None, **more):
+        logits = step(tokens, positions, own, ancestors, target_cache, scratch, parents, **more)
         first = own.scratch == 0
         for row in range(2 if len(tokens) == 2 and not more else 0):  # while both rows run, row numbers are theirs
             length = target_cache.host_lengths[row]
@@ -231,8 +231,8 @@ def test_a_window_over_one_text_is_read_as_its_newest_slots(layers):
             cache.commit([11])
             draft.catch_up(ids[:, :11], positions[:, :11], own, cache)
             own.commit([11])
-            mask = torch.ones(1, 1, 1, 12, dtype=torch.bool) if masked else None
-            found.append(draft.step(ids[:, 11:], positions[:, 11:], own, mask, cache, positions[:, 11:]))
+            itself = torch.ones(1, 1, 1, dtype=torch.bool) if masked else None
+            found.append(draft.step(ids[:, 11:], positions[:, 11:], own, itself, cache, positions[:, 11:]))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 

@@ -130,13 +130,14 @@ class ToyDraft:
         tokens: Tensor,
         positions: Tensor,
         own: KVCache,
-        own_mask: Tensor | None,
+        ancestors: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
     ) -> Tensor:
         assert scratch_positions.shape[1] == own.scratch + tokens.shape[1]
-        return _read(self.rule, self.vocab, tokens, positions, own, own_mask, lenient=True)
+        mask = tree_mask(own, ancestors, tokens.shape[1])
+        return _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=True)
 
 
 class ReRun(ToyDraft):

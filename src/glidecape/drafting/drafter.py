@@ -13,7 +13,6 @@ from torch import Tensor
 from ..batch.batch import Batch
 from ..batch.row import Outcome
 from ..core.cache import KVCache
-from ..core.masks import tree_mask
 from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
 from ..drafts.base import DraftModel
@@ -197,8 +196,7 @@ class ModelDrafter:
         """Run every token that the draft has not run yet, up to the root; logits `(batch, 1, vocab)` at the root."""
         pieces = [row.tokens[length:] for row, length in zip(batch.rows, own.host_lengths, strict=True)]
         tokens, positions = _padded(pieces, own)
-        mask = tree_mask(own, None, tokens.shape[1])
-        logits = self.model.step(tokens, positions, own, mask, batch.cache, positions, None)
+        logits = self.model.step(tokens, positions, own, None, batch.cache, positions, None)
         # The root stays scratch slot 0: it is the first token of this round's tree.
         counts = [len(piece) - 1 for piece in pieces]
         own.commit(counts)
@@ -226,9 +224,8 @@ class ModelDrafter:
             above = above.gather(2, nodes[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
             if own.hidden is not None:  # a parent was run before its children, the root in slot 0
                 parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
-        mask = tree_mask(own, above, at.shape[1])
         positions = scratch[:, -at.shape[1] :]
-        logits = self.model.step(tree.tokens.gather(1, at), positions, own, mask, batch.cache, scratch, parents)
+        logits = self.model.step(tree.tokens.gather(1, at), positions, own, above, batch.cache, scratch, parents)
         own.scratch += at.shape[1]
         return logits
 

@@ -51,7 +51,7 @@ class DraftModel(Protocol):
         tokens: Tensor,
         positions: Tensor,
         own: KVCache,
-        own_mask: Tensor | None,
+        ancestors: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
         parents: Tensor | None,
@@ -59,7 +59,8 @@ class DraftModel(Protocol):
         """Run queries `(batch, queries)`; logits `(batch, queries, vocab)`.
 
         Args:
-            own_mask: `(batch, 1, queries, slots)` over the slots of `own`; None: every slot.
+            ancestors: `(batch, queries, scratch)` which scratch slots of `own`, the queries' last, a query may read besides
+                the committed ones; None: every one before it.
             scratch_positions: `(batch, scratch)` of all scratch slots of `own`, the queries' last.
             parents: `(batch, queries)` scratch slots of the queries' parents, where `own` keeps hidden states. None: not
                 kept, or the first step of a round, whose queries are committed tokens and the root.

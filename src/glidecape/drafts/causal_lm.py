@@ -29,9 +29,9 @@ class StandaloneDraft:
         tokens: Tensor,
         positions: Tensor,
         own: KVCache,
-        own_mask: Tensor | None,
+        ancestors: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
     ) -> Tensor:
-        return self.model.forward(tokens, positions, own, mask=own_mask, scratch_positions=scratch_positions).logits
+        return self.model.forward(tokens, positions, own, ancestors, scratch_positions=scratch_positions).logits

@@ -187,21 +187,20 @@ class Target:
         cache: KVCache,
         ancestors: Tensor | None = None,
         logits_to_keep: int = 0,
-        mask: Tensor | None = None,
         scratch_positions: Tensor | None = None,
     ) -> TargetOutput:
         """Run the model on scratch slots; their keys and values are written, nothing is committed.
 
         Args:
             tokens, positions: `(batch, nodes)`; positions are absolute.
-            ancestors: `(batch, nodes, nodes)`, or None for a chain.
+            ancestors: `(batch, nodes, scratch)`, which scratch slots a node may read: itself and its ancestors. The nodes'
+                own slots are the last. None: a chain.
             logits_to_keep: logits of the last so many nodes only; 0: of all.
-            mask, scratch_positions: for a draft that runs its tree in several forwards: the mask over all slots (instead
-                of `ancestors`) and the positions `(batch, scratch)` of all scratch slots, the queries' last.
+            scratch_positions: `(batch, scratch)` of all scratch slots, for a draft that runs its tree in several forwards;
+                None: the nodes are all there is.
         """
         causal = ancestors is None and cache.longest + cache.scratch == 0
-        if scratch_positions is None and not causal:
-            mask = tree_mask(cache, ancestors, tokens.shape[1])
+        mask = None if causal else tree_mask(cache, ancestors, tokens.shape[1])
         scratch = positions if scratch_positions is None else scratch_positions
         token = LAYOUT.set(Layout(cache.lengths, positions, scratch, mask))
         watch = None if cache.hidden is None else self._body().register_forward_hook(_keep_hidden(cache))

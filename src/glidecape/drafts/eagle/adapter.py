@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.cache import KVCache
+from ...core.masks import tree_mask
 from ..self_attention import Cached
 from .network import EagleModel
 
@@ -36,7 +37,7 @@ class EagleDraft:
         tokens: Tensor,
         positions: Tensor,
         own: KVCache,
-        own_mask: Tensor | None,
+        ancestors: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
@@ -46,6 +47,7 @@ class EagleDraft:
             features = target_cache.hidden_at(positions - 1)
         else:
             features = own.hidden_at(own.lengths[:, None] + parents)
-        hidden = self.module.hidden(tokens, positions, features, Cached(own, own_mask))
+        mask = tree_mask(own, ancestors, tokens.shape[1])
+        hidden = self.module.hidden(tokens, positions, features, Cached(own, mask))
         own.write_hidden(hidden)
         return self.module.logits(hidden)

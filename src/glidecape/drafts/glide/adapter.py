@@ -39,21 +39,21 @@ class GlideDraft:
         if self.config.layers == 1:
             own.write(0, *self.module.first_keys_values(tokens, positions))
         else:
-            mask = tree_mask(own, None, tokens.shape[1])
-            self.step(tokens, positions, own, mask, target_cache, positions, logits=False)
+            self.step(tokens, positions, own, None, target_cache, positions, logits=False)
 
     def step(
         self,
         tokens: Tensor,
         positions: Tensor,
         own: KVCache,
-        own_mask: Tensor | None,
+        ancestors: Tensor | None,
         target_cache: KVCache,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
         logits: bool = True,
     ) -> Tensor:
         """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
+        own_mask = tree_mask(own, ancestors, tokens.shape[1])
         mask, recent = self._window(own_mask, positions, own, scratch_positions)
         hidden = self.module.hidden(
             tokens,
