@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -31,7 +31,10 @@ __all__ = [
     "cache_of",
     "causal_mask_function",
     "chunked_causal_mask_function",
+    "compile_to",
     "cpu_has_bfloat16",
+    "export_program",
+    "load_package",
     "pack_weight",
     "packed_linear",
     "register_attention",
@@ -79,6 +82,34 @@ def pack_weight(weight: Tensor) -> Tensor:
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b with a weight from `pack_weight`; raises as it does."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def export_program(program: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
+    """`torch.export`, with sizes 0 and 1 taken for what they are: one program serves one row and many."""
+    import torch.fx.experimental._config as export_config  # slow to import, as Inductor is
+
+    patch: Any = export_config
+    with patch.patch(backed_size_oblivious=True):
+        return torch.export.export(
+            program, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )
+
+
+def compile_to(path: str, exported: Any) -> None:
+    """Compile an exported program with its weights, packed where that is faster, to a package at `path`."""
+    import torch._inductor
+
+    options = {"freezing": True, "cpp.dynamic_threads": True}  # as many threads as PyTorch has when it runs
+    torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+
+
+def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The program of a package: flat inputs to flat outputs."""
+    import torch._inductor
+
+    # The loader itself: the public wrapper flattens its arguments in Python at each call.
+    loader = torch._inductor.aoti_load_package(path).loader
+    return loader.run
 
 
 @cache

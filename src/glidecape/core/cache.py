@@ -49,7 +49,7 @@ class KVCache(Cache):
         hidden: width of the last hidden states, kept beside keys and values for drafts that read them; 0: not kept.
 
     Attributes:
-        keys, values: of each layer, of all row slots.
+        keys, values: of each layer, of all row slots; `own_keys` and `own_values` of the rows in use.
         hidden: `(rows, capacity, width)` or None; slots as those of the keys.
         scratch: scratch slots in use before the next write, the same in each row.
         longest: most committed tokens of a row.
@@ -100,7 +100,8 @@ class KVCache(Cache):
         """Run the row slots `first` to `last` - 1 from now on; all other calls are about these rows."""
         self.rows = slice(first, last)
         # Views of these rows, made once: every layer of every forward writes through them.
-        self._own = [(k[self.rows], v[self.rows]) for k, v in zip(self.keys, self.values, strict=True)]
+        self.own_keys = [one[self.rows] for one in self.keys]
+        self.own_values = [one[self.rows] for one in self.values]
         self._forget()
 
     def _forget(self) -> None:
@@ -138,10 +139,8 @@ class KVCache(Cache):
             Keys and values `(rows, kv_heads, longest + scratch + queries, head_dim)`.
         """
         count = keys.shape[2]
-        end = self.longest + self.scratch + count
-        if end > self.capacity:
-            raise InputError(f"the cache holds {self.capacity} tokens a row, but {end} are needed")
-        own_keys, own_values = self._own[layer]
+        end = self.end_of_write(count)
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
         if self.ragged:
             at = self._next_slots(count, own_keys.device)
             own_keys.transpose(1, 2)[at] = keys.transpose(1, 2)
@@ -150,6 +149,17 @@ class KVCache(Cache):
             own_keys[:, :, end - count : end] = keys
             own_values[:, :, end - count : end] = values
         return own_keys[:, :, :end], own_values[:, :, :end]
+
+    def end_of_write(self, count: int) -> int:
+        """Slots up to the end of the next write of `count` scratch slots, in the longest row.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        end = self.longest + self.scratch + count
+        if end > self.capacity:
+            raise InputError(f"the cache holds {self.capacity} tokens a row, but {end} are needed")
+        return end
 
     def _next_slots(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and slot of each query of the next write, made once for all layers."""
@@ -181,8 +191,7 @@ class KVCache(Cache):
 
         Rows shorter than the longest hold unspecified values past their length.
         """
-        own_keys, own_values = self._own[layer]
-        return own_keys[:, :, : self.longest], own_values[:, :, : self.longest]
+        return self.own_keys[layer][:, :, : self.longest], self.own_values[layer][:, :, : self.longest]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the scratch slots named by its path (ascending), and drop the rest."""
@@ -198,7 +207,7 @@ class KVCache(Cache):
         slots, start = to_device(table, self.device), self.lengths[:, None]
         source, goal = start + slots, start + torch.arange(first, last, device=self.device)
         rows = torch.arange(len(paths), device=self.device)[:, None]
-        stores = [t.transpose(1, 2) for own in self._own for t in own]
+        stores = [store.transpose(1, 2) for store in (*self.own_keys, *self.own_values)]
         for store in [*stores, *([] if self.hidden is None else [self.hidden[self.rows]])]:
             at = store.device
             store[rows.to(at), goal.to(at)] = store[rows.to(at), source.to(at)]

@@ -21,8 +21,10 @@ from ..core.transfer import to_device
 from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
 from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
 from .loading import load_model
+from .packages import Program, compiled, source_digest
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
+from .program import CompiledTarget, TargetProgram, example
 from .quantize import dense
 from .quantize import quantize as quantize_layers
 
@@ -57,9 +59,10 @@ class Target:
         register_attention(ATTENTION, attention, layer_mask)
         model.set_attn_implementation(ATTENTION)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self._cache_argument = cache_argument(model)
+        self.cache_argument = cache_argument(model)
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
+        self.compiled: CompiledTarget | None = None
         self.packed = bool(pack) and self._pack(None if pack is True else pack)
         self.shapes = _kv_shapes(model, self.text_config)
         if probe:
@@ -112,6 +115,23 @@ class Target:
         """Undo packing, so that gradients can pass."""
         unpack_layers(self.model)
         self.packed, self._digest = False, None
+
+    def program(self) -> Program:
+        """Its forward, to be compiled (`packages.Program`)."""
+        facts = {"kind": "target", "config": self.config.to_json_string(), "code": source_digest(self.model)}
+        name = f"the target ({self.num_parameters / 1e6:,.0f} M parameters)"
+        return Program(name, facts, (self.model,), lambda: (TargetProgram(self), *example(self)))
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Decode by a compiled program from now on; False where it stays eager, which is said.
+
+        Args:
+            mode: "on"; "kept": only if the program was compiled before.
+            say: is told what takes time, and why something is not compiled.
+        """
+        run = compiled(self.program(), mode, say)
+        self.compiled = None if run is None else CompiledTarget(run)
+        return run is not None
 
     @property
     def weights_digest(self) -> str:
@@ -199,17 +219,20 @@ class Target:
             scratch_positions: `(batch, scratch)` of all scratch slots, for a draft that runs its tree in several forwards;
                 None: the nodes are all there is.
         """
+        if self.compiled is not None:
+            logits = self.compiled(tokens, positions, cache, ancestors, logits_to_keep, scratch_positions)
+            return TargetOutput(logits)
         causal = ancestors is None and cache.longest + cache.scratch == 0
         mask = None if causal else tree_mask(cache, ancestors, tokens.shape[1])
         scratch = positions if scratch_positions is None else scratch_positions
         token = LAYOUT.set(Layout(cache.lengths, positions, scratch, mask))
-        watch = None if cache.hidden is None else self._body().register_forward_hook(_keep_hidden(cache))
+        watch = None if cache.hidden is None else self.body.register_forward_hook(_keep_hidden(cache))
         try:
             out = self.model(
                 input_ids=tokens,
                 # Nodes past the context are only ever clipped off; a learned position table must not be overrun by them.
                 position_ids=positions.clamp(max=self.context - 1),
-                **{self._cache_argument: cache},
+                **{self.cache_argument: cache},
                 use_cache=True,
                 # Asked for few logits, layers that share keys leave the other tokens out: no hidden states of them.
                 logits_to_keep=logits_to_keep if cache.hidden is None else 0,
@@ -220,7 +243,8 @@ class Target:
                 watch.remove()
         return TargetOutput(out.logits)
 
-    def _body(self) -> nn.Module:
+    @property
+    def body(self) -> nn.Module:
         """The model without its output head."""
         body = self.model.base_model
         return self.model.get_decoder() if body is self.model else body

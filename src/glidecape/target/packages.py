@@ -1,0 +1,184 @@
+"""Compiled programs, kept in the user's own cache folder: exported and compiled once, loaded in a fraction of a second.
+
+A package is machine code that runs in this process. So packages are read from the user's own folder alone, which nobody
+else may write to; nothing comes from a model folder or the Hub. A package is named by a digest of all that it depends on,
+and kept beside a digest of its content: a torn one is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from ..compat import compile_to, export_program, load_package
+from ..errors import GlideCapeError, first_line
+from ..files import write_atomic
+from .packed import dense_layers
+
+FOLDER = "GLIDECAPE_CACHE"  # environment variable that names another folder
+SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
+Run = Callable[[list[Tensor]], list[Tensor]]
+
+
+class CompileError(GlideCapeError):
+    """A program that cannot be compiled here, or a cache folder that cannot be trusted: decoding goes on eagerly."""
+
+
+def cache_folder() -> Path:
+    """The folder of packages, made if it is missing.
+
+    Raises:
+        CompileError: it cannot be made, or others may write to it.
+    """
+    named = os.environ.get(FOLDER)
+    base = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    folder = Path(named or Path(base) / "glidecape").expanduser() / "packages"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise CompileError(f"no place for compiled programs at {folder} ({error.strerror}): set {FOLDER}") from None
+    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise CompileError(
+            f"others may write to {folder}, and what is in it would be run: chmod 700 it, or set {FOLDER} to a folder of yours"
+        )
+    return folder
+
+
+def have_compiler() -> bool:
+    """Is there a C++ compiler?"""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+@cache
+def _environment() -> dict[str, str]:
+    """What every package depends on besides its model."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for source in SOURCES:
+        for path in sorted((root / source).rglob("*.py")) or [root / source]:
+            digest.update(path.read_bytes())
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return {
+        "sources": digest.hexdigest(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "machine": f"{platform.system()} {platform.machine()} {platform.processor()}",
+        "cpu": hashlib.sha256(cpu.encode()).hexdigest(),
+    }
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """sha256 of all parameters and buffers, names and values: a package holds them."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def source_digest(module: nn.Module) -> str:
+    """sha256 of the source of a module's class: a model may bring code of its own."""
+    try:
+        return hashlib.sha256(inspect.getsource(type(module)).encode()).hexdigest()
+    except (OSError, TypeError):
+        return type(module).__qualname__
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be compiled.
+
+    Attributes:
+        name: for messages.
+        facts: all that it depends on besides weights and environment.
+        modules: whose weights it holds; packed layers in them, and in the attributes of `holders`, are dense meanwhile.
+        make: gives the program, example inputs, and their dynamic sizes.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    modules: tuple[nn.Module, ...]
+    make: Callable[[], tuple[Any, ...]]
+    holders: tuple[Any, ...] = ()
+
+
+def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
+    """The compiled program, made if it is not kept yet; two processes make it once. None where it cannot be.
+
+    Args:
+        mode: "on"; "kept": only if it is kept.
+        say: told in one line what takes time, or why there is none.
+    """
+    try:
+        with dense_layers(*program.modules, holders=program.holders):
+            facts = program.facts | {"weights": weights_digest(*program.modules)} | _environment()
+            key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+            path = cache_folder() / f"{key}.pt2"
+            if mode == "kept" and not _whole(path):
+                return None
+            with FileLock(path.with_suffix(".lock")):
+                if not _whole(path):
+                    _make(program, facts, path, say)
+        return load_package(str(path))
+    except OSError as error:
+        say(f"{program.name} is not compiled: it cannot be kept in the cache folder ({error.strerror or error})")
+    except RuntimeError as error:
+        say(f"{program.name} is not compiled: it cannot be loaded ({first_line(error)})")
+    except CompileError as error:
+        say(f"{program.name} is not compiled: {error}")
+    return None
+
+
+def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[str], None]) -> None:
+    if not have_compiler():
+        raise CompileError("there is no C++ compiler here (g++ or clang++)")
+    started = time.monotonic()
+    say(f"compiling {program.name}, once: it takes a minute or two and is kept in {path.parent}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+    try:
+        module, inputs, dynamic = program.make()
+        with torch.no_grad():
+            compile_to(str(temporary), export_program(module, inputs, dynamic))
+        note = {"name": program.name, "sha256": _digest(temporary), "facts": facts}
+        os.replace(temporary, path)
+        write_atomic(path.with_suffix(".json"), lambda to: to.write_text(json.dumps(note, indent=1, default=str)))
+    except OSError:
+        raise
+    except Exception as error:  # exporters and compilers raise anything
+        raise CompileError(f"{type(error).__name__}: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
+
+
+def _whole(path: Path) -> bool:
+    """Is there a package at `path`, as it was written?"""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text())
+        return bool(note["sha256"] == _digest(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
