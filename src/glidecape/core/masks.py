@@ -84,7 +84,7 @@ def slot_positions(lengths: Tensor, scratch: Tensor, keys: int) -> Tensor:
     scratch have any.
     """
     start = lengths[:, None]
-    slot = torch.arange(keys, device=scratch.device).expand(len(lengths), -1)
+    slot = torch.arange(keys, device=scratch.device).expand(lengths.shape[0], -1)
     return torch.where(slot < start, slot, scratch.gather(1, (slot - start).clamp(0, scratch.shape[1] - 1)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..core.cache import KVCache
@@ -23,6 +25,10 @@ class StandaloneDraft:
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         self.model.forward(tokens, positions, own, logits_to_keep=1)
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """See `Target.compile`."""
+        return self.model.compile(mode, say)
 
     def step(
         self,

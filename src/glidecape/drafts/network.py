@@ -27,6 +27,7 @@ class TargetParts:
         Raises:
             UnsupportedError: that layer does not rotate by cosines and sines.
         """
+        self.target = target
         self.rotary = None if rotary_layer is None else TargetRotary(target, rotary_layer)
         self.embedding: Any = target.model.get_input_embeddings()
         self.head: Any = target.model.get_output_embeddings()

@@ -110,7 +110,8 @@ class Program:
     Attributes:
         name: for messages.
         facts: all that it depends on besides weights and environment.
-        modules: whose weights it holds; packed layers in them, and in the attributes of `holders`, are dense meanwhile.
+        modules: whose weights it holds, as it does those of the modules in attributes of `holders`. Packed layers are dense
+            meanwhile.
         make: gives the program, example inputs, and their dynamic sizes.
     """
 
@@ -130,7 +131,8 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
     """
     try:
         with dense_layers(*program.modules, holders=program.holders):
-            facts = program.facts | {"weights": weights_digest(*program.modules)} | _environment()
+            held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]
+            facts = program.facts | {"weights": weights_digest(*program.modules, *held)} | _environment()
             key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
             path = cache_folder() / f"{key}.pt2"
             if mode == "kept" and not _whole(path):

@@ -6,6 +6,7 @@ from ancestors and lengths, and fused into what reads them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +27,65 @@ ROWS, NODES, SCRATCH = Dim("rows", min=1, max=4096), Dim("nodes", min=1, max=65_
 KEYS, SLOTS, KEPT = Dim("keys", min=1, max=2**31), Dim("slots", min=2, max=2**31), Dim("kept", min=1, max=65_536)
 
 
-class Slots(Cache):
-    """What a model writes to and reads from inside a program: tensors `(rows, kv_heads, slots, head_dim)` a layer.
+class TracedCache(Cache):
+    """A `KVCache` inside a program: the caller's tensors are inputs, which are written in place.
 
     Args:
-        at: `(rows, queries)` slots to write to.
-        keys_read: the first slots, which are read.
+        keys, values: `(rows, kv_heads, slots, head_dim)` by layer.
+        lengths: `(rows,)` committed tokens.
+        longest: slots up to the end of the longest row's committed ones.
+        end: slots that are read after the write.
+        scratch: scratch slots in use before it.
+        hidden: `(rows, slots, width)`; None: not kept.
     """
 
     class Layer:
         is_sliding, is_compileable, is_initialized = False, False, True
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], at: Tensor, keys_read: int) -> None:
+    ragged = True  # what is right for ragged rows is right for all
+
+    def __init__(
+        self,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+        lengths: Tensor,
+        longest: int,
+        end: int = 0,
+        scratch: int = 0,
+        hidden: Tensor | None = None,
+    ) -> None:
         super().__init__(layers=[self.Layer() for _ in keys])
-        self.keys, self.values, self.at, self.keys_read = keys, values, at, keys_read
-        self.rows = torch.arange(at.shape[0], device=at.device)[:, None]
+        self.own_keys, self.own_values, self.hidden = keys, values, hidden
+        self.lengths, self.longest, self.end, self.scratch = lengths, longest, end, scratch
+
+    def _next_slots(self, count: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]
+        first = self.scratch
+        return rows, self.lengths[:, None] + torch.arange(first, first + count, device=rows.device)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store.transpose(1, 2).index_put_((self.rows, self.at), new.transpose(1, 2))
-        return self.keys[layer][:, :, : self.keys_read], self.values[layer][:, :, : self.keys_read]
+        """See `KVCache.write`."""
+        at, end = self._next_slots(keys.shape[2]), self.end
+        for store, new in ((self.own_keys[layer], keys), (self.own_values[layer], values)):
+            store.transpose(1, 2).index_put_(at, new.transpose(1, 2))
+        return self.own_keys[layer][:, :, :end], self.own_values[layer][:, :, :end]
+
+    def write_hidden(self, hidden: Tensor) -> None:
+        """See `KVCache.write_hidden`."""
+        assert self.hidden is not None
+        self.hidden.index_put_(self._next_slots(hidden.shape[1]), hidden)
+
+    def hidden_at(self, slots: Tensor) -> Tensor:
+        """See `KVCache.hidden_at`."""
+        assert self.hidden is not None
+        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
+        return self.hidden.gather(1, at).masked_fill((slots < 0)[..., None], 0.0)
+
+    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `KVCache.committed`."""
+        return self.own_keys[layer][:, :, : self.longest], self.own_values[layer][:, :, : self.longest]
+
+    # --- what transformers calls on its `Cache`
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
         return self.write(layer_idx, key_states, value_states)
@@ -57,24 +97,15 @@ class Slots(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.keys_read, 0
+        return self.end, 0
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * len(self.keys)
+        return [False] * len(self.own_keys)
 
     @property
     def is_compileable(self) -> bool:
         return False
-
-
-class Standing:
-    """Where rows stand, as `tree_mask` asks; inside a program rows always count as ragged."""
-
-    ragged = True
-
-    def __init__(self, lengths: Tensor, scratch: int, keys: int) -> None:
-        self.lengths, self.scratch, self.longest = lengths, scratch, keys - scratch
 
 
 class TargetProgram(nn.Module):
@@ -103,12 +134,8 @@ class TargetProgram(nn.Module):
             key_slots: `(keys,)` 0, 1, …: as many slots are read.
             kept: `(kept,)` nodes whose logits are wanted.
         """
-        queries, scratch = tokens.shape[1], ancestors.shape[2]
-        before = scratch - queries
-        standing = Standing(lengths, before, key_slots.shape[0] - queries)
-        mask = tree_mask(standing, ancestors, queries)
-        at = lengths[:, None] + torch.arange(before, scratch, device=tokens.device)
-        cache = Slots(keys, values, at, key_slots.shape[0])
+        cache = traced(keys, values, lengths, key_slots, tokens.shape[1], ancestors.shape[2])
+        mask = tree_mask(cache, ancestors, tokens.shape[1])
         hidden: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -128,6 +155,20 @@ class TargetProgram(nn.Module):
             LAYOUT.reset(token)
             hook.remove()
         return out.logits, hidden[0]
+
+
+def traced(
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: Tensor,
+    key_slots: Tensor,
+    queries: int,
+    scratch: int,
+    hidden: Tensor | None = None,
+) -> TracedCache:
+    """A cache in which the last `queries` of `scratch` slots are to be written; the slots of `key_slots (keys,)` are read."""
+    end, stores = key_slots.shape[0], [dict(enumerate(one)) for one in (keys, values)]
+    return TracedCache(stores[0], stores[1], lengths, end - scratch, end, scratch - queries, hidden)
 
 
 def example(target: Target) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -8,19 +8,21 @@ from torch import Tensor
 
 from ...core.cache import KVCache
 from ...core.masks import tree_mask
+from ..program import NetworkDraft
 from ..self_attention import Cached
 from .network import EagleModel
 
 
-class EagleDraft:
+class EagleDraft(NetworkDraft):
     """An EAGLE network as a `DraftModel`.
 
     Accepted nodes are run again in the next round, with the target's true features.
     """
 
-    base, reads_hidden, trusts_own = "eagle", True, False
+    base, reads_hidden, trusts_own, uses_parents = "eagle", True, False, True
 
     def __init__(self, module: EagleModel, figures: dict[str, Any] | None = None) -> None:
+        super().__init__()
         self.module, self.figures = module.eval(), figures or {}
         self.config, self.max_lag = module.config, module.config.max_lag
 
@@ -32,13 +34,13 @@ class EagleDraft:
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         own.write(0, *self.module.keys_values(tokens, positions, target_cache.hidden_at(positions - 1)))
 
-    def step(
+    def run(
         self,
         tokens: Tensor,
         positions: Tensor,
-        own: KVCache,
+        own: Any,
         ancestors: Tensor | None,
-        target_cache: KVCache,
+        target_cache: Any,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
     ) -> Tensor:

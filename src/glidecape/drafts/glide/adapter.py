@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.cache import KVCache
 from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from ..program import NetworkDraft
 from ..self_attention import Cached
 from .network import GlideModel
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 
-class GlideDraft:
+class GlideDraft(NetworkDraft):
     """A GliDe network as a `DraftModel`.
 
     An accepted node keeps the keys and values of the lag it was drafted at, as in training; the prompt and tokens that are
@@ -26,8 +27,13 @@ class GlideDraft:
     base, trusts_own = "glide", True
 
     def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
+        super().__init__()
         self.module, self.figures = module.eval(), figures or {}
-        self.config = module.config
+        self.config, self.layers_read, self.uses_parents = (
+            module.config,
+            module.config.layers_read,
+            module.config.glimpse,
+        )
         self.max_lag, self.reads_hidden = module.config.max_lag, module.config.glimpse
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -39,15 +45,15 @@ class GlideDraft:
         if self.config.layers == 1:
             own.write(0, *self.module.first_keys_values(tokens, positions))
         else:
-            self.step(tokens, positions, own, None, target_cache, positions, logits=False)
+            self.run(tokens, positions, own, None, target_cache, positions, logits=False)
 
-    def step(
+    def run(
         self,
         tokens: Tensor,
         positions: Tensor,
-        own: KVCache,
+        own: Any,
         ancestors: Tensor | None,
-        target_cache: KVCache,
+        target_cache: Any,
         scratch_positions: Tensor,
         parents: Tensor | None = None,
         logits: bool = True,
@@ -79,7 +85,7 @@ class GlideDraft:
     ) -> tuple[Tensor | None, int]:
         """The window of the self-attention, as a mask, or where one query sees every slot as a number of slots."""
         window, keys = self.config.window, own.longest + scratch.shape[1]
-        if not window or keys <= window:
+        if not window or (not torch.compiler.is_exporting() and keys <= window):
             return mask, 0
         if mask is None and positions.shape[1] == 1:
             return None, window
