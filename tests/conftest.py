@@ -1,5 +1,6 @@
 """One thread: the models of the tests are tiny, and on a crowded machine two threads mostly wait for each other."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import toys`
 torch.set_num_threads(1)
+# Tests decode eagerly, and never touch the user's own packages; tests/test_compiled.py compiles in folders of its own.
+os.environ["GLIDECAPE_COMPILE"] = "off"
 
 
 @pytest.fixture(scope="session")

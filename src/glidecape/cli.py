@@ -42,11 +42,14 @@ def demo(
     draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
+    compile: Annotated[
+        str, typer.Option(help="off: race without compiled programs.", envvar="GLIDECAPE_COMPILE")
+    ] = "auto",
 ) -> None:
     """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""
     from .demo import run_demo
 
-    if not run_demo(target, draft, max_new_tokens, threads):
+    if not run_demo(target, draft, max_new_tokens, threads, compile):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,9 @@ the suite on both ends of the range in pyproject.toml.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -86,30 +88,38 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def export_program(program: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
     """`torch.export`, with sizes 0 and 1 taken for what they are: one program serves one row and many."""
-    import torch.fx.experimental._config as export_config  # slow to import, as Inductor is
+    with _inductor():
+        import torch.fx.experimental._config as export_config
 
-    patch: Any = export_config
-    with patch.patch(backed_size_oblivious=True):
-        return torch.export.export(
-            program, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-        )
+        patch: Any = export_config
+        with patch.patch(backed_size_oblivious=True):
+            return torch.export.export(
+                program, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
 
 
 def compile_to(path: str, exported: Any) -> None:
     """Compile an exported program with its weights, packed where that is faster, to a package at `path`."""
-    import torch._inductor
-
     options = {"freezing": True, "cpp.dynamic_threads": True}  # as many threads as PyTorch has when it runs
-    torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+    with _inductor() as inductor:
+        inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 
 
 def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:
     """The program of a package: flat inputs to flat outputs."""
-    import torch._inductor
+    with _inductor() as inductor:
+        # The loader itself: the public wrapper flattens its arguments in Python at each call.
+        return inductor.aoti_load_package(path).loader.run
 
-    # The loader itself: the public wrapper flattens its arguments in Python at each call.
-    loader = torch._inductor.aoti_load_package(path).loader
-    return loader.run
+
+@contextmanager
+def _inductor() -> Iterator[Any]:
+    """PyTorch's compiler, slow to import, without what it says about its own deprecated parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch._inductor
+
+        yield torch._inductor
 
 
 @cache

@@ -59,7 +59,9 @@ def _stream(
     return tokens
 
 
-def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, threads: int = 0) -> bool:
+def run_demo(
+    target: Path | None, draft: Path | None, max_new_tokens: int = 96, threads: int = 0, compile: str = "auto"
+) -> bool:
     """Print the race and a table; returns whether all outputs were equal."""
     from transformers.utils import logging
 
@@ -73,6 +75,7 @@ def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, 
     console = Console()
     model = Target.from_pretrained(target, dtype=torch.float32)
     loaded = load_draft(draft, model)
+    fast = compile != "off" and model.compile("on", console.print) and loaded.compile("on", console.print)
     prompts: list[str] = json.loads(resources.files("glidecape").joinpath("demo_prompts.json").read_text())
     racers = {
         "plain": make_drafter("plain", None),
@@ -81,7 +84,7 @@ def run_demo(target: Path | None, draft: Path | None, max_new_tokens: int = 96, 
     }
     console.print(
         f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "
-        f"float32, {torch.get_num_threads()} threads. "
+        f"float32, {torch.get_num_threads()} threads, {'compiled' if fast else 'eager'}. "
         "Tokens: [green]drafted chain[/], [magenta]CaPE sibling[/], target's own (plain)."
     )
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)

@@ -18,6 +18,7 @@ class Option:
         help: one sentence.
         flag: its name there, without the dashes; "": the field's own.
         least: smallest number that is taken.
+        environment: the variable that gives it where nothing is typed.
         needs: the part of a method's name that uses it, as an error names it; "": every method.
         type: what is typed, where it is not of the field's own type.
         read, write: from what is typed to the field's value, and back for the default.
@@ -26,6 +27,7 @@ class Option:
     help: str
     flag: str = ""
     least: float | None = None
+    environment: str | None = None
     needs: str = ""
     type: Any = None
     read: Callable[[Any], Any] = lambda typed: typed

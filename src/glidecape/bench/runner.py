@@ -67,6 +67,7 @@ class Plan:
             "calibration": None if self.calibration is None else self.calibration.sha256,
             "target": self.target.weights_digest,
             "drafts": dict(self.digests),
+            "compiled": self.target.compiled is not None,
             "circumstances": circumstances(self.target),
         }
 

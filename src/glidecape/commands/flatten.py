@@ -52,7 +52,7 @@ def _parameters(kind: Any, start: Any) -> Iterator[Parameter]:
             name = how.parameter(one.name)
             # A switch that is off needs no name for off.
             flags = [f"--{name.replace('_', '-')}"] if default is False else []
-            shown = typer.Option(*flags, help=how.help, min=how.least)
+            shown = typer.Option(*flags, help=how.help, min=how.least, envvar=how.environment)
             typed: Any = how.type or hints[one.name]
             annotation = Annotated[typed, shown]
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=how.write(default), annotation=annotation)

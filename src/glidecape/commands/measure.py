@@ -105,6 +105,8 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     facts |= {f"sha256 of {one.name}": one.sha256[:16] for one in read}
     facts |= {f"weights of {key}": digest_of_model(folder)[:16] for key, folder in folders.items()}
     drafts = {key: load_draft(folder, model) for key, folder in folders.items()}
+    run.machine.compile_models(model, drafts.values())
+    facts["compiled"] = model.compiled is not None
     return _Opened(model, drafts, read, chosen, Study(name, facts, asdict(chosen)), run)
 
 

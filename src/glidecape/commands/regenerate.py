@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
 from .flatten import flattened
-from .shared import Machine, base_of, command_line, load_fitting_draft
+from .shared import ServingMachine, base_of, command_line, load_fitting_draft
 
 
 @flattened
@@ -31,7 +31,7 @@ def regenerate(
     seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
     options: MethodOptions = MethodOptions(),
-    machine: Machine = Machine(dtype="float32"),
+    machine: ServingMachine = ServingMachine(dtype="float32"),
 ) -> None:
     """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
     from ..drafting.methods import make_drafter, parse_method
@@ -45,6 +45,8 @@ def regenerate(
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     model = machine.load(target)
-    drafter = make_drafter(method, load_fitting_draft(draft, base, model), options)
+    loaded = load_fitting_draft(draft, base, model)
+    drafter = make_drafter(method, loaded, options)
+    machine.compile_models(model, [] if loaded is None else [loaded], (limit or 10**9) * max_new_tokens)
     with only_writer(out, folder=False):
         run(model, data, out, plan, drafter, batch, command_line())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,14 +75,34 @@ class Machine:
             raise InputError(f"device '{self.device}' cannot be used here: {first_line(error)}") from None
 
 
+WORTH = 20_000  # tokens to decode from which on compiling, a minute or two, is made up for
+
+
 @dataclass(frozen=True)
 class ServingMachine(Machine):
-    """Where a target that is only decoded runs: its weights may be quantized."""
+    """Where a target that is only decoded runs: its weights may be quantized, and its forward compiled."""
 
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
+    compile: str = option(
+        "auto",
+        "Decode by compiled programs: on, off, or auto: where they were compiled before, or there is enough to decode.",
+        environment="GLIDECAPE_COMPILE",
+    )
+
+    def __post_init__(self) -> None:
+        if self.compile not in ("auto", "on", "off"):
+            raise InputError(f"--compile takes auto, on or off, not '{self.compile}'")
 
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
+
+    def compile_models(self, target: Target, drafts: Iterable[AnyDraft], tokens: float = math.inf) -> None:
+        """Compile the target and its drafts, if that was asked for or is worth it for so many tokens to decode."""
+        if self.compile == "off":
+            return
+        mode = "on" if self.compile == "on" or tokens >= WORTH else "kept"
+        for one in (target, *drafts):
+            one.compile(mode, lambda text: print(f"note: {text}", file=sys.stderr))
 
 
 def command_line() -> str:

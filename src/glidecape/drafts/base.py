@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -20,6 +21,9 @@ class DepthModel(Protocol):
 
     max_lag: int
     reads_hidden: bool
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Predict by a compiled program from now on; see `Target.compile`."""
 
     def all_depths(self, target_cache: KVCache) -> Tensor:
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
@@ -45,6 +49,9 @@ class DraftModel(Protocol):
 
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         """Write the keys and values of committed tokens `(batch, count)`, without drafting from them."""
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Draft by a compiled program from now on; see `Target.compile`."""
 
     def step(
         self,

@@ -129,6 +129,11 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
         mode: "on"; "kept": only if it is kept.
         say: told in one line what takes time, or why there is none.
     """
+    devices = {one.device.type for module in program.modules for one in module.parameters()} - {"cpu"}
+    for device in devices:
+        if mode == "on":
+            say(f"{program.name} is not compiled: programs were never run on a device of type {device} yet")
+        return None
     try:
         with dense_layers(*program.modules, holders=program.holders):
             held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]

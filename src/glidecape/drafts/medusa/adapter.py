@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,10 @@ class MedusaDraft:
     def __init__(self, module: MedusaModel, figures: dict[str, Any] | None = None) -> None:
         self.module, self.figures = module.eval(), figures or {}
         self.max_lag = module.config.heads
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """The heads run once a round, and stay eager."""
+        return False
 
     def all_depths(self, target_cache: KVCache) -> Tensor:
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""

@@ -1,0 +1,207 @@
+"""Compiled programs: the tokens are eager decoding's, and the cache folder is trusted and damaged as little as possible."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from glidecape import METHODS, SamplingParams, Target, generate, load_draft, make_drafter
+from glidecape.cli import main
+from glidecape.drafts.causal_lm import StandaloneDraft
+from glidecape.target import packages
+from glidecape.target.packages import FOLDER, Program, compiled
+from glidecape.target.packed import PackedLinear
+
+COMPILER = pytest.mark.skipif(not packages.have_compiler(), reason="no C++ compiler on this machine")
+PROMPTS = [[5, 9, 13, 40], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [3]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for the whole file: compiling takes seconds."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER, str(folder))
+    return folder
+
+
+def doubler() -> Program:
+    """2 x as a program whose weight is packed."""
+    module = nn.Sequential(PackedLinear(2 * torch.eye(16)))
+
+    def make():
+        return module, (torch.ones(3, 16),), ({0: Dim("rows", min=1, max=64)},)
+
+    return Program("a doubler", {"kind": "doubler"}, (module,), make)
+
+
+def tell() -> list[str]:
+    return []
+
+
+@COMPILER
+def test_a_program_is_compiled_once_and_serves_every_number_of_rows(cache: Path) -> None:
+    said: list[str] = []
+    assert compiled(doubler(), "kept", said.append) is None
+    assert not said
+    run = compiled(doubler(), "on", said.append)
+    assert run is not None
+    assert [text.split()[0] for text in said] == ["compiling", "compiled"]
+    for rows in (1, 2, 33):
+        assert torch.equal(run([torch.ones(rows, 16)])[0], torch.full((rows, 16), 2.0))
+    program = doubler()
+    again = compiled(program, "kept", said.append)
+    assert again is not None
+    assert len(said) == 2
+    assert isinstance(program.modules[0][0], PackedLinear)  # packed again when it was made
+    assert torch.equal(again([torch.ones(1, 16)])[0], torch.full((1, 16), 2.0))
+    assert not list((cache / "packages").glob(".*.pt2"))
+
+
+@COMPILER
+def test_other_weights_are_another_program() -> None:
+    said: list[str] = []
+    program = doubler()
+    program.modules[0][0] = PackedLinear(3 * torch.eye(16))
+    assert compiled(program, "kept", said.append) is None
+
+
+@COMPILER
+def test_a_torn_package_is_made_anew(cache: Path) -> None:
+    said: list[str] = []
+    assert compiled(doubler(), "on", said.append) is not None
+    (path,) = (cache / "packages").glob("*.pt2")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert compiled(doubler(), "kept", said.append) is None
+    run = compiled(doubler(), "on", said.append)
+    assert run is not None
+    assert torch.equal(run([torch.ones(2, 16)])[0], torch.full((2, 16), 2.0))
+    path.with_suffix(".json").write_text("{")
+    assert compiled(doubler(), "kept", said.append) is None
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages").chmod(0o777)
+    assert compiled(doubler(), "on", said.append) is None
+    assert "others may write to" in said[0]
+    assert "chmod 700" in said[0]
+
+
+def test_without_a_compiler_decoding_stays_eager(tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(packages, "have_compiler", lambda: False)
+    assert compiled(doubler(), "on", said.append) is None
+    assert said == ["a doubler is not compiled: there is no C++ compiler here (g++ or clang++)"]
+
+
+def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(packages, "have_compiler", lambda: True)
+    for error, message in (
+        (OSError(28, "No space left on device"), "it cannot be kept in the cache folder (No space left on device)"),
+        (ValueError("an odd model\nwith details"), "ValueError: an odd model"),
+    ):
+        said: list[str] = []
+
+        def broken(path, exported, error=error):
+            Path(path).write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(packages, "compile_to", broken)
+        assert compiled(doubler(), "on", said.append) is None
+        assert said[-1] == f"a doubler is not compiled: {message}"
+        assert not list((tmp_path / "packages").glob("*.pt2")) + list((tmp_path / "packages").glob(".*.pt2"))
+
+
+@COMPILER
+def test_two_processes_compile_once(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_compiled import doubler, compiled
+assert compiled(doubler(), "on", print) is not None
+"""
+    environment = os.environ | {FOLDER: str(tmp_path)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) for _ in "ab"
+    ]
+    told = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted(text.count("compiled a doubler") for text in told) == [0, 1]
+
+
+def compare(target: Target, drafts: dict[str, object], methods: list[str]) -> None:
+    """Tokens of compiled programs against those of eager ones, alone and in a ragged batch, greedy and with noise."""
+    cases = [
+        SamplingParams(max_new_tokens=24, ignore_eos=True),
+        SamplingParams(1.0, seed=3, max_new_tokens=16, ignore_eos=True),
+        SamplingParams(0.8, seed=5, max_new_tokens=12, ignore_eos=True, sampling="residual"),
+    ]
+    made = {m: make_drafter(m, drafts.get(m.split("+")[0]), bins=(2, 1, 1, 0), beams=3) for m in methods}
+    before = [[generate(target, PROMPTS, one, params) for params in cases] for one in made.values()]
+    said: list[str] = []
+    assert target.compile("on", said.append), said
+    for name, draft in drafts.items():
+        assert draft.compile("on", said.append) or name == "medusa", said
+    for (method, one), expected in zip(made.items(), before, strict=True):
+        for params, outputs in zip(cases, expected, strict=True):
+            together = generate(target, PROMPTS, one, params)
+            assert [o.tokens for o in together] == [o.tokens for o in outputs], (method, params.temperature)
+        alone = [generate(target, [prompt], one, cases[0])[0].tokens for prompt in PROMPTS]
+        assert alone == [o.tokens for o in expected[0]], method
+
+
+@COMPILER
+def test_tokens_are_eager_decoding_s(world) -> None:
+    target = Target.from_pretrained(world["target"], dtype=torch.float32)
+    drafts = {"glide": load_draft(world["glide"], target)}
+    compare(target, drafts, ["plain", "lookup", *(m for m in METHODS if m.startswith("glide"))])
+
+
+@COMPILER
+@pytest.mark.slow
+def test_tokens_are_eager_decoding_s_with_every_draft(world) -> None:
+    target = Target.from_pretrained(world["target"], dtype=torch.float32)
+    drafts = {name: load_draft(world[name], target) for name in ("eagle", "medusa")}
+    drafts["vanilla"] = StandaloneDraft(Target.from_pretrained(world["lm"], dtype=torch.float32))
+    compare(target, drafts, [m for m in METHODS if m.split("+")[0] in drafts])
+
+
+@COMPILER
+def test_the_command_compiles_when_it_is_told_to(world, monkeypatch, capfd) -> None:
+    words = [
+        "generate",
+        "--target",
+        world["target"],
+        "--draft",
+        world["glide"],
+        "-p",
+        "def load",
+        "--max-new-tokens",
+        12,
+    ]
+    outputs = []
+    for mode in ("off", "on"):
+        monkeypatch.setattr(sys, "argv", ["glidecape", *map(str, words), "--compile", mode, "--dtype", "float32"])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        outputs.append(capfd.readouterr())
+    assert outputs[0].out == outputs[1].out
+    assert "compil" not in outputs[0].err
+    monkeypatch.setattr(sys, "argv", ["glidecape", *map(str, words), "--compile", "always"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--compile takes auto, on or off" in capfd.readouterr().err
