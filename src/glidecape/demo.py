@@ -75,13 +75,15 @@ def run_demo(
     console = Console()
     model = Target.from_pretrained(target, dtype=torch.float32)
     loaded = load_draft(draft, model)
-    fast = compile != "off" and model.compile("on", console.print) and loaded.compile("on", console.print)
     prompts: list[str] = json.loads(resources.files("glidecape").joinpath("demo_prompts.json").read_text())
     racers = {
         "plain": make_drafter("plain", None),
         "glide": make_drafter("glide", loaded, length=4),
         "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=SMALL_BINS),
     }
+    fast = compile != "off" and model.compile("on", console.print)
+    for drafter in racers.values() if fast else ():
+        drafter.compile("on", console.print)
     console.print(
         f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "
         f"float32, {torch.get_num_threads()} threads, {'compiled' if fast else 'eager'}. "

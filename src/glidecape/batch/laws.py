@@ -26,6 +26,7 @@ class Laws:
         points: rows whose law, given the shared noise, is one token: greedy or shared noise, without a processor. All other
             rows are verified one by one.
         residual: rows under the residual rule.
+        bare: is every row greedy, or sampled with shared noise at a temperature and nothing else?
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device, noise: Noise = gumbel) -> None:
@@ -38,11 +39,22 @@ class Laws:
         self.one_by_one = [i for i, alone in enumerate(one_by_one) if alone]
         self.all_greedy = all(p.greedy for p in params)
         self.adjustable = any(row.adjusts_logits for row in rows)
+        self.bare = not self.one_by_one and not self.adjustable and all(p.greedy or not p.truncates for p in params)
         self.ahead = NoiseAhead([p.seed for p in params], device, noise) if any(noisy) else None
         if not self.all_greedy:
             self.warp = Warp(params, device)
             self.greedy = self._mask([p.greedy for p in params])
             self.noisy = None if all(noisy) else self._mask(noisy)  # None: all rows are
+
+    def chain_noise(self, roots: list[int], positions: Tensor, length: int, vocab: int) -> Tensor | None:
+        """What is added to a draft's logits in a chain, `(batch, length, vocab)`: the noise times the temperature. None: all
+        rows are greedy. For `bare` laws only."""
+        if self.ahead is None:
+            return None
+        depth = torch.arange(length, device=self.device)[None]
+        noise = self.ahead.at(roots, positions, depth, length - 1, vocab)
+        heat = to_device([0.0 if row.params.greedy else row.params.temperature for row in self.rows], self.device)
+        return noise * heat[:, None, None]
 
     def _mask(self, rows: list[bool]) -> Tensor | None:
         """`(rows, 1, 1)`; None where it would be all False."""

@@ -92,7 +92,8 @@ def bench(
     model = machine.load(target)
     folders = named_folders(draft or [])
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
-    machine.compile_models(model, drafts.values())
+    noisy = settings.temperature > 0
+    machine.compile_models(model, [one.drafter(drafts) for one in chosen], noisy=noisy)
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
     _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)

@@ -48,7 +48,7 @@ def certify(
     folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
-    machine.compile_models(model, loaded.values(), len(texts) * max_new_tokens * len(drafters))
+    machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), temperature > 0)
     reference = _reference(target, model.dtype, machine)
     findings = run(model, reference, drafters, texts, params, batch)
     if as_json:

@@ -65,7 +65,7 @@ def generate(
             f"note: this draft was trained for {loaded.max_lag} tokens a round, so it drafts no more", file=sys.stderr
         )
     drafter = make_drafter(method, loaded, options)
-    machine.compile_models(model, [] if loaded is None else [loaded], len(rows) * params.max_new_tokens)
+    machine.compile_models(model, [drafter], len(rows) * params.max_new_tokens, not params.greedy)
     if svip_fit is not None:
         from ..fit import with_fitted_threshold
 

@@ -105,7 +105,7 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     facts |= {f"sha256 of {one.name}": one.sha256[:16] for one in read}
     facts |= {f"weights of {key}": digest_of_model(folder)[:16] for key, folder in folders.items()}
     drafts = {key: load_draft(folder, model) for key, folder in folders.items()}
-    run.machine.compile_models(model, drafts.values())
+    run.machine.compile_models(model, [])
     facts["compiled"] = model.compiled is not None
     return _Opened(model, drafts, read, chosen, Study(name, facts, asdict(chosen)), run)
 
@@ -120,7 +120,9 @@ def _drafters(ctx: typer.Context, methods: str, opened: _Opened, also: tuple[str
 
     chosen = read_methods(methods.split(","), opened.settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also)
-    return {one.name: one.drafter(opened.drafts) for one in chosen}
+    made = {one.name: one.drafter(opened.drafts) for one in chosen}
+    opened.run.machine.compile_models(opened.target, made.values(), noisy=max(opened.run.temperatures) > 0)
+    return made
 
 
 def _numbers(text: str, name: str, kind: type = int) -> list[Any]:
@@ -158,6 +160,9 @@ def cape(
     run: StudyOptions = StudyOptions(temperature="0", repeats=2),
 ) -> None:
     """CaPE against fixed sibling sets, beams and the plain chain; drafting and verification apart; the best bins."""
+    from ..drafting.drafter import ModelDrafter
+    from ..drafting.expansions.cape import Cape
+    from ..drafting.stop import FixedLength
     from ..measure.cape import GRID, study_cape
     from ..measure.runs import prompts_of
     from ..measure.sweeps import params_of
@@ -171,6 +176,7 @@ def cape(
     sets, widths = _numbers(siblings, "--siblings"), _numbers(beams, "--beams")
     opened = _open("cape", target, draft, run, prompt_tokens=prompt_tokens, limit=limit, options=MethodOptions(length))
     model = _chosen(name, opened.drafts)
+    run.machine.compile_models(opened.target, [ModelDrafter(model, Cape(), FixedLength(length))])
     for settings in opened.each_temperature():
         prompts = prompts_of(opened.target, opened.suites, settings)
         found = study_cape(

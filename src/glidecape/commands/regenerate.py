@@ -45,8 +45,7 @@ def regenerate(
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     model = machine.load(target)
-    loaded = load_fitting_draft(draft, base, model)
-    drafter = make_drafter(method, loaded, options)
-    machine.compile_models(model, [] if loaded is None else [loaded], (limit or 10**9) * max_new_tokens)
+    drafter = make_drafter(method, load_fitting_draft(draft, base, model), options)
+    machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens, temperature > 0)
     with only_writer(out, folder=False):
         run(model, data, out, plan, drafter, batch, command_line())

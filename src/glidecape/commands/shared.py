@@ -16,6 +16,7 @@ from ..options import option
 
 if TYPE_CHECKING:
     from ..batch.text import Prompt
+    from ..drafting.drafter import Drafter
     from ..drafting.methods import AnyDraft
     from ..target.target import Target
 
@@ -96,13 +97,20 @@ class ServingMachine(Machine):
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
 
-    def compile_models(self, target: Target, drafts: Iterable[AnyDraft], tokens: float = math.inf) -> None:
-        """Compile the target and its drafts, if that was asked for or is worth it for so many tokens to decode."""
+    def compile_models(
+        self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, noisy: bool = False
+    ) -> None:
+        """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
         if self.compile == "off":
             return
         mode = "on" if self.compile == "on" or tokens >= WORTH else "kept"
-        for one in (target, *drafts):
-            one.compile(mode, lambda text: print(f"note: {text}", file=sys.stderr))
+
+        def say(text: str) -> None:
+            print(f"note: {text}", file=sys.stderr)
+
+        target.compile(mode, say)
+        for drafter in drafters:
+            drafter.compile(mode, say, noisy)
 
 
 def command_line() -> str:

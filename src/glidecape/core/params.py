@@ -149,6 +149,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def truncates(self) -> bool:
+        """Does it leave out improbable tokens?"""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def counts_tokens(self) -> bool:
         """Does the law depend on which tokens came before?"""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -52,6 +52,21 @@ class TokenTree:
         # Draft laws that children were drawn from, kept for sampled parents only: (row, node) -> log-law (vocab,)
         self._laws: dict[tuple[int, int], Tensor] = {}
 
+    @classmethod
+    def chain(cls, roots: Tensor, tokens: Tensor, log_prob: Tensor, valid: Tensor | None = None) -> TokenTree:
+        """The tree of one chain a row, its `tokens (batch, count)` chosen deterministically; `valid` as in `add`, for all of
+        a row's nodes up to some depth."""
+        made = cls(roots, 1 + tokens.shape[1])
+        made.nodes, made.levels = made.capacity, tokens.shape[1]
+        number = torch.arange(made.capacity, device=roots.device)
+        made._numbers[0, :, 1:] = tokens
+        made._numbers[1] = number - 1
+        made._numbers[2] = number
+        made._valid[:, 1:] = True if valid is None else valid
+        made._score[:, 1:] = log_prob.cumsum(1)
+        made._ancestors[:] = number[:, None] >= number
+        return made
+
     @property
     def batch(self) -> int:
         return self._valid.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,9 +16,11 @@ from ..core.cache import KVCache
 from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
 from ..drafts.base import DraftModel
+from ..drafts.program import NetworkDraft
 from .expansions.base import Expansion
+from .expansions.chain import Chain
 from .law import draft_law
-from .stop import StopPolicy
+from .stop import FixedLength, StopPolicy
 
 
 class Drafter(Protocol):
@@ -43,6 +45,9 @@ class Drafter(Protocol):
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         """Learn which nodes were committed; the rows' tokens hold them already."""
 
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+        """Draft by compiled programs from now on, see `Target.compile`; `noisy`: above temperature 0, too."""
+
 
 class DrafterState(Protocol):
     """What a drafter keeps of each row slot."""
@@ -58,6 +63,10 @@ class NoDraft:
     """Plain decoding: the empty proposal."""
 
     reads_hidden = False
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+        """There is nothing to compile."""
+        return False
 
     def budget(self, tokens: int) -> int:
         return 1
@@ -87,6 +96,9 @@ class DrafterWrapper:
 
     def budget(self, tokens: int) -> int:
         return self.inner.budget(tokens)
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+        return self.inner.compile(mode, say, noisy)
 
     def begin(self, rows: int, capacity: int) -> DrafterState | None:
         return self.inner.begin(rows, capacity)
@@ -159,6 +171,19 @@ class ModelDrafter:
             own.commit([len(piece) for piece in pieces])
         own.use(0, len(batch.rows))
 
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+        """See `Drafter`."""
+        done = self.model.compile(mode, say)
+        if (
+            done
+            and isinstance(self.model, NetworkDraft)
+            and type(self.expansion) is Chain
+            and type(self.stop) is FixedLength
+        ):
+            for added in (False, True) if noisy else (False,):
+                self.model.compile_chain(self.cap, added, mode, say)
+        return done
+
     def propose(self, batch: Batch) -> TokenTree:
         own, rows = batch.draft.own, batch.rows
         own.use(0, len(rows))
@@ -167,6 +192,8 @@ class ModelDrafter:
         if batch.draft.lengths is not None:
             caps = [min(cap, length) for cap, length in zip(caps, batch.draft.lengths, strict=False)]
         shortest, longest = min(caps), max(caps)
+        if (compiled := self._compiled_chain(batch, own, caps)) is not None:
+            return compiled
         tree = TokenTree(batch.roots, self.expansion.capacity(longest))
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
         row_caps = to_device(caps, batch.device) if shortest < longest else None
@@ -190,6 +217,26 @@ class ModelDrafter:
             logits = self._step(batch, own, tree, frontier)
         tree = self.expansion.finish(tree)
         tree.memo = torch.cat(batch.draft.ran, 1)
+        return tree
+
+    def _compiled_chain(self, batch: Batch, own: KVCache, caps: list[int]) -> TokenTree | None:
+        """The proposal of a whole chain by one program; None where there is none for it."""
+        laws, cache, length = batch.laws, batch.cache, max(caps)
+        fixed = type(self.expansion) is Chain and type(self.stop) is FixedLength
+        if not fixed or length < self.cap or not laws.bare or not isinstance(self.model, NetworkDraft):
+            return None
+        if not self.model.has_chain(length, laws.ahead is not None):
+            return None
+        noise = laws.chain_noise(cache.host_lengths, batch.root_positions, length, self.model.vocab_size)
+        pieces = [row.tokens[have:] for row, have in zip(batch.rows, own.host_lengths, strict=True)]
+        last = [len(piece) - 1 for piece in pieces]
+        found = self.model.draft_chain(_padded(pieces, own)[0], last, own, cache, length, noise)
+        if found is None:
+            return None
+        number = torch.arange(1, length + 1, device=batch.device)
+        ends = min(caps) < length
+        tree = TokenTree.chain(batch.roots, *found, number <= to_device(caps, batch.device)[:, None] if ends else None)
+        tree.memo = (number - 1).expand(tree.batch, -1)
         return tree
 
     def _first_step(self, batch: Batch, own: KVCache) -> Tensor:

@@ -6,7 +6,7 @@ matches the latest one counts, as text repeats what is near more often; a row wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,10 @@ class LookupDrafter:
         if length < 1 or ngram < 1:
             raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")
         self.length, self.ngram = length, ngram
+
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+        """There is nothing to compile."""
+        return False
 
     def budget(self, tokens: int) -> int:
         return 1 + min(self.length, max(1, tokens - 1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..core.cache import KVCache
+from ..core.transfer import to_device
 from ..target.packages import Program, Run, compiled
 from ..target.program import KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
 
@@ -36,6 +37,7 @@ class NetworkDraft:
 
     def __init__(self) -> None:
         self.compiled: dict[bool, Run] = {}  # by: is it a step below the root, where that makes a difference
+        self.chains: dict[tuple[int, bool], Run] = {}  # by: length, and whether noise is added
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `DraftModel`."""
@@ -83,6 +85,72 @@ class NetworkDraft:
         if self.uses_parents and parents is not None:
             inputs.append(parents)
         return run([one.contiguous() for one in inputs])[0]
+
+    def draft_chain(
+        self, tokens: Tensor, last: list[int], own: KVCache, target_cache: KVCache, length: int, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """All steps of a chain in one program; None where there is none for it.
+
+        Args:
+            tokens: `(batch, queries)` that were not run yet, padded; the root of row i is in column `last[i]`.
+            length: tokens to draft.
+            noise: `(batch, length, vocab)` to be added to the logits times the temperature; None: greedy.
+
+        Returns:
+            Tokens `(batch, length)` and their log-probabilities at temperature 1. The root is in scratch slot 0 of `own`
+            then, and all nodes but the last in the slots after it.
+        """
+        run = self.chains.get((length, noise is not None))
+        if run is None or target_cache.longest == 0:
+            return None
+        (rows, queries), device = tokens.shape, tokens.device
+        committed = [n + count for n, count in zip(own.host_lengths, last, strict=True)]
+        slots = torch.arange(max(own.end_of_write(queries + length), target_cache.longest), device=device)
+        positions = own.lengths[:, None] + slots[:queries]
+        inputs = [tokens, positions, slots[: own.longest + queries], chain(rows, queries, queries, device), own.lengths]
+        inputs += [positions, slots[: target_cache.longest], target_cache.lengths]
+        inputs += [*own.own_keys, *own.own_values]
+        inputs += [target_cache.own_keys[layer] for layer in self.layers_read]
+        inputs += [target_cache.own_values[layer] for layer in self.layers_read]
+        inputs += [one.hidden[one.rows] for one in (own, target_cache) if self.reads_hidden and one.hidden is not None]
+        inputs += [to_device(last, device), slots[: max(committed)]]
+        drafted, log_prob = run([one.contiguous() for one in (*inputs, *([] if noise is None else [noise]))])
+        own.commit(last)
+        own.scratch = length
+        return drafted, log_prob
+
+    @property
+    def vocab_size(self) -> int:
+        return self.module.target_parts.target.vocab_size
+
+    def has_chain(self, length: int, noisy: bool) -> bool:
+        """Is there a program for chains of this length?"""
+        return (length, noisy) in self.chains
+
+    def compile_chain(self, length: int, noisy: bool, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Draft chains of this length by one program from now on, greedily or with noise; False where it cannot be."""
+        facts = {"kind": self.module.kind, "config": asdict(self.module.config), "chain": length, "noisy": noisy}
+        name = f"a chain of {length} of the {self.module.kind} draft" + (" with noise" if noisy else "")
+        parts = self.module.target_parts
+        program = Program(name, facts, (self.module,), lambda: self._chain_example(length, noisy), (parts,))
+        run = compiled(program, mode, say)
+        if run is not None:
+            self.chains[length, noisy] = run
+        return run is not None
+
+    def _chain_example(self, length: int, noisy: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
+        _, example, dynamic = self._example(False)
+        inputs: list[Any] = list(example[:13])
+        rows, queries = inputs[0].shape
+        device, longest = inputs[0].device, int(inputs[4].max())
+        inputs[2], inputs[3] = torch.arange(longest + queries, device=device), chain(rows, queries, queries, device)
+        inputs[5] = inputs[1]
+        inputs += [torch.full((rows,), queries - 1, device=device), torch.arange(longest + queries - 1, device=device)]
+        sizes = [*dynamic[:3], {0: ROWS, 1: NODES, 2: NODES}, dynamic[4], {0: ROWS, 1: NODES}, *dynamic[6:13]]
+        sizes += [{0: ROWS}, {0: COMMITTED}]
+        inputs.append([torch.zeros(rows, length, self.vocab_size, device=device)] if noisy else [])
+        sizes.append([{0: ROWS}] if noisy else [])
+        return ChainProgram(self, length), tuple(inputs), tuple(sizes)
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Draft by compiled programs from now on; False where it stays eager, which is said. See `Target.compile`."""
@@ -143,6 +211,9 @@ class NetworkDraft:
         return DraftProgram(self), tuple(inputs), tuple(dynamic)
 
 
+COMMITTED = Dim("committed", min=1, max=2**31)
+
+
 class DraftProgram(nn.Module):
     """`NetworkDraft.run` of tensors alone; logits `(rows, queries, vocab)`."""
 
@@ -176,3 +247,56 @@ class DraftProgram(nn.Module):
         keys, values = (dict(zip(draft.layers_read, ts, strict=True)) for ts in (target_keys, target_values))
         target = TracedCache(keys, values, target_lengths, target_slots.shape[0], hidden=of_target)
         return draft.run(tokens, positions, own, ancestors, target, scratch_positions, parents[0] if parents else None)
+
+
+class ChainProgram(DraftProgram):
+    """A whole chain: the step to the root, then each next token chosen and run; its tokens and their log-probabilities."""
+
+    def __init__(self, draft: NetworkDraft, length: int) -> None:
+        super().__init__(draft)
+        self.length = length
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        first_slots: Tensor,
+        ancestors: Tensor,
+        own_lengths: Tensor,
+        scratch_positions: Tensor,
+        target_slots: Tensor,
+        target_lengths: Tensor,
+        own_keys: list[Tensor],
+        own_values: list[Tensor],
+        target_keys: list[Tensor],
+        target_values: list[Tensor],
+        hidden: list[Tensor],
+        last: Tensor,
+        committed_slots: Tensor,
+        noise: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `NetworkDraft.draft_chain`; `committed_slots`: as many as the longest row has when the root is committed to."""
+        (draft,) = self.draft
+        caches = (own_keys, own_values, target_keys, target_values, hidden)
+        logits = super().forward(
+            tokens, positions, first_slots, ancestors, own_lengths, positions, target_slots, target_lengths, *caches, []
+        )
+        logits = logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
+        of_own, of_target = hidden or (None, None)
+        keys, values = (dict(zip(draft.layers_read, ts, strict=True)) for ts in (target_keys, target_values))
+        target = TracedCache(keys, values, target_lengths, target_slots.shape[0], hidden=of_target)
+        stores = [dict(enumerate(one)) for one in (own_keys, own_values)]
+        roots, longest = own_lengths + last, committed_slots.shape[0]
+        chosen, log_probs = [], []
+        for depth in range(self.length):
+            scores = logits[:, 0].float()
+            ranked = scores + noise[0][:, depth] if noise else scores
+            token = ranked.argmax(-1, keepdim=True)
+            chosen.append(token)
+            log_probs.append(scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))
+            if depth < self.length - 1:
+                own = TracedCache(stores[0], stores[1], roots, longest, longest + depth + 2, depth + 1, of_own)
+                at = roots[:, None] + torch.arange(depth + 2, device=roots.device)
+                parents = torch.full_like(token, depth) if draft.uses_parents else None
+                logits = draft.run(token, at[:, -1:], own, None, target, at, parents)
+        return torch.cat(chosen, 1), torch.cat(log_probs, 1)
