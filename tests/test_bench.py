@@ -341,7 +341,7 @@ def test_other_settings_are_refused(option, message, finished, world, prompts, m
 
 
 def test_a_wrong_output_fails_the_run(world, prompts, tmp_path, monkeypatch, capfd) -> None:
-    import glidecape.engine.round as loop
+    import glidecape.core.verify as loop
 
     right = loop.verify_points
 

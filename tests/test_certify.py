@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glidecape import certify as certify_module
 from glidecape import cli
 from glidecape.certify import BUG, EQUAL, NEAR_TIE, certify
+from glidecape.core import verify as verify_module
 from glidecape.core.params import SamplingParams
 from glidecape.core.verify import verify_points
 from glidecape.drafting.methods import make_drafter
@@ -127,7 +128,7 @@ RIGHT_MASK = target_module.tree_mask
 def test_what_is_broken_on_purpose_is_a_bug(pair, monkeypatch, what, temperature):
     if what == "verify":
         monkeypatch.setattr(round_module, "verify_row", broken_verify)
-        monkeypatch.setattr(round_module, "verify_points", broken_points)
+        monkeypatch.setattr(verify_module, "verify_points", broken_points)
     elif what == "mask":
         monkeypatch.setattr(target_module, "tree_mask", broken_mask)
     else:
@@ -199,7 +200,7 @@ def test_the_command(world, capfd, monkeypatch, tmp_path):
     assert (code, "verdict: equal" in out) == (0, True)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide+cape", "--batch", "5", "--json")
     assert (code, json.loads(out)["batch"]) == (0, 5)
-    monkeypatch.setattr(round_module, "verify_points", broken_points)
+    monkeypatch.setattr(verify_module, "verify_points", broken_points)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide", "--temperature", "1")
     assert (code, "verdict: bug" in out) == (1, True)
     code, _, err = run(capfd, monkeypatch, *words, "--methods", "vanilla")

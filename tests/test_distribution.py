@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from glidecape.batch import laws
+from glidecape.core import verify as verify_module
 from glidecape.core.noise import NoiseAhead
 from glidecape.core.params import SamplingParams
 from glidecape.core.verify import DenseLaw, verify_points, verify_row
@@ -154,7 +155,7 @@ def credulous(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
 
     generator = torch.Generator().manual_seed(1)
     monkeypatch.setattr(round_module, "verify_row", verify)
-    monkeypatch.setattr(round_module, "verify_points", verify_all)
+    monkeypatch.setattr(verify_module, "verify_points", verify_all)
 
 
 class NoResidual(DenseLaw):

@@ -20,6 +20,7 @@ from glidecape.batch.row import Emitted
 from glidecape.core.cache import KVCache
 from glidecape.core.masks import tree_mask
 from glidecape.core.params import SamplingParams
+from glidecape.core.verify import verdict_numbers
 from glidecape.drafting.drafter import Drafter, ModelDrafter
 from glidecape.engine.decode import start
 from glidecape.engine.round import run_round
@@ -86,6 +87,7 @@ class ToyTarget:
     context = 10_000
     chunk = 4
     tokenizer = None
+    verdict = staticmethod(verdict_numbers)
 
     def __init__(self, rule: Rule, vocab: int = 3, eos: tuple[int, ...] = ()) -> None:
         self.rule, self.vocab_size, self.eos_token_ids = rule, vocab, eos

@@ -53,6 +53,20 @@ class TokenTree:
         self._laws: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
+    def of(cls, numbers: Tensor, valid: Tensor, ancestors: Tensor, levels: int) -> TokenTree:
+        """A tree of these tensors themselves: tokens, parents and depths `(3, batch, nodes)`, and the attributes' others."""
+        made = object.__new__(cls)
+        made._numbers, made._valid, made._ancestors, made._sampled = numbers, valid, ancestors, None
+        made.capacity = made.nodes = numbers.shape[2]
+        made.levels, made.grown_as, made.memo, made._laws = levels, None, None, {}
+        return made
+
+    @property
+    def numbers(self) -> Tensor:
+        """Tokens, parents and depths, `(3, batch, nodes)`."""
+        return self._numbers[:, :, : self.nodes]
+
+    @classmethod
     def chain(cls, roots: Tensor, tokens: Tensor, log_prob: Tensor, valid: Tensor | None = None) -> TokenTree:
         """The tree of one chain a row, its `tokens (batch, count)` chosen deterministically; `valid` as in `add`, for all of
         a row's nodes up to some depth."""

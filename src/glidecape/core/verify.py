@@ -152,6 +152,29 @@ def verify_points(tree: TokenTree, chosen: Tensor) -> Verdict:
     return Verdict(path, length, chosen.gather(1, end)[:, 0], end[:, 0], ~earlier.any(2))
 
 
+def verdict_numbers(tree: TokenTree, scores: Tensor) -> Tensor:
+    """All that the host wants to know of the verdict on a batch whose laws are points, `(batch, count)` int64.
+
+    Columns: length of the path, bonus token, drafted tokens, deepest depth, was the last node's child rejected, are the scores
+    no numbers; then, `levels + 1` columns each, the path, its tokens, whether a node is its parent's first child, and the
+    numbers that the nodes had before the tree was packed; then the tree's memo.
+
+    Args:
+        scores: `(batch, nodes, vocab)`; a node's law has all its mass on the largest.
+    """
+    best = scores.max(-1)
+    verdict = verify_points(tree, best.indices)
+    on_path = verdict.path.clamp(min=0)
+    grown = on_path if tree.grown_as is None else tree.grown_as.gather(1, on_path)
+    broken = (best.values.isnan().gather(1, on_path) & (verdict.path >= 0)).any(1)  # the largest score is NaN if any is
+    rejected = (tree.valid & (tree.parents == verdict.end[:, None])).any(1)
+    counts = torch.stack(
+        [verdict.length, verdict.bonus, tree.num_drafted, tree.deepest, rejected.long(), broken.long()], 1
+    )
+    columns = [counts, verdict.path, tree.tokens.gather(1, on_path), verdict.is_first.gather(1, on_path).long(), grown]
+    return torch.cat(columns if tree.memo is None else [*columns, tree.memo], 1)
+
+
 def _without(q: Tensor, token: int) -> Tensor:
     """The draft's law for the next sibling drawn without replacement."""
     rest = q.clone()

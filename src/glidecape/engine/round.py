@@ -4,6 +4,7 @@ evaluation and the engine all call it, with any drafter."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from ..batch.row import Emitted, Outcome, Row
 from ..core.stats import RoundStats, Stats
 from ..core.transfer import to_host
 from ..core.tree import TokenTree
-from ..core.verify import verify_points, verify_row
+from ..core.verify import verdict_numbers, verify_row
 from ..drafting.drafter import Drafter
 from ..target.target import Target
+
+Verdict = Callable[[TokenTree, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -26,7 +29,7 @@ def run_round(target: Target, drafter: Drafter, batch: Batch, stats: Stats | Non
     tree = drafter.propose(batch)
     drafted = seconds(batch, stats)
     output = target.forward(tree.tokens, tree.positions(batch.root_positions), batch.cache, tree.ancestors)
-    outcomes = verify(batch, tree, output.logits)
+    outcomes = verify(batch, tree, output.logits, target.verdict)
     verified = seconds(batch, stats)
     events = [_emit(row, outcome) for row, outcome in zip(batch.rows, outcomes, strict=True)]
     batch.cache.keep([outcome.path for outcome in outcomes])
@@ -47,11 +50,12 @@ def seconds(batch: Batch, stats: Stats | None) -> float:
     return time.perf_counter()
 
 
-def verify(batch: Batch, tree: TokenTree, logits: Tensor) -> list[Outcome]:
+def verify(batch: Batch, tree: TokenTree, logits: Tensor, verdict: Verdict = verdict_numbers) -> list[Outcome]:
     """The outcome of each row; point laws are verified together and brought to the host in one transfer.
 
     Args:
         logits: `(batch, nodes, vocab)` of the target.
+        verdict: `verdict_numbers`, compiled or not.
 
     Raises:
         UnsupportedError: the law of a node on a row's path holds values that are not numbers.
@@ -61,7 +65,7 @@ def verify(batch: Batch, tree: TokenTree, logits: Tensor) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     if laws.points:
         scores = laws.scores(logits, roots, positions, tree.depth, tree.levels)
-        outcomes = _verify_points(tree, scores, laws.points)
+        outcomes = _verify_points(tree, scores, laws.points, verdict)
     noise = None
     if laws.one_by_one and laws.ahead is not None:
         noise = laws.ahead.at(roots, positions, tree.depth, tree.levels, logits.shape[-1])
@@ -72,20 +76,9 @@ def verify(batch: Batch, tree: TokenTree, logits: Tensor) -> list[Outcome]:
     return [outcomes[i] for i in range(len(outcomes))]
 
 
-def _verify_points(tree: TokenTree, scores: Tensor, rows: list[int]) -> dict[int, Outcome]:
+def _verify_points(tree: TokenTree, scores: Tensor, rows: list[int], verdict: Verdict) -> dict[int, Outcome]:
     """The outcome of each of `rows`, whose laws are points; all that the host needs crosses in one transfer."""
-    best = scores.max(-1)
-    verdict = verify_points(tree, best.indices)
-    on_path = verdict.path.clamp(min=0)
-    grown = on_path if tree.grown_as is None else tree.grown_as.gather(1, on_path)
-    broken = (best.values.isnan().gather(1, on_path) & (verdict.path >= 0)).any(1)  # the largest score is NaN if any is
-    rejected = (tree.valid & (tree.parents == verdict.end[:, None])).any(1)
-    counts = torch.stack(
-        [verdict.length, verdict.bonus, tree.num_drafted, tree.deepest, rejected.long(), broken.long()], 1
-    )
-    columns = [counts, verdict.path, tree.tokens.gather(1, on_path), verdict.is_first.gather(1, on_path).long(), grown]
-    size = on_path.shape[1]
-    host = to_host(torch.cat(columns if tree.memo is None else [*columns, tree.memo], 1))
+    host, size = to_host(verdict(tree, scores)), tree.levels + 1
     outcomes = {}
     for i in rows:
         numbers = host[i]

@@ -17,8 +17,10 @@ from torch.export import Dim
 from ..compat import Cache
 from ..core.cache import KVCache
 from ..core.masks import tree_mask
+from ..core.tree import TokenTree
+from ..core.verify import verdict_numbers
 from .attention import LAYOUT, Layout
-from .packages import Run
+from .packages import Program, Run
 
 if TYPE_CHECKING:
     from .target import Target
@@ -229,3 +231,61 @@ class CompiledTarget:
         if cache.hidden is not None:
             cache.write_hidden(hidden)
         return logits
+
+
+class VerdictProgram(nn.Module):
+    """`verdict_numbers` of tensors alone."""
+
+    def forward(
+        self,
+        numbers: Tensor,
+        valid: Tensor,
+        ancestors: Tensor,
+        scores: Tensor,
+        columns: Tensor,
+        grown_as: Tensor,
+        memo: Tensor,
+    ) -> Tensor:
+        """`columns (levels + 1,)`: as many as depths."""
+        tree = TokenTree.of(numbers, valid, ancestors, columns.shape[0] - 1)
+        tree.grown_as, tree.memo = grown_as, memo
+        return verdict_numbers(tree, scores)
+
+
+def verdict_program() -> Program:
+    """The program of verdicts, the same for all models."""
+
+    def make() -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
+        rows, nodes, vocab, levels, slots = 2, 5, 32, 4, 3
+        drafted = torch.zeros(rows, nodes - 1)
+        tree = TokenTree.chain(torch.zeros(rows).long(), drafted.long(), drafted)
+        grown = torch.arange(nodes).repeat(rows, 1)
+        inputs = (
+            tree.numbers,
+            tree.valid,
+            tree.ancestors,
+            torch.rand(rows, nodes, vocab),
+            torch.arange(levels + 1),
+            grown,
+        )
+        of_tree = ({1: ROWS, 2: NODES}, {0: ROWS, 1: NODES}, {0: ROWS, 1: NODES, 2: NODES})
+        width, depths, kept = (Dim(name, min=1, max=2**31) for name in ("vocab", "depths", "memo"))
+        sizes = (*of_tree, {0: ROWS, 1: NODES, 2: width}, {0: depths}, {0: ROWS, 1: NODES}, {0: ROWS, 1: kept})
+        return VerdictProgram(), (*inputs, torch.zeros(rows, slots).long()), sizes
+
+    return Program("the verdict", {"kind": "verdict"}, (), make)
+
+
+class CompiledVerdict:
+    """`verdict_numbers` by a compiled program."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, tree: TokenTree, scores: Tensor) -> Tensor:
+        """See `verdict_numbers`."""
+        number = torch.arange(max(tree.nodes, tree.levels + 1), device=scores.device)
+        grown = number[: tree.nodes].repeat(tree.batch, 1) if tree.grown_as is None else tree.grown_as
+        memo = grown[:, :1] if tree.memo is None else tree.memo
+        inputs = [tree.numbers, tree.valid, tree.ancestors, scores.float(), number[: tree.levels + 1], grown, memo]
+        return self.run([one.contiguous() for one in inputs])[0]

@@ -18,13 +18,15 @@ from ..compat import DynamicCache, cache_argument, register_attention
 from ..core.cache import KVCache
 from ..core.masks import tree_mask
 from ..core.transfer import to_device
+from ..core.tree import TokenTree
+from ..core.verify import verdict_numbers
 from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
 from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
 from .loading import load_model
 from .packages import Program, compiled, source_digest
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
-from .program import CompiledTarget, TargetProgram, example
+from .program import CompiledTarget, CompiledVerdict, TargetProgram, example, verdict_program
 from .quantize import dense
 from .quantize import quantize as quantize_layers
 
@@ -63,6 +65,7 @@ class Target:
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
         self.compiled: CompiledTarget | None = None
+        self.verdict: Callable[[TokenTree, Tensor], Tensor] = verdict_numbers
         self.packed = bool(pack) and self._pack(None if pack is True else pack)
         self.shapes = _kv_shapes(model, self.text_config)
         if probe:
@@ -131,6 +134,8 @@ class Target:
         """
         run = compiled(self.program(), mode, say)
         self.compiled = None if run is None else CompiledTarget(run)
+        verdict = None if run is None else compiled(verdict_program(), mode, say)
+        self.verdict = verdict_numbers if verdict is None else CompiledVerdict(verdict)
         return run is not None
 
     @property
