@@ -12,7 +12,8 @@ TORCH_NEWEST ?= torch
 # Tests run side by side, one thread each: their models are too small for two.
 JOBS ?= 2
 ONE_THREAD = env OMP_NUM_THREADS=1
-PYTEST = -m pytest -n $(JOBS) --dist loadfile
+# In the order of tests/conftest.py: files that take longest come first.
+PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV = .venv
 BIN = $(VENV)/bin

@@ -19,3 +19,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tinyworld import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+# Files that take longest, the longest first: two workers then end at about the same time.
+LONGEST = (
+    "against_transformers",
+    "compiled",
+    "families",
+    "fake_cuda",
+    "real_models",
+    "resume",
+    "exact_law",
+    "certify",
+    "bench",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import zoo
 from glidecape import METHODS, SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.cli import main
 from glidecape.drafts.causal_lm import StandaloneDraft
@@ -43,10 +44,6 @@ def doubler() -> Program:
         return module, (torch.ones(3, 16),), ({0: Dim("rows", min=1, max=64)},)
 
     return Program("a doubler", {"kind": "doubler"}, (module,), make)
-
-
-def tell() -> list[str]:
-    return []
 
 
 @COMPILER
@@ -128,6 +125,7 @@ def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Pa
 
 
 @COMPILER
+@pytest.mark.slow
 def test_two_processes_compile_once(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -143,41 +141,55 @@ assert compiled(doubler(), "on", print) is not None
     assert sorted(text.count("compiled a doubler") for text in told) == [0, 1]
 
 
-def compare(target: Target, drafts: dict[str, object], methods: list[str]) -> None:
+def compare(target: Target, drafts: dict[str, object], methods: list[str], noisy: bool = True) -> None:
     """Tokens of compiled programs against those of eager ones, alone and in a ragged batch, greedy and with noise."""
     cases = [
         SamplingParams(max_new_tokens=24, ignore_eos=True),
         SamplingParams(1.0, seed=3, max_new_tokens=16, ignore_eos=True),
         SamplingParams(0.8, seed=5, max_new_tokens=12, ignore_eos=True, sampling="residual"),
     ]
-    made = {m: make_drafter(m, drafts.get(m.split("+")[0]), bins=(2, 1, 1, 0), beams=3) for m in methods}
+    made = {m: make_drafter(m, drafts.get(m.split("+")[0]), length=3, bins=(2, 1, 1, 0), beams=3) for m in methods}
     before = [[generate(target, PROMPTS, one, params) for params in cases] for one in made.values()]
     said: list[str] = []
     assert target.compile("on", said.append), said
-    for name, draft in drafts.items():
-        assert draft.compile("on", said.append) or name == "medusa", said
+    for method, one in made.items():
+        done = one.compile("on", said.append, noisy)
+        assert done or method.split("+")[0] in ("plain", "lookup", "medusa"), said
     for (method, one), expected in zip(made.items(), before, strict=True):
         for params, outputs in zip(cases, expected, strict=True):
             together = generate(target, PROMPTS, one, params)
             assert [o.tokens for o in together] == [o.tokens for o in outputs], (method, params.temperature)
         alone = [generate(target, [prompt], one, cases[0])[0].tokens for prompt in PROMPTS]
         assert alone == [o.tokens for o in expected[0]], method
+    chains = {key for draft in drafts.values() for key in getattr(draft, "chains", {})}
+    assert chains == ({(3, False), (3, noisy)} if {"glide", "eagle+chain"} & set(methods) else set())
 
 
 @COMPILER
 def test_tokens_are_eager_decoding_s(world) -> None:
     target = Target.from_pretrained(world["target"], dtype=torch.float32)
     drafts = {"glide": load_draft(world["glide"], target)}
-    compare(target, drafts, ["plain", "lookup", *(m for m in METHODS if m.startswith("glide"))])
+    compare(target, drafts, ["plain", "lookup", "glide", "glide+cape+svip", "glide+beam"], noisy=False)
 
 
 @COMPILER
 @pytest.mark.slow
 def test_tokens_are_eager_decoding_s_with_every_draft(world) -> None:
     target = Target.from_pretrained(world["target"], dtype=torch.float32)
-    drafts = {name: load_draft(world[name], target) for name in ("eagle", "medusa")}
+    drafts = {name: load_draft(world[name], target) for name in ("glide", "eagle", "medusa")}
     drafts["vanilla"] = StandaloneDraft(Target.from_pretrained(world["lm"], dtype=torch.float32))
     compare(target, drafts, [m for m in METHODS if m.split("+")[0] in drafts])
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "cohere", "glm", "granite"],
+)
+def test_tokens_are_eager_decoding_s_for_other_families(kind: str) -> None:
+    target = Target(zoo.build(kind))
+    compare(target, {"vanilla": StandaloneDraft(Target(zoo.build(kind)))}, ["plain", "vanilla+cape"])
 
 
 @COMPILER

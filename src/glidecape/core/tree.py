@@ -45,7 +45,8 @@ class TokenTree:
         self._valid[:, 0] = True
         self._score = torch.zeros(batch, capacity, device=device)
         self._sampled: Tensor | None = None
-        self._ancestors = torch.eye(capacity, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+        own = torch.eye(capacity, dtype=torch.bool, device=device)[None]
+        self._ancestors = own if batch == 1 else own.expand(batch, -1, -1).clone()
         self.capacity, self.nodes, self.levels = capacity, 1, 0
         self.grown_as: Tensor | None = None
         self.memo: Tensor | None = None

@@ -285,7 +285,7 @@ class CompiledVerdict:
     def __call__(self, tree: TokenTree, scores: Tensor) -> Tensor:
         """See `verdict_numbers`."""
         number = torch.arange(max(tree.nodes, tree.levels + 1), device=scores.device)
-        grown = number[: tree.nodes].repeat(tree.batch, 1) if tree.grown_as is None else tree.grown_as
+        grown = number[: tree.nodes].expand(tree.batch, -1) if tree.grown_as is None else tree.grown_as
         memo = grown[:, :1] if tree.memo is None else tree.memo
         inputs = [tree.numbers, tree.valid, tree.ancestors, scores.float(), number[: tree.levels + 1], grown, memo]
         return self.run([one.contiguous() for one in inputs])[0]
