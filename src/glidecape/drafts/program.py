@@ -129,6 +129,8 @@ class NetworkDraft:
 
     def compile_chain(self, length: int, noisy: bool, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Draft chains of this length by one program from now on, greedily or with noise; False where it cannot be."""
+        if (length, noisy) in self.chains:
+            return True
         facts = {"kind": self.module.kind, "config": asdict(self.module.config), "chain": length, "noisy": noisy}
         name = f"a chain of {length} of the {self.module.kind} draft" + (" with noise" if noisy else "")
         parts = self.module.target_parts
@@ -154,7 +156,8 @@ class NetworkDraft:
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Draft by compiled programs from now on; False where it stays eager, which is said. See `Target.compile`."""
-        self.compiled = {}
+        if self.compiled:
+            return True
         for below_root in (False, True) if self.uses_parents else (False,):
             run = compiled(self.program(below_root), mode, say)
             if run is None:

@@ -126,20 +126,23 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
     """The compiled program, made if it is not kept yet; two processes make it once. None where it cannot be.
 
     Args:
-        mode: "on"; "kept": only if it is kept.
+        mode: "on"; "kept": only if it is kept, and without a word if not.
         say: told in one line what takes time, or why there is none.
     """
-    devices = {one.device.type for module in program.modules for one in module.parameters()} - {"cpu"}
-    for device in devices:
-        if mode == "on":
-            say(f"{program.name} is not compiled: programs were never run on a device of type {device} yet")
+    if mode == "kept":
+        say = lambda _: None  # noqa: E731
+    for device in {one.device.type for module in program.modules for one in module.parameters()} - {"cpu"}:
+        say(f"{program.name} is not compiled: programs were never run on a device of type {device} yet")
         return None
     try:
+        facts = program.facts | _environment()
+        folder, kind = cache_folder(), _name(facts)
+        if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
+            return None  # the weights, which take a while to read, need not be asked
         with dense_layers(*program.modules, holders=program.holders):
             held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]
-            facts = program.facts | {"weights": weights_digest(*program.modules, *held)} | _environment()
-            key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-            path = cache_folder() / f"{key}.pt2"
+            facts["weights"] = weights_digest(*program.modules, *held)
+            path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
             if mode == "kept" and not _whole(path):
                 return None
             with FileLock(path.with_suffix(".lock")):
@@ -153,6 +156,10 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
     except CompileError as error:
         say(f"{program.name} is not compiled: {error}")
     return None
+
+
+def _name(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[str], None]) -> None:

@@ -118,6 +118,7 @@ class Target:
         """Undo packing, so that gradients can pass."""
         unpack_layers(self.model)
         self.packed, self._digest = False, None
+        self.compiled = None  # a program holds the weights of its time
 
     def program(self) -> Program:
         """Its forward, to be compiled (`packages.Program`)."""
@@ -132,6 +133,8 @@ class Target:
             mode: "on"; "kept": only if the program was compiled before.
             say: is told what takes time, and why something is not compiled.
         """
+        if self.compiled is not None:
+            return True
         run = compiled(self.program(), mode, say)
         self.compiled = None if run is None else CompiledTarget(run)
         verdict = None if run is None else compiled(verdict_program(), mode, say)
