@@ -15,6 +15,7 @@ from torch.export import Dim
 import zoo
 from glidecape import METHODS, SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.cli import main
+from glidecape.core.tree import TokenTree
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.target import packages
 from glidecape.target.packages import FOLDER, Program, compiled
@@ -205,4 +206,44 @@ def test_the_command_compiles_when_it_is_told_to(world, monkeypatch, capfd) -> N
     monkeypatch.setattr(sys, "argv", ["glidecape", *map(str, words), "--compile", "always"])
     with pytest.raises(SystemExit):
         main()
-    assert "--compile takes auto, on or off" in capfd.readouterr().err
+    assert "--compile takes auto, on, off or exact" in capfd.readouterr().err
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ordered_program_gives_a_node_the_same_bits_in_every_tree_and_batch(world, dtype: torch.dtype) -> None:
+    target = Target.from_pretrained(world["target"], dtype=dtype)
+    said: list[str] = []
+    assert target.compile("on", said.append, ordered=True), said
+    parents, past = [-1, 0, 0, 1, 1, 2, 3, 5, 7], 21
+    torch.manual_seed(0)
+    prompt, tokens = torch.randint(0, target.vocab_size, (1, past)), torch.randint(0, target.vocab_size, (1, 9))
+    tree = TokenTree(tokens[:, 0], 9)
+    for node in range(1, 9):
+        tree.add(torch.tensor([[parents[node]]]), tokens[:, node : node + 1], torch.zeros(1, 1))
+
+    def begun(rows: int, *lengths: int):
+        cache = target.new_cache(rows, 64)
+        with torch.no_grad():
+            target.forward(prompt.expand(rows, -1), torch.arange(past).expand(rows, -1), cache, logits_to_keep=1)
+        cache.commit(list(lengths))
+        return cache
+
+    with torch.no_grad():
+        positions = tree.positions(torch.tensor([past]))
+        whole = target.forward(tree.tokens, positions, begun(1, past), tree.ancestors).logits[0].clone()
+        both = target.forward(
+            tree.tokens.expand(2, -1),
+            torch.cat([positions - 4, positions]),
+            begun(2, past - 4, past),
+            tree.ancestors.expand(2, -1, -1),
+        ).logits[1]
+        assert torch.equal(both, whole)
+        for node in range(9):
+            path = tree.ancestors[0, node].nonzero().flatten().tolist()
+            cache = begun(1, past)
+            for depth, one in enumerate(path):
+                out = target.forward(tokens[:, one : one + 1], torch.tensor([[past + depth]]), cache).logits
+                cache.commit([1])
+            assert torch.equal(out[0, 0], whole[node]), node

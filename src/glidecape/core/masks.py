@@ -48,6 +48,22 @@ def tree_mask(cache: Rows, ancestors: Tensor | None, queries: int) -> Tensor | N
     return ((slot < 0)[:, None] | (inside & ancestors.gather(2, index)))[:, None]
 
 
+def path_slots(lengths: Tensor, scratch: Tensor, ancestors: Tensor, keys: int) -> Tensor:
+    """The slots in which positions 0 .. keys-1 of each query's own path lie, `(batch, queries, keys)`; past the query any.
+
+    Args:
+        scratch: `(batch, slots)` positions of the scratch slots.
+        ancestors: `(batch, queries, slots)`, as in `tree_mask`.
+    """
+    slots, first = scratch.shape[1], lengths[:, None]
+    depth = torch.arange(slots, device=scratch.device)
+    on_path = ancestors[:, :, None] & ((scratch - first)[:, None] == depth[:, None])[:, None]
+    by_depth = on_path.int().argmax(-1)  # (batch, queries, slots)
+    position = torch.arange(keys, device=scratch.device)
+    inside = (position - first).clamp(0, slots - 1)[:, None].expand(-1, ancestors.shape[1], -1)
+    return torch.where(position < first[..., None], position, first[..., None] + by_depth.gather(2, inside))
+
+
 def visible_mask(visible: Tensor, keys: int) -> Tensor:
     """Cross-attention mask for `visible (batch, queries)`: query i sees target keys 0 .. visible[i]-1.
 

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from ..compat import Cache
 from ..core.cache import KVCache
-from ..core.masks import tree_mask
+from ..core.masks import path_slots, tree_mask
 from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers
 from .attention import LAYOUT, Layout
@@ -111,10 +111,15 @@ class TracedCache(Cache):
 
 
 class TargetProgram(nn.Module):
-    """`forward` of tensors alone: logits, and the last hidden states of all nodes."""
+    """`forward` of tensors alone: logits, and the last hidden states of all nodes.
 
-    def __init__(self, target: Target) -> None:
+    Args:
+        ordered: attention sums over each node's own path in the order of positions (`attention.in_order`).
+    """
+
+    def __init__(self, target: Target, ordered: bool) -> None:
         super().__init__()
+        self.ordered = ordered
         self.model, self.context, self.cache_argument = target.model, target.context, target.cache_argument
         self.body = [target.body]  # in a list: it is part of the model already
 
@@ -137,14 +142,16 @@ class TargetProgram(nn.Module):
             kept: `(kept,)` nodes whose logits are wanted.
         """
         cache = traced(keys, values, lengths, key_slots, tokens.shape[1], ancestors.shape[2])
-        mask = tree_mask(cache, ancestors, tokens.shape[1])
+        mask = None if self.ordered else tree_mask(cache, ancestors, tokens.shape[1])
+        keys_read = key_slots.shape[0]
+        order = path_slots(lengths, scratch_positions, ancestors, keys_read) if self.ordered else None
         hidden: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
         hook = self.body[0].register_forward_hook(keep)
-        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, mask))
+        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, mask, order))
         try:
             out = self.model(
                 input_ids=tokens,
@@ -204,10 +211,15 @@ def chain(rows: int, queries: int, scratch: int, device: torch.device) -> Tensor
 
 
 class CompiledTarget:
-    """A target's forward on a `KVCache`, by a compiled program."""
+    """A target's forward on a `KVCache`, by a compiled program.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    Args:
+        ordered: it was made so; a lone node gets a neighbour, because products of one row may have other bits than those of
+            many.
+    """
+
+    def __init__(self, run: Run, ordered: bool) -> None:
+        self.run, self.ordered = run, ordered
 
     def __call__(
         self,
@@ -219,6 +231,9 @@ class CompiledTarget:
         scratch_positions: Tensor | None,
     ) -> Tensor:
         """See `Target.forward`; logits `(batch, nodes, vocab)`."""
+        if self.ordered and tokens.numel() == 1 and cache.longest + 2 <= cache.capacity:
+            tokens, positions = tokens.expand(1, 2), positions + torch.arange(2, device=positions.device)
+            return self(tokens, positions, cache, None, 0, None)[:, :1]
         (rows, nodes), device = tokens.shape, tokens.device
         end = cache.end_of_write(nodes)
         scratch = positions if scratch_positions is None else scratch_positions
