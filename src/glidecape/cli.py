@@ -43,7 +43,10 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     compile: Annotated[
-        str, typer.Option(help="off: race without compiled programs.", envvar="GLIDECAPE_COMPILE")
+        str,
+        typer.Option(
+            help="on, off, or auto: by compiled programs if they were compiled before.", envvar="GLIDECAPE_COMPILE"
+        ),
     ] = "auto",
 ) -> None:
     """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""

@@ -21,6 +21,7 @@ from .drafts.checkpoint import load_draft
 from .engine.decode import decode
 from .errors import CheckpointError, InputError
 from .tables import TextTable
+from .target.packages import have_compiler
 from .target.target import Target
 
 COLOURS = {"chain": "green", "sibling": "magenta", "bonus": "default"}
@@ -81,9 +82,12 @@ def run_demo(
         "glide": make_drafter("glide", loaded, length=4),
         "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=SMALL_BINS),
     }
-    fast = compile != "off" and model.compile("on", console.print)
+    mode = "on" if compile == "on" else "kept"
+    fast = compile != "off" and model.compile(mode, console.print)
     for drafter in racers.values() if fast else ():
-        drafter.compile("on", console.print)
+        drafter.compile(mode, console.print)
+    if compile == "auto" and not fast and have_compiler():
+        console.print("About twice as fast, after two minutes of compiling, once: [bold]glidecape demo --compile on[/]")
     console.print(
         f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "
         f"float32, {torch.get_num_threads()} threads, {'compiled' if fast else 'eager'}. "
