@@ -157,4 +157,5 @@ def positional_rule(rule: Callable[..., Any], lengths: Tensor, positions: Tensor
     batch, queries = positions.shape
     at = slot_positions(lengths, scratch, keys)
     row = torch.arange(batch, device=positions.device)[:, None, None]
-    return rule(row, 0, positions[:, :, None], at[:, None, :]).expand(batch, queries, keys)[:, None]
+    everything = torch.ones(batch, queries, keys, dtype=torch.bool, device=positions.device)
+    return (everything & rule(row, 0, positions[:, :, None], at[:, None, :]))[:, None]

@@ -144,10 +144,24 @@ class Target:
         if self.compiled is not None:
             return True
         run = compiled(self.program(ordered), mode, say)
-        self.compiled = None if run is None else CompiledTarget(run, ordered)
-        verdict = None if run is None else compiled(verdict_program(), mode, say)
+        self.compiled = None if run is None else self._tried(CompiledTarget(run, ordered), say)
+        verdict = None if self.compiled is None else compiled(verdict_program(), mode, say)
         self.verdict = verdict_numbers if verdict is None else CompiledVerdict(verdict)
-        return run is not None
+        return self.compiled is not None
+
+    @torch.no_grad()
+    def _tried(self, program: CompiledTarget, say: Callable[[str], None]) -> CompiledTarget | None:
+        """The program, if it runs for one row and many, one node and many; else None, and why. Some models' code keeps an
+        exported program from sizes of 1."""
+        for rows, nodes in ((1, 1), (1, 3), (2, 1), (2, 3)):
+            tokens = torch.zeros(rows, nodes, dtype=torch.long, device=self.device)
+            positions = torch.arange(nodes, device=self.device).expand(rows, -1)
+            try:
+                program(tokens, positions, self.new_cache(rows, 8), None, 0, None)
+            except RuntimeError as error:
+                say(f"the target is not compiled: its program fails for {rows} x {nodes} nodes ({first_line(error)})")
+                return None
+        return program
 
     @property
     def weights_digest(self) -> str:
