@@ -214,12 +214,15 @@ class CompiledTarget:
     """A target's forward on a `KVCache`, by a compiled program.
 
     Args:
-        ordered: it was made so; a lone node gets a neighbour, because products of one row may have other bits than those of
-            many.
+        ordered: it was made so.
+
+    Attributes:
+        pairs: does a lone node get a neighbour? Products of one row may have other bits than those of many, and some models'
+            code does not export for one.
     """
 
     def __init__(self, run: Run, ordered: bool) -> None:
-        self.run, self.ordered = run, ordered
+        self.run, self.ordered, self.pairs = run, ordered, ordered
 
     def __call__(
         self,
@@ -231,14 +234,19 @@ class CompiledTarget:
         scratch_positions: Tensor | None,
     ) -> Tensor:
         """See `Target.forward`; logits `(batch, nodes, vocab)`."""
-        if self.ordered and tokens.numel() == 1 and cache.longest + 2 <= cache.capacity:
-            tokens, positions = tokens.expand(1, 2), positions + torch.arange(2, device=positions.device)
-            return self(tokens, positions, cache, None, 0, None)[:, :1]
         (rows, nodes), device = tokens.shape, tokens.device
-        end = cache.end_of_write(nodes)
         scratch = positions if scratch_positions is None else scratch_positions
         if ancestors is None:
             ancestors = chain(rows, nodes, scratch.shape[1], device)
+        if nodes == 1 and self.pairs and cache.longest + cache.scratch + 2 <= cache.capacity:
+            # A neighbour after it, whose slot the next write takes.
+            next_position = positions + 1
+            both = torch.cat([ancestors, torch.zeros_like(ancestors[:, :, :1])], 2).repeat(1, 2, 1)
+            both[:, 1, -1] = True
+            tokens, positions = tokens.expand(rows, 2), torch.cat([positions, next_position], 1)
+            scratch = torch.cat([scratch, next_position], 1)
+            return self(tokens, positions, cache, both, 0, scratch)[:, :1]
+        end = cache.end_of_write(nodes)
         first = nodes - logits_to_keep if logits_to_keep else 0
         inputs = [tokens, positions, torch.arange(end, device=device), ancestors, cache.lengths, scratch]
         inputs.append(torch.arange(first, nodes, device=device))

@@ -159,6 +159,9 @@ class Target:
             try:
                 program(tokens, positions, self.new_cache(rows, 8), None, 0, None)
             except RuntimeError as error:
+                if nodes == 1 and not program.pairs:
+                    program.pairs = True
+                    return self._tried(program, say)
                 say(f"the target is not compiled: its program fails for {rows} x {nodes} nodes ({first_line(error)})")
                 return None
         return program
