@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 TARGET_KEYS, TARGET_SLOTS = Dim("target_keys", min=1, max=2**31), Dim("target_slots", min=2, max=2**31)
 
 
-class NetworkDraft:
+class NetworkDraft(ABC):
     """What the drafts with a network of their own share: a step that is compiled or not.
 
     Attributes:
@@ -39,10 +40,11 @@ class NetworkDraft:
         self.compiled: dict[bool, Run] = {}  # by: is it a step below the root, where that makes a difference
         self.chains: dict[tuple[int, bool], Run] = {}  # by: length, and whether noise is added
 
+    @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `DraftModel`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(
         self,
         tokens: Tensor,
@@ -54,7 +56,6 @@ class NetworkDraft:
         parents: Tensor | None = None,
     ) -> Tensor:
         """`DraftModel.step`, eagerly, on a `KVCache` or a `TracedCache`."""
-        raise NotImplementedError
 
     def step(
         self,
