@@ -11,6 +11,7 @@ are admitted and forgotten without copying anything.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,62 @@ class _Slots:
     is_initialized = True
 
 
-class KVCache(Cache):
+class SlotCache(Cache, ABC):
+    """What a cache in row slots is to transformers and to drafts, whoever made its tensors.
+
+    Attributes:
+        own_keys, own_values: `(rows, kv_heads, slots, head_dim)` by layer, of the rows in use.
+        own_hidden: `(rows, slots, width)` of the rows in use, where hidden states are kept.
+        longest: most committed tokens of a row.
+    """
+
+    own_keys: Any
+    own_values: Any
+    own_hidden: Tensor
+    longest: int
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[_Slots() for _ in range(layers)])
+
+    @abstractmethod
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next scratch slots of every row; returns keys and values of all slots up to there."""
+
+    def hidden_at(self, slots: Tensor) -> Tensor:
+        """Hidden states `(rows, count, width)` of slots `(rows, count)`; zero for negative ones, which have none."""
+        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.own_hidden.shape[2])
+        return self.own_hidden.gather(1, at).masked_fill((slots < 0)[..., None], 0.0)
+
+    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of the committed keys and values, `(rows, kv_heads, longest, head_dim)`: never a clone.
+
+        Rows shorter than the longest hold unspecified values past their length.
+        """
+        return self.own_keys[layer][:, :, : self.longest], self.own_values[layer][:, :, : self.longest]
+
+    # --- what transformers calls on its `Cache`
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
+        return self.write(layer_idx, key_states, value_states)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.own_keys)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.own_keys)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.own_keys)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class KVCache(SlotCache):
     """Preallocated `(rows, kv_heads, capacity, head_dim)` keys and values a layer.
 
     Layers may differ in heads and head size (`shapes`), as in targets with several attention types.
@@ -77,7 +133,7 @@ class KVCache(Cache):
         limit_bytes: int | None = None,
         hidden: int = 0,
     ) -> None:
-        super().__init__(layers=[_Slots() for _ in shapes])
+        super().__init__(len(shapes))
         needed = sum(cache_bytes(1, batch, h, capacity, d, dtype) for h, d in shapes)
         needed += cache_bytes(0, batch, 0, capacity, 0, dtype, hidden)
         if limit_bytes is not None and needed > limit_bytes:
@@ -102,6 +158,8 @@ class KVCache(Cache):
         # Views of these rows, made once: every layer of every forward writes through them.
         self.own_keys = [one[self.rows] for one in self.keys]
         self.own_values = [one[self.rows] for one in self.values]
+        if self.hidden is not None:
+            self.own_hidden = self.hidden[self.rows]
         self._forget()
 
     def _forget(self) -> None:
@@ -180,19 +238,6 @@ class KVCache(Cache):
             start = self.longest + self.scratch
             own[:, start : start + count] = hidden
 
-    def hidden_at(self, slots: Tensor) -> Tensor:
-        """Hidden states `(rows, count, width)` of slots `(rows, count)`; zero for negative ones, which have none."""
-        assert self.hidden is not None
-        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
-        return self.hidden[self.rows].gather(1, at).masked_fill_((slots < 0)[..., None], 0.0)
-
-    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of the committed keys and values, `(rows, kv_heads, longest, head_dim)`: never a clone.
-
-        Rows shorter than the longest hold unspecified values past their length.
-        """
-        return self.own_keys[layer][:, :, : self.longest], self.own_values[layer][:, :, : self.longest]
-
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, for each row, the scratch slots named by its path (ascending), and drop the rest."""
         counts = [len(path) for path in paths]
@@ -246,9 +291,6 @@ class KVCache(Cache):
 
     # --- what transformers calls on its `Cache`
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
-        return self.write(layer_idx, key_states, value_states)
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.longest + self.scratch
 
@@ -257,19 +299,3 @@ class KVCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.longest + self.scratch + query_length, 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.keys)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self.keys)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self.keys)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False

@@ -19,6 +19,7 @@ from ..target.program import KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, cha
 if TYPE_CHECKING:
     from ..target.target import Target
 
+COMMITTED = Dim("committed", min=1, max=2**31)
 TARGET_KEYS, TARGET_SLOTS = Dim("target_keys", min=1, max=2**31), Dim("target_slots", min=2, max=2**31)
 
 
@@ -79,10 +80,7 @@ class NetworkDraft(ABC):
         # The positions of committed tokens that are run again are those of their slots, as everywhere.
         inputs = [tokens, positions, slots[: own.longest + scratch], ancestors, own.lengths, scratch_positions]
         inputs += [slots[: target_cache.longest], target_cache.lengths]
-        inputs += [*own.own_keys, *own.own_values]
-        inputs += [target_cache.own_keys[layer] for layer in self.layers_read]
-        inputs += [target_cache.own_values[layer] for layer in self.layers_read]
-        inputs += [one.hidden[one.rows] for one in (own, target_cache) if self.reads_hidden and one.hidden is not None]
+        inputs += self._stores(own, target_cache)
         if self.uses_parents and parents is not None:
             inputs.append(parents)
         return run([one.contiguous() for one in inputs])[0]
@@ -110,15 +108,26 @@ class NetworkDraft(ABC):
         positions = own.lengths[:, None] + slots[:queries]
         inputs = [tokens, positions, slots[: own.longest + queries], chain(rows, queries, queries, device), own.lengths]
         inputs += [positions, slots[: target_cache.longest], target_cache.lengths]
-        inputs += [*own.own_keys, *own.own_values]
-        inputs += [target_cache.own_keys[layer] for layer in self.layers_read]
-        inputs += [target_cache.own_values[layer] for layer in self.layers_read]
-        inputs += [one.hidden[one.rows] for one in (own, target_cache) if self.reads_hidden and one.hidden is not None]
+        inputs += self._stores(own, target_cache)
         inputs += [to_device(last, device), slots[: max(committed)]]
         drafted, log_prob = run([one.contiguous() for one in (*inputs, *([] if noise is None else [noise]))])
         own.commit(last)
         own.scratch = length
         return drafted, log_prob
+
+    def traced_target(
+        self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, slots: Tensor, hidden: Tensor | None
+    ) -> TracedCache:
+        """The target's cache inside a program; `slots (keys,)`: as many are read."""
+        by_layer = [dict(zip(self.layers_read, one, strict=True)) for one in (keys, values)]
+        return TracedCache(by_layer[0], by_layer[1], lengths, slots.shape[0], hidden=hidden)
+
+    def _stores(self, own: KVCache, target_cache: KVCache) -> list[Tensor]:
+        """What a program reads and writes of both caches."""
+        stores = [*own.own_keys, *own.own_values]
+        stores += [target_cache.own_keys[layer] for layer in self.layers_read]
+        stores += [target_cache.own_values[layer] for layer in self.layers_read]
+        return stores + ([own.own_hidden, target_cache.own_hidden] if self.reads_hidden else [])
 
     @property
     def vocab_size(self) -> int:
@@ -132,10 +141,8 @@ class NetworkDraft(ABC):
         """Draft chains of this length by one program from now on, greedily or with noise; False where it cannot be."""
         if (length, noisy) in self.chains:
             return True
-        facts = {"kind": self.module.kind, "config": asdict(self.module.config), "chain": length, "noisy": noisy}
         name = f"a chain of {length} of the {self.module.kind} draft" + (" with noise" if noisy else "")
-        parts = self.module.target_parts
-        program = Program(name, facts, (self.module,), lambda: self._chain_example(length, noisy), (parts,))
+        program = self._program(name, lambda: self._chain_example(length, noisy), chain=length, noisy=noisy)
         run = compiled(program, mode, say)
         if run is not None:
             self.chains[length, noisy] = run
@@ -169,10 +176,15 @@ class NetworkDraft(ABC):
 
     def program(self, below_root: bool) -> Program:
         """Its step, to be compiled."""
-        parts = self.module.target_parts
-        facts = {"kind": self.module.kind, "config": asdict(self.module.config), "below the root": below_root}
         name = f"a step of the {self.module.kind} draft" + (" below the root" if below_root else "")
-        return Program(name, facts, (self.module,), lambda: self._example(below_root), (parts,))
+        return self._program(name, lambda: self._example(below_root), below_root=below_root)
+
+    def _program(self, name: str, make: Callable[[], tuple[Any, ...]], **facts: Any) -> Program:
+        parts = self.module.target_parts
+        # The target's configuration says how its rotary embedding turns, which is in the program.
+        facts |= {"kind": self.module.kind, "config": asdict(self.module.config)}
+        facts["target"] = parts.target.config.to_json_string()
+        return Program(name, facts, (self.module,), make, (parts,))
 
     def _example(self, below_root: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         """The program, example inputs, and which of their sizes are dynamic."""
@@ -215,9 +227,6 @@ class NetworkDraft(ABC):
         return DraftProgram(self), tuple(inputs), tuple(dynamic)
 
 
-COMMITTED = Dim("committed", min=1, max=2**31)
-
-
 class DraftProgram(nn.Module):
     """`NetworkDraft.run` of tensors alone; logits `(rows, queries, vocab)`."""
 
@@ -248,8 +257,7 @@ class DraftProgram(nn.Module):
         (draft,) = self.draft
         of_own, of_target = hidden or (None, None)
         own = traced(own_keys, own_values, own_lengths, own_slots, tokens.shape[1], ancestors.shape[2], of_own)
-        keys, values = (dict(zip(draft.layers_read, ts, strict=True)) for ts in (target_keys, target_values))
-        target = TracedCache(keys, values, target_lengths, target_slots.shape[0], hidden=of_target)
+        target = draft.traced_target(target_keys, target_values, target_lengths, target_slots, of_target)
         return draft.run(tokens, positions, own, ancestors, target, scratch_positions, parents[0] if parents else None)
 
 
@@ -287,8 +295,7 @@ class ChainProgram(DraftProgram):
         )
         logits = logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
         of_own, of_target = hidden or (None, None)
-        keys, values = (dict(zip(draft.layers_read, ts, strict=True)) for ts in (target_keys, target_values))
-        target = TracedCache(keys, values, target_lengths, target_slots.shape[0], hidden=of_target)
+        target = draft.traced_target(target_keys, target_values, target_lengths, target_slots, of_target)
         stores = [dict(enumerate(one)) for one in (own_keys, own_values)]
         roots, longest = own_lengths + last, committed_slots.shape[0]
         chosen, log_probs = [], []

@@ -141,7 +141,10 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
             return None  # the weights, which take a while to read, need not be asked
         with dense_layers(*program.modules, holders=program.holders):
             held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]
-            facts["weights"] = weights_digest(*program.modules, *held)
+            try:
+                facts["weights"] = weights_digest(*program.modules, *held)
+            except Exception as error:  # quantized weights are tensors of other libraries
+                raise CompileError(f"its weights cannot be read ({first_line(error)})") from None
             path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
             if mode == "kept" and not _whole(path):
                 return None

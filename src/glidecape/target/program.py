@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..compat import Cache
-from ..core.cache import KVCache
+from ..core.cache import KVCache, SlotCache
 from ..core.masks import path_slots, tree_mask
 from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers
@@ -29,7 +28,7 @@ ROWS, NODES, SCRATCH = Dim("rows", min=1, max=4096), Dim("nodes", min=1, max=65_
 KEYS, SLOTS, KEPT = Dim("keys", min=1, max=2**31), Dim("slots", min=2, max=2**31), Dim("kept", min=1, max=65_536)
 
 
-class TracedCache(Cache):
+class TracedCache(SlotCache):
     """A `KVCache` inside a program: the caller's tensors are inputs, which are written in place.
 
     Args:
@@ -40,9 +39,6 @@ class TracedCache(Cache):
         scratch: scratch slots in use before it.
         hidden: `(rows, slots, width)`; None: not kept.
     """
-
-    class Layer:
-        is_sliding, is_compileable, is_initialized = False, False, True
 
     ragged = True  # what is right for ragged rows is right for all
 
@@ -56,8 +52,10 @@ class TracedCache(Cache):
         scratch: int = 0,
         hidden: Tensor | None = None,
     ) -> None:
-        super().__init__(layers=[self.Layer() for _ in keys])
+        super().__init__(len(keys))
         self.own_keys, self.own_values, self.hidden = keys, values, hidden
+        if hidden is not None:
+            self.own_hidden = hidden
         self.lengths, self.longest, self.end, self.scratch = lengths, longest, end, scratch
 
     def _next_slots(self, count: int) -> tuple[Tensor, Tensor]:
@@ -74,23 +72,9 @@ class TracedCache(Cache):
 
     def write_hidden(self, hidden: Tensor) -> None:
         """See `KVCache.write_hidden`."""
-        assert self.hidden is not None
-        self.hidden.index_put_(self._next_slots(hidden.shape[1]), hidden)
-
-    def hidden_at(self, slots: Tensor) -> Tensor:
-        """See `KVCache.hidden_at`."""
-        assert self.hidden is not None
-        at = slots.clamp(min=0)[..., None].expand(-1, -1, self.hidden.shape[2])
-        return self.hidden.gather(1, at).masked_fill((slots < 0)[..., None], 0.0)
-
-    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `KVCache.committed`."""
-        return self.own_keys[layer][:, :, : self.longest], self.own_values[layer][:, :, : self.longest]
+        self.own_hidden.index_put_(self._next_slots(hidden.shape[1]), hidden)
 
     # --- what transformers calls on its `Cache`
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
-        return self.write(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -100,14 +84,6 @@ class TracedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.end, 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.own_keys)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
 
 class TargetProgram(nn.Module):

@@ -128,7 +128,7 @@ class Target:
             "config": self.config.to_json_string(),
             "code": source_digest(self.model),
         }
-        name = f"the target ({self.num_parameters / 1e6:,.0f} M parameters)"
+        name = f"the model of {self.num_parameters / 1e6:,.0f} M parameters"
         return Program(name, facts, (self.model,), lambda: (TargetProgram(self, ordered), *example(self)))
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print, ordered: bool = False) -> bool:
@@ -162,7 +162,7 @@ class Target:
                 if nodes == 1 and not program.pairs:
                     program.pairs = True
                     return self._tried(program, say)
-                say(f"the target is not compiled: its program fails for {rows} x {nodes} nodes ({first_line(error)})")
+                say(f"the model is not compiled: its program fails for {rows} x {nodes} nodes ({first_line(error)})")
                 return None
         return program
 
