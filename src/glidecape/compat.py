@@ -7,10 +7,12 @@ the suite on both ends of the range in pyproject.toml.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "GenerateDecoderOnlyOutput",
+    "build_library",
     "cache_argument",
     "cache_of",
     "causal_mask_function",
@@ -98,11 +101,41 @@ def export_program(program: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[A
             )
 
 
-def compile_to(path: str, exported: Any) -> None:
-    """Compile an exported program with its weights, packed where that is faster, to a package at `path`."""
-    options = {"freezing": True, "cpp.dynamic_threads": True}  # as many threads as PyTorch has when it runs
+def compile_to(path: str, exported: Any, functions: dict[str, str]) -> None:
+    """Compile an exported program with its weights to a package at `path`.
+
+    Args:
+        functions: by operator of ours, the declaration of the C function that the program calls for it.
+    """
+    options: dict[str, Any] = {
+        "freezing": True,
+        "cpp.dynamic_threads": True,
+    }  # as many threads as PyTorch has when it runs
+    options["aot_inductor.custom_ops_to_c_shims"] = {
+        getattr(getattr(torch.ops, space), name).default: [declaration]
+        for (space, name), declaration in ((one.split("::"), text) for one, text in functions.items())
+    }
     with _inductor() as inductor:
         inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+
+
+def build_library(folder: Path, path: Path) -> None:
+    """Compile the C++ files of a folder, which use PyTorch's C interface, to a shared library at `path`, for this CPU.
+
+    Raises:
+        RuntimeError and others of the builder: it cannot be compiled.
+    """
+    with _inductor():
+        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        # Multiplying and adding are one instruction.
+        flags = ["-ffp-contract=fast"]
+        options = CppTorchOptions(pick_vec_isa(), include_pytorch=True, warning_all=False, extra_flags=flags)
+        sources = [str(source) for source in sorted(folder.glob("*.cpp"))]
+        builder = CppBuilder(path.stem, sources, options, output_dir=str(path.parent))
+        builder.build()
+        os.replace(builder.get_target_file_path(), path)
 
 
 def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:

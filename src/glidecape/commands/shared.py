@@ -86,14 +86,13 @@ class ServingMachine(Machine):
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
     compile: str = option(
         "auto",
-        "Decode by compiled programs: on, off, or auto: where they were compiled before, or there is enough to decode. "
-        "exact: as on, and equal to plain decoding to the bit; several times slower.",
+        "Decode by compiled programs: on, off, or auto: where they were compiled before, or there is enough to decode.",
         environment="GLIDECAPE_COMPILE",
     )
 
     def __post_init__(self) -> None:
-        if self.compile not in ("auto", "on", "off", "exact"):
-            raise InputError(f"--compile takes auto, on, off or exact, not '{self.compile}'")
+        if self.compile not in ("auto", "on", "off"):
+            raise InputError(f"--compile takes auto, on or off, not '{self.compile}'")
 
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
@@ -104,12 +103,12 @@ class ServingMachine(Machine):
         """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
         if self.compile == "off":
             return
-        mode = "on" if self.compile in ("on", "exact") or tokens >= WORTH else "kept"
+        mode = "on" if self.compile == "on" or tokens >= WORTH else "kept"
 
         def say(text: str) -> None:
             print(f"note: {text}", file=sys.stderr)
 
-        target.compile(mode, say, self.compile == "exact")
+        target.compile(mode, say)
         for drafter in drafters:
             drafter.compile(mode, say, noisy)
 

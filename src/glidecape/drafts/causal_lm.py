@@ -28,7 +28,7 @@ class StandaloneDraft:
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """See `Target.compile`."""
-        return self.model.compile(mode, say, ordered=False)
+        return self.model.compile(mode, say)
 
     def step(
         self,

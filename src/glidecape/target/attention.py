@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..compat import causal_mask_function
 from ..core.masks import slot_positions
 from ..errors import UnsupportedError
+from .operators import tree_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
@@ -46,14 +47,14 @@ class Layout:
 
     `lengths (batch,)` of the rows, `positions (batch, queries)` of the queries, `scratch (batch, slots)` positions of all
     scratch slots, and the tree's mask as made by `masks.tree_mask`, None where every query sees every slot before it.
-    With `order (batch, queries, keys)` keys are read by position instead: it holds their slots (`masks.path_slots`).
+    In a compiled program `ancestors (batch, queries, slots)` stand in the mask's place: `tree_attention` reads by position.
     """
 
     lengths: Tensor
     positions: Tensor
     scratch: Tensor
     mask: Tensor | None
-    order: Tensor | None = None
+    ancestors: Tensor | None = None
 
 
 LAYOUT: ContextVar[Layout | None] = ContextVar("glidecape_layout", default=None)
@@ -67,37 +68,15 @@ def attention(
         raise UnsupportedError(f"{type(module).__name__} adds attention sinks or position biases, not supported yet")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     layout, cap = LAYOUT.get(), kwargs.get("softcap")
-    if layout is not None and layout.order is not None:
-        assert attention_mask is not None
-        return in_order(query, key, value, layout.order, attention_mask, scale, cap), None
+    if layout is not None and layout.ancestors is not None:
+        seen = torch.zeros(0, 0, 0, 0, dtype=torch.bool) if attention_mask is None else attention_mask
+        where = (layout.lengths, layout.scratch, layout.ancestors, seen)
+        return tree_attention(query, key, value, *where, scale, cap or 0.0), None
     if cap is not None:
         return _capped(query, key, value, attention_mask, scale, cap), None
     causal = attention_mask is None and query.shape[2] > 1
     out = attend(query, key, value, attention_mask, scale, causal)
     return out.unflatten(-1, (query.shape[1], -1)), None
-
-
-def in_order(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor, mask: Tensor, scale: float, cap: float | None = None
-) -> Tensor:
-    """Attention whose sums run over the positions of a query's own path, one after the other; `(batch, queries, heads,
-    head_dim)`.
-
-    Compiled, all sums have one fixed order, so a node's outcome has the same bits in any tree and any batch.
-
-    Args:
-        q: `(batch, heads, queries, head_dim)`; k, v: `(batch, kv_heads, slots, head_dim)`.
-        order: `(batch, queries, keys)` slot of each position.
-        mask: `(batch, 1, queries, keys)`, added to the scores.
-    """
-    rows = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-    heads = (torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1]))[:, None, None]
-    keys, values = k[rows, heads, order[:, None]].float(), v[rows, heads, order[:, None]].float()
-    scores = (q.float()[:, :, :, None] * keys).sum(-1) * scale
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
-    weights = (scores + mask.float()).softmax(-1)
-    return (weights[..., None] * values).sum(-2).to(q.dtype).transpose(1, 2)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
@@ -127,8 +106,8 @@ def layer_mask(
     layout = LAYOUT.get()
     if layout is None:
         raise UnsupportedError("this model now belongs to GlideCape: decode it through Target, not by calling it")
-    if layout.order is not None:
-        return _additive(_by_position(mask_function, layout.positions, layout.order.shape[2]), dtype)
+    if layout.ancestors is not None:
+        return _by_position(mask_function, layout.positions, kv_length)
     if mask_function is None or mask_function is causal_mask_function:
         # Committed slots and ancestors all come before the query: the tree's mask is causal already. A prompt from its
         # beginning has none; `attention` then uses the causal kernel.
@@ -137,14 +116,13 @@ def layer_mask(
     return _additive(rule if layout.mask is None else layout.mask & rule, dtype)
 
 
-def _by_position(rule: Callable[..., Any] | None, positions: Tensor, keys: int) -> Tensor:
-    """Which positions 0 .. keys-1 each query sees, `(batch, 1, queries, keys)`."""
+def _by_position(rule: Callable[..., Any] | None, positions: Tensor, keys: int) -> Tensor | None:
+    """Positions 0 .. keys-1 that a query may see by a model's own rule, `(batch, 1, queries, keys)`; None: its whole path."""
+    if rule is None or rule is causal_mask_function:
+        return None
+    row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
     at = torch.arange(keys, device=positions.device)
-    seen = at <= positions[..., None]
-    if rule is not None and rule is not causal_mask_function:
-        row = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
-        seen = seen & rule(row, 0, positions[:, :, None], at[None, None])
-    return seen[:, None]
+    return ((at <= positions[..., None]) & rule(row, 0, positions[:, :, None], at[None, None]))[:, None]
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

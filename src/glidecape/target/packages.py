@@ -7,6 +7,7 @@ and kept beside a digest of its content: a torn one is made anew.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
 import json
@@ -26,10 +27,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from ..compat import compile_to, export_program, load_package
+from ..compat import build_library, compile_to, export_program, load_package
 from ..errors import GlideCapeError, first_line
 from ..files import write_atomic
-from .packed import dense_layers
+from .operators import FUNCTIONS, KERNELS
+from .streamed import share_inputs, streamed_layers
 
 FOLDER = "GLIDECAPE_CACHE"  # environment variable that names another folder
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
@@ -71,7 +73,7 @@ def _environment() -> dict[str, str]:
     """What every package depends on besides its model."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for source in SOURCES:
-        for path in sorted((root / source).rglob("*.py")) or [root / source]:
+        for path in sorted((root / source).rglob("*.[pch]*")) or [root / source]:
             digest.update(path.read_bytes())
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
@@ -110,8 +112,8 @@ class Program:
     Attributes:
         name: for messages.
         facts: all that it depends on besides weights and environment.
-        modules: whose weights it holds, as it does those of the modules in attributes of `holders`. Packed layers are dense
-            meanwhile.
+        modules: whose weights it holds, as it does those of the modules in attributes of `holders`. Linear layers are
+            streamed ones meanwhile.
         make: gives the program, example inputs, and their dynamic sizes.
     """
 
@@ -139,7 +141,7 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
         folder, kind = cache_folder(), _name(facts)
         if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
             return None  # the weights, which take a while to read, need not be asked
-        with dense_layers(*program.modules, holders=program.holders):
+        with streamed_layers(*program.modules, holders=program.holders):
             held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]
             try:
                 facts["weights"] = weights_digest(*program.modules, *held)
@@ -147,6 +149,8 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
                 raise CompileError(f"its weights cannot be read ({first_line(error)})") from None
             path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
             if mode == "kept" and not _whole(path):
+                return None
+            if not _load_kernels(folder, make=mode != "kept"):
                 return None
             with FileLock(path.with_suffix(".lock")):
                 if not _whole(path):
@@ -166,16 +170,47 @@ def _name(facts: dict[str, Any]) -> str:
 
 
 def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[str], None]) -> None:
-    if not have_compiler():
-        raise CompileError("there is no C++ compiler here (g++ or clang++)")
     started = time.monotonic()
     say(f"compiling {program.name}, once: it takes a minute or two and is kept in {path.parent}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
-    try:
+
+    def write(to: Path) -> None:
         module, inputs, dynamic = program.make()
         with torch.no_grad():
-            compile_to(str(temporary), export_program(module, inputs, dynamic))
-        note = {"name": program.name, "sha256": _digest(temporary), "facts": facts}
+            exported = export_program(module, inputs, dynamic)
+            share_inputs(exported.graph_module.graph)
+            exported.graph_module.recompile()
+            compile_to(str(to), exported, FUNCTIONS)
+
+    _keep(path, program.name, facts, write)
+    say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
+
+
+def _load_kernels(folder: Path, make: bool) -> bool:
+    """Load the functions of `operators` that programs call; False where they were not compiled yet and may not be."""
+    facts = _environment()
+    path = folder / f"kernels-{_name(facts)}.so"
+    if not make and not _whole(path):
+        return False
+    with FileLock(path.with_suffix(".lock")):
+        if not _whole(path):
+            _keep(path, "kernels", facts, lambda to: build_library(KERNELS, to))
+    _load_library(path)
+    return True
+
+
+@cache
+def _load_library(path: Path) -> None:
+    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _keep(path: Path, name: str, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """A new file at `path`, whole or not at all, beside a digest of its content."""
+    if not have_compiler():
+        raise CompileError("there is no C++ compiler here (g++ or clang++)")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        note = {"name": name, "sha256": _digest(temporary), "facts": facts}
         os.replace(temporary, path)
         write_atomic(path.with_suffix(".json"), lambda to: to.write_text(json.dumps(note, indent=1, default=str)))
     except OSError:
@@ -184,7 +219,6 @@ def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[st
         raise CompileError(f"{type(error).__name__}: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
 
 
 def _whole(path: Path) -> bool:

@@ -10,8 +10,6 @@ been found and every shape compiled; here they are called directly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -103,39 +101,6 @@ def pack(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
         above, _, own = name.rpartition(".")
         setattr(model.get_submodule(above), own, PackedLinear(part.weight, part.bias, dtype))
     return bool(found)
-
-
-class DenseLinear(nn.Module):
-    """x W^T + b with products in the weight's dtype: what a `PackedLinear` computes, in operators that can be compiled."""
-
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(packed.weight.to(packed.dtype), requires_grad=False)
-        self.bias = None if packed.bias is None else nn.Parameter(packed.bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
-
-
-@contextmanager
-def dense_layers(*models: nn.Module, holders: tuple[Any, ...] = ()) -> Iterator[None]:
-    """While it lasts, packed layers are dense, in modules and in the attributes of `holders`: compilers pack weights
-    themselves."""
-    places = [
-        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], part)
-        for model in models
-        for name, part in model.named_modules(remove_duplicate=False)
-    ]
-    places += [(holder, name, part) for holder in holders for name, part in vars(holder).items()]
-    swapped = [place for place in places if isinstance(place[2], PackedLinear)]
-    dense = {id(part): DenseLinear(part) for _, _, part in swapped}
-    try:
-        for module, own, part in swapped:
-            setattr(module, own, dense[id(part)])
-        yield
-    finally:
-        for module, own, part in swapped:
-            setattr(module, own, part)
 
 
 def unpack(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A target's forward as a compiled program: transformers' own model code, exported with our attention and cache.
 
-One package serves any number of rows, nodes and keys, trees and prompts alike: all sizes are dynamic. Masks are made inside,
-from ancestors and lengths, and fused into what reads them.
+One package serves any number of rows, nodes and keys, trees and prompts alike: all sizes are dynamic. Products and attention
+are operators of ours, whose sums have one order: see `operators`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..core.cache import KVCache, SlotCache
-from ..core.masks import path_slots, tree_mask
 from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers
 from .attention import LAYOUT, Layout
@@ -87,15 +86,10 @@ class TracedCache(SlotCache):
 
 
 class TargetProgram(nn.Module):
-    """`forward` of tensors alone: logits, and the last hidden states of all nodes.
+    """`forward` of tensors alone: logits, and the last hidden states of all nodes."""
 
-    Args:
-        ordered: attention sums over each node's own path in the order of positions (`attention.in_order`).
-    """
-
-    def __init__(self, target: Target, ordered: bool) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.ordered = ordered
         self.model, self.context, self.cache_argument = target.model, target.context, target.cache_argument
         self.body = [target.body]  # in a list: it is part of the model already
 
@@ -118,16 +112,13 @@ class TargetProgram(nn.Module):
             kept: `(kept,)` nodes whose logits are wanted.
         """
         cache = traced(keys, values, lengths, key_slots, tokens.shape[1], ancestors.shape[2])
-        mask = None if self.ordered else tree_mask(cache, ancestors, tokens.shape[1])
-        keys_read = key_slots.shape[0]
-        order = path_slots(lengths, scratch_positions, ancestors, keys_read) if self.ordered else None
         hidden: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
         hook = self.body[0].register_forward_hook(keep)
-        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, mask, order))
+        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, None, ancestors))
         try:
             out = self.model(
                 input_ids=tokens,
@@ -189,16 +180,12 @@ def chain(rows: int, queries: int, scratch: int, device: torch.device) -> Tensor
 class CompiledTarget:
     """A target's forward on a `KVCache`, by a compiled program.
 
-    Args:
-        ordered: it was made so.
-
     Attributes:
-        pairs: does a lone node get a neighbour? Products of one row may have other bits than those of many, and some models'
-            code does not export for one.
+        pairs: does a lone node get a neighbour? Some models' code does not export for one.
     """
 
-    def __init__(self, run: Run, ordered: bool) -> None:
-        self.run, self.ordered, self.pairs = run, ordered, ordered
+    def __init__(self, run: Run) -> None:
+        self.run, self.pairs = run, False
 
     def __call__(
         self,

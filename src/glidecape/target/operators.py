@@ -1,0 +1,119 @@
+"""Operators of compiled programs that are written in C++ (`kernels/`), each beside the obvious way to compute it.
+
+oneDNN, MKL and flash attention are made for many rows: with one to a dozen they read weights at less than half the speed of
+memory (dev/LOG.md). And their sums run in an order that depends on how many rows there are. The kernels read what they need
+once, and their sums have one order: a node's logits have the same bits in any tree, in any batch, and alone. That is why
+compiled decoding is lossless to the bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.masks import path_slots
+
+KERNELS = Path(__file__).parent / "kernels"
+PANEL = 64  # outputs that lie side by side: BLOCK in kernels/tile.h
+EXACT = (torch.Tag.needs_exact_strides,)
+
+# The functions in kernels/, as programs declare them, by operator.
+FUNCTIONS = {
+    "glidecape::streamed_linear": "AOTITorchError aoti_torch_cpu_streamed_linear(AtenTensorHandle x, AtenTensorHandle weights, "
+    "AtenTensorHandle bias, int64_t outputs, AtenTensorHandle* y)",
+    "glidecape::tree_attention": "AOTITorchError aoti_torch_cpu_tree_attention(AtenTensorHandle q, AtenTensorHandle k, "
+    "AtenTensorHandle v, AtenTensorHandle lengths, AtenTensorHandle positions, AtenTensorHandle ancestors, "
+    "AtenTensorHandle seen, double scale, double cap, AtenTensorHandle* y)",
+}
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """A weight `(outputs, inputs)` as `streamed_linear` reads it: `(panels, inputs, 64)`, the last panel filled up with zeros.
+
+    A float32 weight that bfloat16 holds exactly, as those of most published models, is kept in bfloat16: half of the bytes,
+    and the same products.
+    """
+    if weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight):
+        weight = weight.bfloat16()
+    panels = -(-weight.shape[0] // PANEL)
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, panels * PANEL - weight.shape[0]))
+    return filled.view(panels, PANEL, -1).transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("glidecape::streamed_linear", mutates_args=(), tags=EXACT)
+def streamed_linear(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    """x W^T + b for few rows, in the time that reading the weights takes.
+
+    Args:
+        x: `(…, inputs)`, dense; float32, or bfloat16 if `panels` are.
+        panels: from `panels_of`.
+        bias: `(outputs,)` in float32, or `(0,)`: none.
+
+    Returns:
+        `(…, outputs)` in x's dtype.
+    """
+    weight = panels.transpose(1, 2).reshape(-1, panels.shape[1])[:outputs]
+    found = x.float() @ weight.float().T
+    return (found + bias if len(bias) else found).to(x.dtype)
+
+
+@streamed_linear.register_fake
+def _(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@torch.library.custom_op("glidecape::tree_attention", mutates_args=(), tags=EXACT)
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    ancestors: Tensor,
+    seen: Tensor,
+    scale: float,
+    cap: float,
+) -> Tensor:
+    """Attention of each node to its own path, summed in the order of positions.
+
+    Args:
+        q: `(rows, heads, nodes, head_dim)`; k, v: `(rows, kv_heads, slots, head_dim)`; the last dimension is dense.
+        lengths: `(rows,)` committed slots, which hold the positions of their numbers.
+        positions: `(rows, scratch)` of the slots after them.
+        ancestors: `(rows, nodes, scratch)`, which of these are on a node's path, its own included.
+        seen: `(rows, 1, nodes, slots)`, may a node read a position? Or empty: it may read its whole path.
+        scale: of scores.
+        cap: scores are cap x tanh(score / cap); 0: as they are.
+
+    Returns:
+        `(rows, nodes, heads, head_dim)`.
+    """
+    rows = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    heads = (torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1]))[:, None, None]
+    order = path_slots(lengths, positions, ancestors, k.shape[2])
+    keys, values = k[rows, heads, order[:, None]].float(), v[rows, heads, order[:, None]].float()
+    scores = (q.float()[:, :, :, None] * keys).sum(-1) * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    end = lengths[:, None] + ancestors.sum(-1)
+    own = torch.arange(k.shape[2], device=q.device) < end[..., None]
+    on_path = own[:, None] & seen if seen.numel() else own[:, None]
+    weights = scores.masked_fill(~on_path, float("-inf")).softmax(-1)
+    return (weights[..., None] * values).sum(-2).to(q.dtype).transpose(1, 2).contiguous()
+
+
+@tree_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    ancestors: Tensor,
+    seen: Tensor,
+    scale: float,
+    cap: float,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
