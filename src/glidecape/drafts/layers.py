@@ -20,16 +20,6 @@ def side_by_side(*parts: nn.Linear) -> nn.Linear:
     return joined
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 class GatedFeedForward(nn.Module):
     """SwiGLU without biases."""
 
