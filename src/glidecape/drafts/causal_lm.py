@@ -13,7 +13,7 @@ from ..target.target import Target
 class StandaloneDraft:
     """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`)."""
 
-    base = "vanilla"
+    kind = "lm"
 
     def __init__(self, model: Target) -> None:
         self.model = model

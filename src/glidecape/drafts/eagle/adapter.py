@@ -19,7 +19,7 @@ class EagleDraft(NetworkDraft):
     Accepted nodes are run again in the next round, with the target's true features.
     """
 
-    base, reads_hidden, trusts_own, uses_parents = "eagle", True, False, True
+    kind, reads_hidden, trusts_own, uses_parents = EagleModel.kind, True, False, True
 
     def __init__(self, module: EagleModel, figures: dict[str, Any] | None = None) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from ..program import NetworkDraft
 from ..self_attention import Cached
 from .network import GlideModel
 
-if TYPE_CHECKING:
-    pass
-
 
 class GlideDraft(NetworkDraft):
     """A GliDe network as a `DraftModel`.
@@ -24,17 +21,14 @@ class GlideDraft(NetworkDraft):
     caught up with have lag 1.
     """
 
-    base, trusts_own = "glide", True
+    kind, trusts_own = GlideModel.kind, True
 
     def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.module, self.figures = module.eval(), figures or {}
-        self.config, self.layers_read, self.uses_parents = (
-            module.config,
-            module.config.layers_read,
-            module.config.glimpse,
-        )
-        self.max_lag, self.reads_hidden = module.config.max_lag, module.config.glimpse
+        self.config = c = module.config
+        self.layers_read, self.max_lag = c.layers_read, c.max_lag
+        self.uses_parents = self.reads_hidden = c.glimpse
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c, weight = self.config, self.module.norm.weight
