@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.cache import KVCache
 from ..target.target import Target
+from .base import Queries
 
 
 class StandaloneDraft:
@@ -30,14 +31,7 @@ class StandaloneDraft:
         """See `Target.compile`."""
         return self.model.compile(mode, say, ordered=False)
 
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        ancestors: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
-        return self.model.forward(tokens, positions, own, ancestors, scratch_positions=scratch_positions).logits
+    def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
+        q = queries
+        scratch = q.scratch_positions
+        return self.model.forward(q.tokens, q.positions, own, q.ancestors, scratch_positions=scratch).logits
