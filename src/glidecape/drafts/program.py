@@ -206,7 +206,7 @@ class NetworkDraft(ABC):
         sizes = StepInputs._make((of_tokens, of_tokens, *of_own, *of_target, stores, stores, read, read, hidden))
         return (
             DraftProgram(self),
-            (tuple(inputs), [tokens] if below_root else []),
+            (tuple(inputs), [torch.zeros_like(tokens)] if below_root else []),  # a tensor of its own: no alias
             (tuple(sizes), [of_tokens] if below_root else []),
         )
 
