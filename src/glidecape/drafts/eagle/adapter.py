@@ -9,8 +9,8 @@ from torch import Tensor
 from ...core.cache import KVCache
 from ...core.masks import tree_mask
 from ..base import Queries
+from ..layers import Cached
 from ..program import NetworkDraft
-from ..self_attention import Cached
 from .network import EagleModel
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...target.packed import draft_products, pack
-from ..layers import GatedFeedForward, linear, rotate, side_by_side, split_heads
+from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
-from ..self_attention import SelfAttention, WholeSequence
 from .config import EagleConfig
 
 if TYPE_CHECKING:

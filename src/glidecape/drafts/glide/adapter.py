@@ -10,8 +10,8 @@ from torch import Tensor
 from ...core.cache import KVCache
 from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
 from ..base import Queries
+from ..layers import Cached
 from ..program import NetworkDraft
-from ..self_attention import Cached
 from .network import GlideModel
 
 

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
 from ...target.packed import draft_products, pack
-from ..layers import GatedFeedForward, linear, rotate, side_by_side, split_heads
+from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
-from ..self_attention import SelfAttention, WholeSequence
 from .config import GlideConfig
 
 if TYPE_CHECKING:
