@@ -82,7 +82,7 @@ bench: $(VENV)/.installed-plots ## measure the shipped pair, ten minutes on four
 bench-all: $(VENV)/.installed-plots ## measure every suite, with ../shared/data/eval when it is there; hours
 	runs/bench.sh all
 
-peers: ## build llama.cpp beside the benchmark, ten minutes on two cores (JOBS=2)
+peers: $(VENV)/.installed-peers ## build llama.cpp beside the benchmark, ten minutes on two cores (JOBS=2)
 	PYTHON=$(PYTHON) runs/peers.sh
 
 clean: ## remove caches and build outputs; keeps .venv
@@ -111,4 +111,8 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 
 $(VENV)/.installed-plots: $(VENV)/.installed
 	$(LOCKED) --no-build-isolation -e ".[plots]"
+	touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	$(LOCKED) --no-build-isolation -e ".[peers]"
 	touch $@

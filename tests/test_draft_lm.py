@@ -2,6 +2,7 @@
 
 import torch
 
+from glidecape.drafts.base import Queries
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.target.target import Target
 from glidecape.train.draft import make_draft
@@ -20,5 +21,5 @@ def test_layers_and_width_of_a_draft_lm():
     assert small.config.num_attention_heads == whole.num_attention_heads // 2
     draft = StandaloneDraft(Target(small.eval()))
     cache = draft.new_cache(1, 4)
-    logits = draft.step(torch.tensor([[5]]), torch.tensor([[0]]), cache, None, cache, torch.tensor([[0]]))
+    logits = draft.step(Queries(torch.tensor([[5]]), torch.tensor([[0]]), torch.tensor([[0]])), cache, cache)
     assert logits.shape == (1, 1, target.vocab_size)

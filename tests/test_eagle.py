@@ -282,7 +282,7 @@ def test_what_is_saved_is_what_is_loaded_and_borrowed_parts_are_not_stored(targe
     module = random_eagle(target) if base == "eagle" else MedusaModel.new(MedusaConfig.for_target(target), target)
     save_network(tmp_path, module, target, "cmd", {"steps": 1}, torch.float32)
     loaded = load_draft(tmp_path, target)
-    assert (loaded.base, loaded.figures) == (base, {"steps": 1})
+    assert (loaded.kind, loaded.figures) == (base, {"steps": 1})
     assert loaded.module.config == module.config
     assert not any("embed" in name or "head" in name for name in module.state_dict())
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)

@@ -35,7 +35,7 @@ def test_what_cannot_hold_a_tree_is_refused_with_the_reason(kind, reason):
 
 def test_a_draft_of_a_composite_model_rotates_as_its_text_part_does():
     """Its pictures rotate, too, and come first among its modules."""
-    from glidecape.drafts.rotary import TargetRotary
+    from glidecape.drafts.network import TargetRotary
     from glidecape.target.target import Target
 
     target = Target(zoo.build("gemma4"), probe=False)

@@ -18,6 +18,7 @@ from glidecape.bench.settings import Settings
 from glidecape.core.params import RESIDUAL, SamplingParams
 from glidecape.core.stats import RoundStats, Stats
 from glidecape.costmodel import RoundCosts
+from glidecape.costs import Verification, verification_ratios
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.beam import Beam
 from glidecape.drafting.expansions.cape import Cape
@@ -28,7 +29,6 @@ from glidecape.engine.round import run_round
 from glidecape.errors import InputError
 from glidecape.measure import runs as runs_module
 from glidecape.measure.cape import best_of, study_cape
-from glidecape.measure.costs import Verification, verification_ratios
 from glidecape.measure.oracle import distance, oracle, rounds_of
 from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, prompts_of, run
 from glidecape.measure.svip import Lengths, study_svip
@@ -117,16 +117,16 @@ def test_nodes_by_depth_are_those_that_were_proposed(expansion) -> None:
 
 
 def test_verification_is_timed_at_every_size() -> None:
-    found = verification_ratios(TARGET, [[0, 1, 2]], PARAMS, (1, 2, 12), repeats=3)
+    found = verification_ratios(TARGET, [[0, 1, 2]], 0.0, (1, 2, 12), repeats=3)
     assert (found.sizes, found.ratios[0]) == ((1, 2, 12), 1.0)
     assert found.ratios[2] > 1.2, "the toy takes time for every node"
     assert found.step_s > 0
     with pytest.raises(InputError, match="begin with 1"):
-        verification_ratios(TARGET, [[0]], PARAMS, (2, 4))
+        verification_ratios(TARGET, [[0]], 0.0, (2, 4))
     short = ToyTarget(TARGET.rule, VOCAB)
     short.context = 12
-    with pytest.raises(InputError, match="leave no room"):
-        verification_ratios(short, [[0] * 8], PARAMS, (1, 8), repeats=3)
+    with pytest.raises(InputError, match="shorten the prompt"):
+        verification_ratios(short, [[0] * 8], 0.0, (1, 8), repeats=3)
 
 
 def test_figures_of_runs() -> None:

@@ -170,6 +170,13 @@ def test_what_is_not_converted_is_refused(folder: Path, tmp_path: Path) -> None:
         write_gguf(tmp_path, tmp_path / "m.gguf")
 
 
+def test_without_the_gguf_package_a_sentence_says_how_to_get_it(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"pip install 'glidecape\[peers\]'"):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_a_windowed_model_is_exact_up_to_its_first_window_only(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "windowed"
     shutil.copytree(folder, copy)

@@ -2,16 +2,17 @@
 
 import io
 import json
+import random
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from glidecape import cli
-from glidecape.batch.text import StopStrings, TextStream, text_of
+from glidecape.batch.text import GrowingText, StopStrings, TextStream, text_of
 from glidecape.bench.provenance import commit
 from glidecape.bench.records import JsonLines, RunFolder
 from glidecape.bench.settings import Settings
@@ -89,6 +90,27 @@ def test_half_a_character_at_the_end_of_a_prompt_changes_nothing():
         text = text_of(Bytes(), whole[cut:], whole[:cut])
         assert text.replace("\ufffd", "") in "ab字c"
         assert text.endswith("c")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "spaces dropped"])
+def test_text_that_grows_is_the_text_of_all_tokens_and_decodes_each_token_a_few_times(kind, world):
+    """4,000 random tokens: most of the bytes are no characters."""
+    real = AutoTokenizer.from_pretrained(world["target"]) if kind == "byte level" else pieces()
+
+    class Counting:
+        decoded = 0
+
+        def decode(self, tokens, skip_special_tokens):
+            self.decoded += len(tokens)
+            return real.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    counting, draw, prompt = Counting(), random.Random(0), [1, 2, 3]
+    tokens, growing = [draw.randrange(len(real)) for _ in range(4000)], GrowingText(counting, prompt)
+    for count, token in enumerate(tokens, 1):
+        text = growing.push(token)
+        if count < 40 or count % 100 == 0:
+            assert text == text_of(real, tokens[:count], prompt).rstrip("\ufffd")
+    assert counting.decoded < 20 * len(tokens)
 
 
 def test_the_answers_of_a_file_are_not_prompts(tmp_path):

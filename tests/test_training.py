@@ -14,6 +14,7 @@ from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts import checkpoint
+from glidecape.drafts.base import Queries
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.drafts.glide.adapter import GlideDraft
 from glidecape.drafts.glide.config import GlideConfig
@@ -232,7 +233,7 @@ def test_a_window_over_one_text_is_read_as_its_newest_slots(layers):
             draft.catch_up(ids[:, :11], positions[:, :11], own, cache)
             own.commit([11])
             itself = torch.ones(1, 1, 1, dtype=torch.bool) if masked else None
-            found.append(draft.step(ids[:, 11:], positions[:, 11:], own, itself, cache, positions[:, 11:]))
+            found.append(draft.step(Queries(ids[:, 11:], positions[:, 11:], positions[:, 11:], itself), own, cache))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 

@@ -22,6 +22,7 @@ from glidecape.core.masks import tree_mask
 from glidecape.core.params import SamplingParams
 from glidecape.core.verify import verdict_numbers
 from glidecape.drafting.drafter import Drafter, ModelDrafter
+from glidecape.drafts.base import Queries
 from glidecape.engine.decode import start
 from glidecape.engine.round import run_round
 from glidecape.target.target import TargetOutput
@@ -127,19 +128,11 @@ class ToyDraft:
         mask = tree_mask(own, None, tokens.shape[1])
         _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=False)
 
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        ancestors: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
-        assert scratch_positions.shape[1] == own.scratch + tokens.shape[1]
-        mask = tree_mask(own, ancestors, tokens.shape[1])
-        return _read(self.rule, self.vocab, tokens, positions, own, mask, lenient=True)
+    def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
+        tokens = queries.tokens
+        assert queries.scratch_positions.shape[1] == own.scratch + tokens.shape[1]
+        mask = tree_mask(own, queries.ancestors, tokens.shape[1])
+        return _read(self.rule, self.vocab, tokens, queries.positions, own, mask, lenient=True)
 
 
 class ReRun(ToyDraft):

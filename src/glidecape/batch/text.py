@@ -65,8 +65,24 @@ class Prompt:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _settled(tokenizer: Any, tokens: list[int], prompt: Sequence[int]) -> str:
-    return text_of(tokenizer, tokens, prompt).rstrip(HALF)
+class GrowingText:
+    """The text of tokens that come one by one, without half a character at its end.
+
+    It is `text_of` all of them, but only the newest tokens are decoded, those since the last one that ended a character.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.before = tokenizer, list(prompt[-CONTEXT:])
+        self.whole, self.open = "", list[int]()
+
+    def push(self, token: int) -> str:
+        """The text up to this token."""
+        self.open.append(token)
+        new = text_of(self.tokenizer, self.open, self.before)
+        if not new or new.endswith(HALF):
+            return self.whole + new.rstrip(HALF)
+        self.whole, self.before, self.open = self.whole + new, [*self.before, *self.open][-CONTEXT:], []
+        return self.whole
 
 
 @dataclass(frozen=True)
@@ -104,29 +120,42 @@ class StopStrings:
 
     def __init__(self, tokenizer: Any, strings: Sequence[str], least: int = 0, prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.strings, self.least, self.prompt = tokenizer, tuple(strings), least, prompt
+        self._restart()
+
+    def _restart(self) -> None:
+        self._growing, self._text = GrowingText(self.tokenizer, self.prompt), ""
+        self._lengths = [0]  # of the text after so many tokens
+
+    def _read(self, token: int) -> str:
+        self._text = self._growing.push(token)
+        self._lengths.append(len(self._text))
+        return self._text
 
     def find(self, tokens: list[int], searched: int) -> Cut | None:
-        """The first stop string that is complete after one of `tokens`, of which the first `searched` hold none."""
-        before = _settled(self.tokenizer, tokens[:searched], self.prompt)
+        """The first stop string that is complete after one of `tokens`, of which the first `searched` hold none.
+
+        The row's tokens are read once, as long as each call continues the one before.
+        """
+        if len(self._lengths) != searched + 1:
+            self._restart()
+            for token in tokens[:searched]:
+                self._read(token)
         for count in range(searched + 1, len(tokens) + 1):
-            after = _settled(self.tokenizer, tokens[:count], self.prompt)
+            before, after = self._text, self._read(tokens[count - 1])
             if count >= self.least:
                 # It must end in this token's text: what ended earlier was found, or came before `least`.
                 found = [after.find(text, max(0, len(before) - len(text) + 1)) for text in self.strings]
                 if begins := [at for at in found if at >= 0]:
                     text = after[: min(begins)]
                     return Cut(count, self._boundary(tokens[:count], text), text)
-            before = after
         return None
 
     def _boundary(self, tokens: list[int], text: str) -> int:
+        settled, lengths = len(text.rstrip(HALF)), self._lengths
         for count in reversed(range(len(tokens))):
-            if text_of(self.tokenizer, tokens[:count], self.prompt) == text:
+            if lengths[count] == settled and text_of(self.tokenizer, tokens[:count], self.prompt) == text:
                 return count
-        longer = (
-            n for n in range(1, len(tokens)) if len(_settled(self.tokenizer, tokens[:n], self.prompt)) > len(text)
-        )
-        return next(longer, len(tokens))
+        return next((n for n in range(1, len(tokens)) if lengths[n] > len(text)), len(tokens))
 
 
 def held_back(text: str, strings: Sequence[str]) -> int:
@@ -149,6 +178,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop, self.prompt = tokenizer, tuple(stop), prompt
+        self.growing, self.text = GrowingText(tokenizer, prompt), ""
         self.tokens: list[int] = []
         self.shown = 0
 
@@ -165,7 +195,9 @@ class TextStream:
             whole = text_of(self.tokenizer, self.tokens, self.prompt) if text is None else text
             until = len(whole)
         else:
-            whole = _settled(self.tokenizer, self.tokens, self.prompt)
+            for token in tokens:
+                self.text = self.growing.push(token)
+            whole = self.text
             until = len(whole) - held_back(whole, self.stop)
         new = whole[self.shown : until]
         self.shown = max(self.shown, until)

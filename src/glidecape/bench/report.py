@@ -168,8 +168,8 @@ def _details(summary: Summary) -> list[TextTable]:
             made.append(TextTable(f"Every two methods on the same prompts, {kind}", heads, rows))
     made += _depth_sheets(summary)
     if costs := summary["costs"]:
-        heads = ["forward of so many nodes beside the root", "ms", "v(n)"]
-        rows = [[n, f"{1e3 * s:.3f}", f"{costs['v'][n]:.3f}"] for n, s in costs["forward_s"].items()]
+        heads = ["verification of so many nodes beside the root", "ms", "v(n)"]
+        rows = [[n, f"{1e3 * s:.3f}", f"{costs['v'][n]:.3f}"] for n, s in costs["verify_s"].items()]
         made.append(TextTable(f"Verification ratio, measured alone after {costs['context']} tokens", heads, rows))
         rows = [[name, f"{1e3 * s:.3f}", f"{costs['c'][name]:.3f}"] for name, s in costs["draft_step_s"].items()]
         if rows:

@@ -121,22 +121,22 @@ def _read(spec: str, folder: Path | None, fetch: bool) -> Suite:
         return _of_file(Path(name).stem, Path(name), Known(()), None, each)
     if name == "own":
         return _of_file("own", _own_prompts(), Known(()), None, each)
-    base, _, category = name.partition("/")
-    known = KNOWN.get(base, Known((f"{base}.jsonl",)))
+    suite, _, category = name.partition("/")
+    known = KNOWN.get(suite, Known((f"{suite}.jsonl",)))
     path = next((folder / f for f in known.files if (folder / f).is_file()), None) if folder else None
-    if path is None and fetch and base in KNOWN:
+    if path is None and fetch and suite in KNOWN:
         from .hub import fetch_suite
 
-        path = fetch_suite(base, folder)
+        path = fetch_suite(suite, folder)
     if path is None:
-        if base not in KNOWN:
+        if suite not in KNOWN:
             names = ", ".join(("own", "stdlib:N", *KNOWN, *GROUPS))
             raise InputError(f"no suite or file named '{name}': choose from {names}, or name a .jsonl or text file")
         raise InputError(
-            f"suite '{base}' is not at hand: put {known.files[0]} into a folder and name it with --suites or {FOLDER}, "
+            f"suite '{suite}' is not at hand: put {known.files[0]} into a folder and name it with --suites or {FOLDER}, "
             "or download it with --fetch"
         )
-    return _of_file(base, path, known, category or None, each)
+    return _of_file(suite, path, known, category or None, each)
 
 
 def _span(spec: str) -> tuple[str, slice | None]:

@@ -11,7 +11,7 @@ import typer
 from ..core.params import SamplingParams
 from ..errors import InputError
 from .flatten import flattened
-from .shared import AsJson, ServingMachine, TargetName, base_of, named_folders, read_prompts
+from .shared import AsJson, ServingMachine, TargetName, named_folders, read_prompts
 
 if TYPE_CHECKING:
     from ..certify import Finding
@@ -47,7 +47,7 @@ def certify(
     model = machine.load(target)
     folders = named_folders(draft or [])
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
-    drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
+    drafters = make_drafters(methods, loaded)
     machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), temperature > 0)
     reference = _reference(target, model.dtype, machine)
     findings = run(model, reference, drafters, texts, params, batch)
@@ -83,21 +83,18 @@ def _reference(target: str, dtype: Any, machine: ServingMachine) -> Any:
     return model.eval().to(machine.device)
 
 
-def make_drafters(methods: str, drafts: dict[str, Any], bases: dict[str, str]) -> dict[str, Drafter]:
-    """The drafters of `--methods`; "all": plain, and every method that a draft there is for.
-
-    Args:
-        drafts: loaded drafts by name.
-        bases: of the methods that each of them is for.
+def make_drafters(methods: str, drafts: dict[str, Any]) -> dict[str, Drafter]:
+    """The drafters of `--methods`, with loaded drafts by name; "all": plain, and every method that a draft there is for.
 
     Raises:
         InputError: an unknown method, or one whose draft is missing or of another kind.
     """
-    from ..drafting.methods import DRAFTLESS, METHODS, make_drafter, parse_method
+    from ..drafting.methods import DRAFTLESS, METHODS, base_for, make_drafter, parse_method
 
     if methods == "all":
         wanted = list(DRAFTLESS)
-        for name, base in bases.items():
+        for name, draft in drafts.items():
+            base = base_for(draft.kind)
             label = "" if name == base else f"{name}:"
             wanted += [label + m for m in METHODS if m.split("+")[0] == base]
     else:
@@ -109,8 +106,6 @@ def make_drafters(methods: str, drafts: dict[str, Any], bases: dict[str, str]) -
         key = key or base
         if base not in DRAFTLESS and key not in drafts:
             raise InputError(f"'{item}' needs a draft named '{key}': give --draft {key}=FOLDER")
-        if base not in DRAFTLESS and bases[key] != base:
-            raise InputError(f"'{item}': the draft '{key}' is for {bases[key]} methods, not for {base}")
         made[item] = make_drafter(method, drafts.get(key))
     return made
 

@@ -32,8 +32,8 @@ def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**typed: Any) -> Any:
-        for name, (kind, _) in classes.items():
-            typed[name] = _instance(kind, typed)
+        for name, (form, _) in classes.items():
+            typed[name] = _instance(form, typed)
         return command(**typed)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -41,10 +41,10 @@ def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _parameters(kind: Any, start: Any) -> Iterator[Parameter]:
+def _parameters(form: Any, start: Any) -> Iterator[Parameter]:
     """The options of a class; `start` is an instance of it with their defaults, None for the class's own."""
-    hints = get_type_hints(kind)
-    for one in fields(kind):
+    hints = get_type_hints(form)
+    for one in fields(form):
         default = one.default if start is None else getattr(start, one.name)
         if is_dataclass(hints[one.name]):
             yield from _parameters(hints[one.name], None if start is None else default)
@@ -58,12 +58,12 @@ def _parameters(kind: Any, start: Any) -> Iterator[Parameter]:
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=how.write(default), annotation=annotation)
 
 
-def _instance(kind: Any, typed: dict[str, Any]) -> Any:
+def _instance(form: Any, typed: dict[str, Any]) -> Any:
     """An instance of a class, whose options are taken out of what was typed."""
-    hints, values = get_type_hints(kind), {}
-    for one in fields(kind):
+    hints, values = get_type_hints(form), {}
+    for one in fields(form):
         if is_dataclass(hints[one.name]):
             values[one.name] = _instance(hints[one.name], typed)
         elif (how := option_of(one)) is not None:
             values[one.name] = how.read(typed.pop(how.parameter(one.name)))
-    return kind(**values)
+    return form(**values)

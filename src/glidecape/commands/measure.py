@@ -125,7 +125,7 @@ def _drafters(ctx: typer.Context, methods: str, opened: _Opened, also: tuple[str
     return made
 
 
-def _numbers(text: str, name: str, kind: type = int) -> list[Any]:
+def _numbers(text: str, name: str, read: type = int) -> list[Any]:
     """Numbers joined by commas; of integers also FIRST-LAST.
 
     Raises:
@@ -135,11 +135,11 @@ def _numbers(text: str, name: str, kind: type = int) -> list[Any]:
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            made += range(int(first), int(last) + 1) if dash and kind is int else [kind(part)]
+            made += range(int(first), int(last) + 1) if dash and read is int else [read(part)]
     except ValueError:
         raise InputError(f"{name} takes numbers joined by commas, not '{text}'") from None
-    if not made or min(made) < (1 if kind is int else 0):
-        raise InputError(f"{name} takes numbers of at least {1 if kind is int else 0}, not '{text}'")
+    if not made or min(made) < (1 if read is int else 0):
+        raise InputError(f"{name} takes numbers of at least {1 if read is int else 0}, not '{text}'")
     return list(dict.fromkeys(made))
 
 
@@ -219,9 +219,9 @@ def svip(
     run: StudyOptions = StudyOptions(),
 ) -> None:
     """SVIP against constant and heuristic draft lengths, and the gap to an oracle that knows what will be accepted."""
+    from ..costs import verification_ratios
     from ..drafting.drafter import ModelDrafter
     from ..drafting.stop import FixedLength
-    from ..measure.costs import verification_ratios
     from ..measure.svip import Lengths, study_svip
     from ..measure.sweeps import params_of
 
@@ -234,7 +234,7 @@ def svip(
     for settings in opened.each_temperature():
         prompts, kept = _calibrated(opened, settings, calibration)
         params = params_of(settings)
-        verification = verification_ratios(opened.target, prompts[:1], params)
+        verification = verification_ratios(opened.target, prompts[:1], settings.temperature)
         for name, drafter in drafters.items():
             if isinstance(drafter, ModelDrafter):
                 table, _ = study_svip(

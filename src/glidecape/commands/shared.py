@@ -148,10 +148,11 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
 
 def base_of(folder: str) -> str:
     """The base of the methods that a draft folder is for, such as "glide" or "vanilla"."""
+    from ..drafting.methods import base_for
     from ..drafts.checkpoint import WEIGHTS, read_card, resolve
 
     path = resolve(folder)
-    return read_card(path).kind if (path / WEIGHTS).is_file() else "vanilla"
+    return base_for(read_card(path).kind if (path / WEIGHTS).is_file() else "lm")
 
 
 def named_folders(items: list[str]) -> dict[str, str]:
@@ -171,21 +172,12 @@ def named_folders(items: list[str]) -> dict[str, str]:
 
 
 def load_fitting_draft(name: str | None, base: str, target: Target) -> AnyDraft | None:
-    """The draft of a method of this base; None where it needs none.
+    """The draft for a method of this base; None where it needs none. Whether it fits, `make_drafter` says.
 
     Raises:
-        InputError: it is of another kind.
         CheckpointError, MismatchError: see `load_draft`.
     """
-    from ..drafting.methods import DRAFTLESS, WANTS
+    from ..drafting.methods import DRAFTLESS
     from ..drafts.checkpoint import load_draft
 
-    if name is None or base in DRAFTLESS:
-        return None
-    loaded = load_draft(name, target)
-    if loaded.base != base:
-        raise InputError(
-            f"{name} holds {WANTS[loaded.base]}, which does not fit --method {base}: use {loaded.base}, "
-            f"{loaded.base}+svip, …, or name another draft"
-        )
-    return loaded
+    return None if name is None or base in DRAFTLESS else load_draft(name, target)

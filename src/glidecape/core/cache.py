@@ -31,7 +31,10 @@ def cache_bytes(
 
 
 class _Slots:
-    """What transformers asks of a cache layer besides writing: it is a full-attention layer, whatever the mask says."""
+    """What transformers asks of a cache layer besides writing: it is a full-attention layer, whatever the mask says.
+
+    It is not a `CacheLayerMixin`, which would own the layer's tensors: they belong to the cache, which moves them together.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -75,22 +78,6 @@ class SlotCache(Cache, ABC):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
         return self.write(layer_idx, key_states, value_states)
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.own_keys)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self.own_keys)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self.own_keys)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
 
 class KVCache(SlotCache):
@@ -292,9 +279,6 @@ class KVCache(SlotCache):
     # --- what transformers calls on its `Cache`
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.longest + self.scratch
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.longest + self.scratch
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ..batch.row import Outcome
 from ..core.cache import KVCache
 from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
-from ..drafts.base import DraftModel
+from ..drafts.base import DraftModel, Queries
 from ..drafts.program import NetworkDraft
 from .expansions.base import Expansion
 from .expansions.chain import Chain
@@ -243,7 +243,7 @@ class ModelDrafter:
         """Run every token that the draft has not run yet, up to the root; logits `(batch, 1, vocab)` at the root."""
         pieces = [row.tokens[length:] for row, length in zip(batch.rows, own.host_lengths, strict=True)]
         tokens, positions = _padded(pieces, own)
-        logits = self.model.step(tokens, positions, own, None, batch.cache, positions, None)
+        logits = self.model.step(Queries(tokens, positions, positions), own, batch.cache)
         # The root stays scratch slot 0: it is the first token of this round's tree.
         counts = [len(piece) - 1 for piece in pieces]
         own.commit(counts)
@@ -272,7 +272,8 @@ class ModelDrafter:
             if own.hidden is not None:  # a parent was run before its children, the root in slot 0
                 parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         positions = scratch[:, -at.shape[1] :]
-        logits = self.model.step(tree.tokens.gather(1, at), positions, own, above, batch.cache, scratch, parents)
+        queries = Queries(tree.tokens.gather(1, at), positions, scratch, above, parents)
+        logits = self.model.step(queries, own, batch.cache)
         own.scratch += at.shape[1]
         return logits
 

@@ -33,8 +33,8 @@ class MedusaDrafter(ModelDrafter):
         self.expansion, self.stop, self.cap = expansion, stop, min(stop.cap, model.max_lag)
 
     def begin(self, rows: int, capacity: int) -> MedusaState:
-        base = self._begin(KVCache([], rows, 0), rows)
-        return MedusaState(base.own, lengths=base.lengths, first=base.first)
+        state = self._begin(KVCache([], rows, 0), rows)
+        return MedusaState(state.own, lengths=state.lengths, first=state.first)
 
     def read(self, batch: Batch, first: int, last: int, chunk: int = 512) -> None:
         """There is nothing to catch up with."""

@@ -67,10 +67,15 @@ def parse_method(method: str) -> tuple[str, set[str]]:
         raise InputError(f"'{method}': plain decoding drafts nothing, so there is nothing to expand or stop")
     if base == "lookup" and added:
         raise InputError(f"'{method}': prompt lookup copies tokens and has no draft law to expand or stop by")
-    for kind, names in (("expansion", EXPANSIONS), ("stop policy", STOPS)):
+    for part, names in (("expansion", EXPANSIONS), ("stop policy", STOPS)):
         if len(set(names) & set(added)) > 1:
-            raise InputError(f"'{method}' names more than one {kind}: choose one of {', '.join(names)}")
+            raise InputError(f"'{method}' names more than one {part}: choose one of {', '.join(names)}")
     return base, set(added)
+
+
+def base_for(kind: str) -> str:
+    """The base of the methods that a draft of this kind is for: of the same name, and "vanilla" for an "lm"."""
+    return "vanilla" if kind == "lm" else kind
 
 
 def form_of(base: str, added: set[str]) -> str:
@@ -103,8 +108,8 @@ def make_drafter(
         return LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
-    made_for = getattr(draft, "base", None)  # None: anything that can draft
-    if made_for not in (None, base):
+    kind = getattr(draft, "kind", None)  # None: anything that can draft
+    if kind is not None and (made_for := base_for(kind)) != base:
         raise InputError(
             f"method '{method}' needs {WANTS[base]}, and this is {WANTS[made_for]}: use {made_for}, {made_for}+svip, …, or "
             "name another draft"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -29,6 +30,26 @@ class DepthModel(Protocol):
         """Logits `(batch, max_lag, vocab)` of the nodes one, two, … below the root."""
 
 
+@dataclass
+class Queries:
+    """What a draft runs in one step.
+
+    Attributes:
+        tokens, positions: `(batch, queries)`; positions are absolute.
+        scratch_positions: `(batch, scratch)` of all scratch slots of the draft's own cache, the queries' last.
+        ancestors: `(batch, queries, scratch)` which of these slots a query may read besides the committed ones; None: every
+            one before it.
+        parents: `(batch, queries)` scratch slots of the queries' parents, where the draft's own cache keeps hidden states.
+            None: not kept, or the first step of a round, whose queries are committed tokens and the root.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    scratch_positions: Tensor
+    ancestors: Tensor | None = None
+    parents: Tensor | None = None
+
+
 class DraftModel(Protocol):
     """A network that proposes tokens. It writes its keys and values to the scratch of `own`; who is committed is the
     drafter's business.
@@ -53,22 +74,5 @@ class DraftModel(Protocol):
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Draft by a compiled program from now on; see `Target.compile`."""
 
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        ancestors: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None,
-    ) -> Tensor:
-        """Run queries `(batch, queries)`; logits `(batch, queries, vocab)`.
-
-        Args:
-            ancestors: `(batch, queries, scratch)` which scratch slots of `own`, the queries' last, a query may read besides
-                the committed ones; None: every one before it.
-            scratch_positions: `(batch, scratch)` of all scratch slots of `own`, the queries' last.
-            parents: `(batch, queries)` scratch slots of the queries' parents, where `own` keeps hidden states. None: not
-                kept, or the first step of a round, whose queries are committed tokens and the root.
-        """
+    def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
+        """Run queries; logits `(batch, queries, vocab)`."""

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ..core.cache import KVCache
 from ..target.target import Target
+from .base import Queries
 
 
 class StandaloneDraft:
     """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`)."""
 
-    base = "vanilla"
+    kind = "lm"
 
     def __init__(self, model: Target) -> None:
         self.model = model
@@ -30,14 +31,7 @@ class StandaloneDraft:
         """See `Target.compile`."""
         return self.model.compile(mode, say)
 
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        ancestors: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
-        return self.model.forward(tokens, positions, own, ancestors, scratch_positions=scratch_positions).logits
+    def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
+        q = queries
+        scratch = q.scratch_positions
+        return self.model.forward(q.tokens, q.positions, own, q.ancestors, scratch_positions=scratch).logits

@@ -1,10 +1,16 @@
-"""Building blocks of draft models, small and plain."""
+"""Building blocks of draft networks: layers, and the attention to their own keys and values, which is the only thing that
+training and decoding do differently."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..core.cache import KVCache
+from ..target.attention import attend
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -18,16 +24,6 @@ def side_by_side(*parts: nn.Linear) -> nn.Linear:
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
     return joined
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class GatedFeedForward(nn.Module):
@@ -53,10 +49,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: `(batch, heads, queries, head_dim)`.
-        cos, sin: `(batch, queries, rotary_dim)`; the first half of `sin` is negated (see `rotary.TargetRotary`).
+        cos, sin: `(batch, queries, rotary_dim)`; the first half of `sin` is negated (see `network.TargetRotary`).
     """
     size = cos.shape[-1]
     turned = x if size == x.shape[-1] else x[..., :size]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
     return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
+
+
+class SelfAttention(Protocol):
+    """What a draft network calls in each of its layers. Another engine passes one that reads its own cache."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Store keys and values `(batch, kv_heads, queries, head_dim)` of a layer and attend; the outcome is
+        `(batch, queries, heads x head_dim)`."""
+
+
+class WholeSequence:
+    """Training: the queries are whole sequences from position 0, and nothing is stored.
+
+    Args:
+        mask: `(batch, 1, queries, queries)`; None: causal.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.mask = mask
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q, k, v, self.mask, scale, causal=self.mask is None)
+
+
+class Cached:
+    """Decoding: keys and values are written to the scratch of the draft's cache.
+
+    Args:
+        mask: `(batch, 1, queries, slots)`; None: every slot.
+        recent: where one query sees every slot, the newest slots that its window holds; 0: all.
+    """
+
+    def __init__(self, cache: KVCache, mask: Tensor | None, recent: int = 0) -> None:
+        self.cache, self.mask, self.recent = cache, mask, recent
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        k, v = self.cache.write(layer, k, v)
+        return attend(q, k[:, :, -self.recent :], v[:, :, -self.recent :], self.mask, scale)

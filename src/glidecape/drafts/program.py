@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..core.cache import KVCache
 from ..core.transfer import to_device
 from ..target.packages import Program, Run, compiled
 from ..target.program import KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
+from .base import Queries
 
 if TYPE_CHECKING:
     from ..target.target import Target
@@ -46,43 +47,25 @@ class NetworkDraft(ABC):
         """See `DraftModel`."""
 
     @abstractmethod
-    def run(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: Any,
-        ancestors: Tensor | None,
-        target_cache: Any,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
         """`DraftModel.step`, eagerly, on a `KVCache` or a `TracedCache`."""
 
-    def step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: KVCache,
-        ancestors: Tensor | None,
-        target_cache: KVCache,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
+    def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
         """See `DraftModel`."""
-        run = self.compiled.get(self.uses_parents and parents is not None)
+        q = queries
+        run = self.compiled.get(self.uses_parents and q.parents is not None)
         if run is None or target_cache.longest == 0:  # a program reads at least one key
-            return self.run(tokens, positions, own, ancestors, target_cache, scratch_positions, parents)
-        (rows, queries), device = tokens.shape, tokens.device
-        slots = torch.arange(max(own.end_of_write(queries), target_cache.longest), device=device)
-        scratch = own.scratch + queries
-        if ancestors is None:
-            ancestors = chain(rows, queries, scratch, device)
+            return self.run(q, own, target_cache)
+        (rows, count), device = q.tokens.shape, q.tokens.device
+        slots = torch.arange(max(own.end_of_write(count), target_cache.longest), device=device)
+        scratch = own.scratch + count
+        ancestors = chain(rows, count, scratch, device) if q.ancestors is None else q.ancestors
         # The positions of committed tokens that are run again are those of their slots, as everywhere.
-        inputs = [tokens, positions, slots[: own.longest + scratch], ancestors, own.lengths, scratch_positions]
+        inputs = [q.tokens, q.positions, slots[: own.longest + scratch], ancestors, own.lengths, q.scratch_positions]
         inputs += [slots[: target_cache.longest], target_cache.lengths]
         inputs += self._stores(own, target_cache)
-        if self.uses_parents and parents is not None:
-            inputs.append(parents)
+        if self.uses_parents and q.parents is not None:
+            inputs.append(q.parents)
         return run([one.contiguous() for one in inputs])[0]
 
     def draft_chain(
@@ -115,12 +98,11 @@ class NetworkDraft(ABC):
         own.scratch = length
         return drafted, log_prob
 
-    def traced_target(
-        self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, slots: Tensor, hidden: Tensor | None
-    ) -> TracedCache:
-        """The target's cache inside a program; `slots (keys,)`: as many are read."""
-        by_layer = [dict(zip(self.layers_read, one, strict=True)) for one in (keys, values)]
-        return TracedCache(by_layer[0], by_layer[1], lengths, slots.shape[0], hidden=hidden)
+    def traced_target(self, step: StepInputs) -> TracedCache:
+        """The target's cache inside a program."""
+        keys, values = (dict(zip(self.layers_read, one, strict=True)) for one in (step.target_keys, step.target_values))
+        hidden = step.hidden[1] if step.hidden else None
+        return TracedCache(keys, values, step.target_lengths, step.target_slots.shape[0], hidden=hidden)
 
     def _stores(self, own: KVCache, target_cache: KVCache) -> list[Tensor]:
         """What a program reads and writes of both caches."""
@@ -149,18 +131,23 @@ class NetworkDraft(ABC):
         return run is not None
 
     def _chain_example(self, length: int, noisy: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
-        _, example, dynamic = self._example(False)
-        inputs: list[Any] = list(example[:13])
-        rows, queries = inputs[0].shape
-        device, longest = inputs[0].device, int(inputs[4].max())
-        inputs[2], inputs[3] = torch.arange(longest + queries, device=device), chain(rows, queries, queries, device)
-        inputs[5] = inputs[1]
-        inputs += [torch.full((rows,), queries - 1, device=device), torch.arange(longest + queries - 1, device=device)]
-        sizes = [*dynamic[:3], {0: ROWS, 1: NODES, 2: NODES}, dynamic[4], {0: ROWS, 1: NODES}, *dynamic[6:13]]
-        sizes += [{0: ROWS}, {0: COMMITTED}]
-        inputs.append([torch.zeros(rows, length, self.vocab_size, device=device)] if noisy else [])
-        sizes.append([{0: ROWS}] if noisy else [])
-        return ChainProgram(self, length), tuple(inputs), tuple(sizes)
+        _, *examples = self._example(False)
+        step, sizes = (StepInputs._make(one) for one, _ in examples)
+        (rows, queries), device, longest = step.tokens.shape, step.tokens.device, int(step.own_lengths.max())
+        step = step._replace(
+            own_slots=torch.arange(longest + queries, device=device),
+            ancestors=chain(rows, queries, queries, device),
+            scratch_positions=step.positions,
+        )
+        sizes = sizes._replace(ancestors={0: ROWS, 1: NODES, 2: NODES}, scratch_positions={0: ROWS, 1: NODES})
+        last = torch.full((rows,), queries - 1, device=device)
+        noise = [torch.zeros(rows, length, self.vocab_size, device=device)] if noisy else []
+        inputs = (tuple(step), last, torch.arange(longest + queries - 1, device=device), noise)
+        return (
+            ChainProgram(self, length),
+            inputs,
+            (tuple(sizes), {0: ROWS}, {0: COMMITTED}, [{0: ROWS}] if noisy else []),
+        )
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Draft by compiled programs from now on; False where it stays eager, which is said. See `Target.compile`."""
@@ -195,36 +182,59 @@ class NetworkDraft(ABC):
         positions = start[:, None] + torch.arange(scratch, device=device)
         if self.module.rotary_layer is not None:
             self.module.rotary(positions)  # makes its table
-        inputs: list[Any] = [
-            torch.zeros(rows, queries, dtype=torch.long, device=device),
-            positions[:, scratch - queries :].contiguous(),
-            torch.arange(keys, device=device),
-            chain(rows, queries, scratch, device),
-            start,
-            positions,
-            torch.arange(seen, device=device),
-            torch.full((rows,), seen, device=device),
-            own.keys,
-            own.values,
-            [cache.keys[layer] for layer in self.layers_read],
-            [cache.values[layer] for layer in self.layers_read],
-            [one.hidden for one in (own, cache) if self.reads_hidden and one.hidden is not None],
-            [torch.zeros(rows, queries, dtype=torch.long, device=device)] if below_root else [],
-        ]
-        tree = {0: ROWS, 1: NODES, 2: SCRATCH}
-        stores, read = [{0: ROWS, 2: SLOTS}] * len(own.keys), [{0: ROWS, 2: TARGET_SLOTS}] * len(self.layers_read)
+        tokens = torch.zeros(rows, queries, dtype=torch.long, device=device)
+        inputs = StepInputs(
+            tokens=tokens,
+            positions=positions[:, scratch - queries :].contiguous(),
+            own_slots=torch.arange(keys, device=device),
+            ancestors=chain(rows, queries, scratch, device),
+            own_lengths=start,
+            scratch_positions=positions,
+            target_slots=torch.arange(seen, device=device),
+            target_lengths=torch.full((rows,), seen, device=device),
+            own_keys=own.keys,
+            own_values=own.values,
+            target_keys=[cache.keys[layer] for layer in self.layers_read],
+            target_values=[cache.values[layer] for layer in self.layers_read],
+            hidden=[one.hidden for one in (own, cache) if self.reads_hidden and one.hidden is not None],
+        )
+        of_tokens, stores = {0: ROWS, 1: NODES}, [{0: ROWS, 2: SLOTS}] * len(own.keys)
+        read = [{0: ROWS, 2: TARGET_SLOTS}] * len(self.layers_read)
         hidden = [{0: ROWS, 1: SLOTS}, {0: ROWS, 1: TARGET_SLOTS}] if self.reads_hidden else []
-        dynamic: list[Any] = [
-            {0: ROWS, 1: NODES},
-            {0: ROWS, 1: NODES},
-            {0: KEYS},
-            tree,
-            {0: ROWS},
-            {0: ROWS, 1: SCRATCH},
-        ]
-        dynamic += [{0: TARGET_KEYS}, {0: ROWS}, stores, stores, read, read, hidden]
-        dynamic.append([{0: ROWS, 1: NODES}] if below_root else [])
-        return DraftProgram(self), tuple(inputs), tuple(dynamic)
+        of_own = ({0: KEYS}, {0: ROWS, 1: NODES, 2: SCRATCH}, {0: ROWS}, {0: ROWS, 1: SCRATCH})
+        of_target = ({0: TARGET_KEYS}, {0: ROWS})
+        sizes = StepInputs._make((of_tokens, of_tokens, *of_own, *of_target, stores, stores, read, read, hidden))
+        return (
+            DraftProgram(self),
+            (tuple(inputs), [torch.zeros_like(tokens)] if below_root else []),  # a tensor of its own: no alias
+            (tuple(sizes), [of_tokens] if below_root else []),
+        )
+
+
+class StepInputs(NamedTuple):
+    """The inputs of a draft's programs; while one is exported also the dynamic sizes of each.
+
+    Attributes:
+        tokens, positions, scratch_positions, ancestors: see `Queries`.
+        own_slots, target_slots: `(keys,)` 0, 1, …: as many slots of the cache are read.
+        own_lengths, target_lengths: `(rows,)` committed tokens.
+        own_keys, own_values: of each of the draft's layers; target_keys, target_values: of each target layer that is read.
+        hidden: hidden states of both caches, the draft's first; none where they are not read.
+    """
+
+    tokens: Any
+    positions: Any
+    own_slots: Any
+    ancestors: Any
+    own_lengths: Any
+    scratch_positions: Any
+    target_slots: Any
+    target_lengths: Any
+    own_keys: list[Any]
+    own_values: list[Any]
+    target_keys: list[Any]
+    target_values: list[Any]
+    hidden: list[Any]
 
 
 class DraftProgram(nn.Module):
@@ -237,28 +247,14 @@ class DraftProgram(nn.Module):
         self.shared = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
         self.draft = [draft]
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own_slots: Tensor,
-        ancestors: Tensor,
-        own_lengths: Tensor,
-        scratch_positions: Tensor,
-        target_slots: Tensor,
-        target_lengths: Tensor,
-        own_keys: list[Tensor],
-        own_values: list[Tensor],
-        target_keys: list[Tensor],
-        target_values: list[Tensor],
-        hidden: list[Tensor],
-        parents: list[Tensor],
-    ) -> Tensor:
-        (draft,) = self.draft
-        of_own, of_target = hidden or (None, None)
-        own = traced(own_keys, own_values, own_lengths, own_slots, tokens.shape[1], ancestors.shape[2], of_own)
-        target = draft.traced_target(target_keys, target_values, target_lengths, target_slots, of_target)
-        return draft.run(tokens, positions, own, ancestors, target, scratch_positions, parents[0] if parents else None)
+    def forward(self, inputs: tuple[Any, ...], parents: list[Tensor]) -> Tensor:
+        """`inputs`: the fields of `StepInputs`, a plain tuple, because a program's signature names no class of ours."""
+        (draft,), s = self.draft, StepInputs._make(inputs)
+        of_own = s.hidden[0] if s.hidden else None
+        scratch = s.ancestors.shape[2]
+        own = traced(s.own_keys, s.own_values, s.own_lengths, s.own_slots, s.tokens.shape[1], scratch, of_own)
+        queries = Queries(s.tokens, s.positions, s.scratch_positions, s.ancestors, parents[0] if parents else None)
+        return draft.run(queries, own, draft.traced_target(s))
 
 
 class ChainProgram(DraftProgram):
@@ -269,35 +265,15 @@ class ChainProgram(DraftProgram):
         self.length = length
 
     def forward(  # type: ignore[override]
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        first_slots: Tensor,
-        ancestors: Tensor,
-        own_lengths: Tensor,
-        scratch_positions: Tensor,
-        target_slots: Tensor,
-        target_lengths: Tensor,
-        own_keys: list[Tensor],
-        own_values: list[Tensor],
-        target_keys: list[Tensor],
-        target_values: list[Tensor],
-        hidden: list[Tensor],
-        last: Tensor,
-        committed_slots: Tensor,
-        noise: list[Tensor],
+        self, inputs: tuple[Any, ...], last: Tensor, committed_slots: Tensor, noise: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See `NetworkDraft.draft_chain`; `committed_slots`: as many as the longest row has when the root is committed to."""
-        (draft,) = self.draft
-        caches = (own_keys, own_values, target_keys, target_values, hidden)
-        logits = super().forward(
-            tokens, positions, first_slots, ancestors, own_lengths, positions, target_slots, target_lengths, *caches, []
-        )
+        (draft,), step = self.draft, StepInputs._make(inputs)
+        logits = super().forward(step._replace(scratch_positions=step.positions), [])
         logits = logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
-        of_own, of_target = hidden or (None, None)
-        target = draft.traced_target(target_keys, target_values, target_lengths, target_slots, of_target)
-        stores = [dict(enumerate(one)) for one in (own_keys, own_values)]
-        roots, longest = own_lengths + last, committed_slots.shape[0]
+        of_own, target = step.hidden[0] if step.hidden else None, draft.traced_target(step)
+        stores = [dict(enumerate(one)) for one in (step.own_keys, step.own_values)]
+        roots, longest = step.own_lengths + last, committed_slots.shape[0]
         chosen, log_probs = [], []
         for depth in range(self.length):
             scores = logits[:, 0].float()
@@ -309,5 +285,5 @@ class ChainProgram(DraftProgram):
                 own = TracedCache(stores[0], stores[1], roots, longest, longest + depth + 2, depth + 1, of_own)
                 at = roots[:, None] + torch.arange(depth + 2, device=roots.device)
                 parents = torch.full_like(token, depth) if draft.uses_parents else None
-                logits = draft.run(token, at[:, -1:], own, None, target, at, parents)
+                logits = draft.run(Queries(token, at[:, -1:], at, parents=parents), own, target)
         return torch.cat(chosen, 1), torch.cat(log_probs, 1)

@@ -20,7 +20,7 @@ from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
-from ..drafting.methods import DRAFTLESS, USUAL, make_drafter, parse_method
+from ..drafting.methods import USUAL, base_for, make_drafter
 from ..drafting.options import MethodOptions
 from ..drafts.base import DraftModel
 from ..drafts.causal_lm import StandaloneDraft
@@ -197,10 +197,10 @@ def _token_ids(tokens: Tensor | None) -> tuple[int, ...]:
 
 def _ours(criterion: Any, ends: Sequence[int], max_length: int) -> bool:
     """Is this an end that the row looks for anyway?"""
-    kind = type(criterion).__name__
-    if kind == "EosTokenCriteria":
+    name = type(criterion).__name__
+    if name == "EosTokenCriteria":
         return set(_token_ids(criterion.eos_token_id)) <= set(ends)
-    return kind == "MaxLengthCriteria" and criterion.max_length >= max_length
+    return name == "MaxLengthCriteria" and criterion.max_length >= max_length
 
 
 def _as_batch(pad: Tensor, tokens: Tensor, rows: int) -> Tensor:
@@ -258,11 +258,8 @@ def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions 
                 f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
             )
         draft = StandaloneDraft(own.target)
-    own_base = getattr(draft, "base", "vanilla")
-    usual = "lookup" if draft is None else own_base if own_base in USUAL else f"{own_base}+cape"
-    base, _ = parse_method(method or usual)
-    if draft is not None and base not in DRAFTLESS and base != own_base:
-        raise InputError(f"the draft does not fit method '{method}': try '{usual}'")
+    base = base_for(getattr(draft, "kind", "lm"))
+    usual = "lookup" if draft is None else base if base in USUAL else f"{base}+cape"
     return kept.target, make_drafter(method or usual, draft, options)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..core.params import NOISE, SamplingParams
 from ..costmodel import RoundCosts, line
+from ..costs import Verification
 from ..drafting.drafter import Drafter, ModelDrafter, NoDraft
 from ..drafting.expansions.base import Expansion
 from ..drafting.methods import AnyDraft
@@ -16,7 +17,6 @@ from ..errors import InputError
 from ..fit import fit_threshold, record
 from ..replay import Expected, Recorded, Round, expected
 from ..target.target import Target
-from .costs import Verification
 from .oracle import distance, oracle, rounds_of
 from .runs import PLAIN, Run, Runs, Watched, figures, interleaved, merged
 from .table import Table

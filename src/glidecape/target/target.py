@@ -322,18 +322,18 @@ def read_chunk(target: Target, rows: list[list[int]], cache: KVCache) -> bool:
 
 def refuse_by_config(config: Any) -> None:
     """Architectures that no mask can make into a tree decoder."""
-    kind = getattr(config, "model_type", "unknown")
+    name = getattr(config, "model_type", "unknown")
     layers = set(getattr(config, "layer_types", None) or [])
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{kind} is an encoder-decoder model; GlideCape decodes causal language models")
+        raise UnsupportedError(f"{name} is an encoder-decoder model; GlideCape decodes causal language models")
     unknown = layers - {"full_attention", "sliding_attention", "chunked_attention"}
-    if unknown or getattr(config, "layers_block_type", None) or kind in {"mamba", "mamba2", "rwkv", "falcon_mamba"}:
+    if unknown or getattr(config, "layers_block_type", None) or name in {"mamba", "mamba2", "rwkv", "falcon_mamba"}:
         reason = ", ".join(sorted(unknown)) or "recurrent layers"
-        raise UnsupportedError(f"{kind} has {reason}: a recurrent or compressed state cannot hold a token tree")
+        raise UnsupportedError(f"{name} has {reason}: a recurrent or compressed state cannot hold a token tree")
     if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedError(f"{kind} keeps a compressed (MLA) cache, which GlideCape does not read yet")
-    if getattr(config, "alibi", False) or kind in {"bloom", "mpt"}:
-        raise UnsupportedError(f"{kind} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
+        raise UnsupportedError(f"{name} keeps a compressed (MLA) cache, which GlideCape does not read yet")
+    if getattr(config, "alibi", False) or name in {"bloom", "mpt"}:
+        raise UnsupportedError(f"{name} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
 
 
 def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.params import SamplingParams
 from ..core.stats import Stats, loops
 from ..drafting.drafter import Drafter
-from ..drafting.methods import AnyDraft, make_drafter
+from ..drafting.methods import AnyDraft, base_for, make_drafter
 from ..drafts.causal_lm import StandaloneDraft
 from ..drafts.checkpoint import KINDS, Network
 from ..drafts.glide.network import GlideModel
@@ -51,8 +51,8 @@ def as_draft(module: nn.Module) -> tuple[str, AnyDraft]:
     """The base of its methods, such as "glide" or "vanilla", and the network joined to the decode loop, unpacked."""
     module.eval()
     if isinstance(module, Network):
-        return module.kind, KINDS[module.kind][2](module)
-    return "vanilla", StandaloneDraft(Target(module))
+        return base_for(module.kind), KINDS[module.kind][2](module)
+    return base_for(StandaloneDraft.kind), StandaloneDraft(Target(module))
 
 
 def evaluate_draft(

@@ -1,41 +1,22 @@
 """A model folder as one GGUF file in the precision asked for, so that llama.cpp can run the same weights.
 
-Llama and Qwen3 models with a byte-level BPE. Everything else is refused: a wrong conversion would decode quietly on.
+Llama and Qwen3 models with a byte-level BPE. Everything else is refused: a wrong conversion would decode quietly on. The
+`gguf` package, llama.cpp's own, knows the format and the names; which numbers belong under them is written here.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 
-ALIGNMENT = 32  # bytes; GGUF's default
-VERSION = 3
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # ggml's numbers
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types
-
-GLOBAL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # GGUF's names
 
 
 def write_gguf(folder: str | Path, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -44,33 +25,34 @@ def write_gguf(folder: str | Path, path: Path, dtype: torch.dtype = torch.float3
     Matrices have `dtype`; vectors (norms) are float32, as llama.cpp expects.
 
     Raises:
-        InputError: an architecture, rotary scaling, activation, bias or tokenizer that is not converted here, or a dtype that
-            is not float32, float16 or bfloat16.
+        InputError: an architecture, rotary scaling, activation, bias or tokenizer that is not converted here, a dtype that
+            is not float32, float16 or bfloat16, or no `gguf` package.
     """
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(
+            "llama.cpp needs its weights written by the gguf package: pip install 'glidecape[peers]'"
+        ) from None
     folder = Path(folder)
-    if dtype not in TYPES:
+    if dtype not in DTYPES:
         raise InputError(f"GGUF is written in float32, float16 or bfloat16, not {dtype}")
     config = _json(folder / "config.json")
-    heads = _check(config, folder)
-    facts = _facts(config, folder, dtype)
-    tensors = [
-        (name, t.to(dtype if t.ndim > 1 else torch.float32))
-        for name, t in _tensors(folder, config["model_type"], heads)
-    ]
-    with path.open("wb") as out:
-        out.write(b"GGUF" + struct.pack("<IQQ", VERSION, len(tensors), len(facts)))
-        for key, value in facts.items():
-            out.write(_string(key) + _typed(value))
-        offset = 0
-        for name, tensor in tensors:
-            shape = tuple(reversed(tensor.shape))
-            out.write(_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-            out.write(struct.pack("<IQ", TYPES[tensor.dtype], offset))
-            offset += _padded(tensor.nbytes)
-        _pad(out)
-        for _, tensor in tensors:
-            out.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-            _pad(out)
+    _check(config, folder)
+    writer = gguf.GGUFWriter(path, config["model_type"])
+    writer.add_name(folder.name)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32 else f"MOSTLY_{DTYPES[dtype]}"])
+    _add_sizes(writer, config)
+    _add_tokenizer(writer, config, folder)
+    for name, tensor in _tensors(folder, config):
+        weight = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
+        # As bytes, because NumPy has no bfloat16.
+        raw = gguf.GGMLQuantizationType[DTYPES[weight.dtype]]
+        writer.add_tensor(name, weight.view(torch.uint8).numpy(), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -79,12 +61,12 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _check(config: dict[str, Any], folder: Path) -> tuple[int, int]:
-    """(query heads, key-value heads); refuses what would be converted wrongly."""
-    kind = config.get("model_type")
+def _check(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what would be converted wrongly."""
+    architecture = config.get("model_type")
     rope = config.get("rope_parameters") or {}
     refused = {
-        f"architecture {kind}": kind not in ("llama", "qwen3"),
+        f"architecture {architecture}": architecture not in ("llama", "qwen3"),
         f"rotary scaling {rope.get('rope_type')}": rope.get("rope_type", "default") != "default"
         or bool(config.get("rope_scaling")),
         f"activation {config.get('hidden_act')}": config.get("hidden_act") != "silu",
@@ -94,100 +76,86 @@ def _check(config: dict[str, Any], folder: Path) -> tuple[int, int]:
         raise InputError(
             f"{folder} cannot be converted to GGUF here: {', '.join(found)}; use llama.cpp's own converter"
         )
+
+
+def _heads(config: dict[str, Any]) -> tuple[int, int]:
+    """Query heads and key-value heads."""
     heads = int(config["num_attention_heads"])
     return heads, int(config.get("num_key_value_heads") or heads)
 
 
-def _facts(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The file's keys: sizes of the model, and its tokenizer. ints are 32-bit, as llama.cpp expects."""
-    kind, heads = config["model_type"], config["num_attention_heads"]
+def _add_sizes(writer: Any, config: dict[str, Any]) -> None:
+    heads, kv_heads = _heads(config)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or {}
     context = config["max_position_embeddings"]
     if "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window"):
-        context = min(
-            context, config["sliding_window"]
-        )  # llama.cpp's qwen3 has no windows: exact up to the first's end
-    own = {
-        "context_length": context,
-        "embedding_length": config["hidden_size"],
-        "block_count": config["num_hidden_layers"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": head_dim,
-        "rope.freq_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "vocab_size": config["vocab_size"],
-    }
-    facts: dict[str, Any] = {"general.architecture": kind, "general.name": folder.name}
-    facts["general.file_type"] = FILE_TYPES[dtype]
-    return facts | {f"{kind}.{key}": value for key, value in own.items()} | _tokenizer(config, folder)
+        # llama.cpp's qwen3 has no windows: exact up to the first's end.
+        context = min(context, config["sliding_window"])
+    writer.add_context_length(context)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_vocab_size(config["vocab_size"])
 
 
-def _tokenizer(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _add_tokenizer(writer: Any, config: dict[str, Any], folder: Path) -> None:
     """The vocabulary and merges. How text is split before BPE is not told: token ids are fed, not text."""
+    from gguf import TokenType
+
     written = _json(folder / "tokenizer.json")
     model = written["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise InputError(f"{folder / 'tokenizer.json'} is not a byte-level BPE: use llama.cpp's own converter")
     size = config["vocab_size"]
     tokens = [f"<unused {i}>" for i in range(size)]
-    types = [UNUSED] * size
+    types = [TokenType.UNUSED] * size
     for token, i in model["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
+        tokens[i], types[i] = token, TokenType.NORMAL
     for added in written.get("added_tokens", ()):
-        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added.get("special") else NORMAL
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    facts: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": False,
-    }
-    for name in ("bos", "eos"):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added.get("special") else TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_add_bos_token(False)
+    for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
         given = config.get(f"{name}_token_id")
         if given is not None:
-            facts[f"tokenizer.ggml.{name}_token_id"] = given[0] if isinstance(given, list) else given
-    return facts
+            add(given[0] if isinstance(given, list) else given)
 
 
-def _tensors(folder: Path, kind: str, heads: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The weights under GGUF's names."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} holds no safetensors: GGUF is made from them")
+    architecture, (heads, kv_heads) = config["model_type"], _heads(config)
+    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     for file in files:
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (safe_open is not a dict)
-                new = tensor_name(name)
+                new = names.get_name(name, (".weight",)) if name.endswith(".weight") else None
+                if new is None:
+                    raise InputError(
+                        f"tensor '{name}' has no place in a GGUF file made here: use llama.cpp's own converter"
+                    )
                 tensor = weights.get_tensor(name)
-                if kind == "llama" and new.endswith(("attn_q.weight", "attn_k.weight")):
-                    tensor = interleaved(tensor, heads[0] if new.endswith("attn_q.weight") else heads[1])
+                if architecture == "llama" and new.endswith(("attn_q.weight", "attn_k.weight")):
+                    tensor = interleaved(tensor, heads if new.endswith("attn_q.weight") else kv_heads)
                 yield new, tensor
-
-
-def tensor_name(name: str) -> str:
-    """GGUF's name of a transformers tensor.
-
-    Raises:
-        InputError: a tensor that neither architecture has.
-
-    >>> tensor_name("model.layers.3.self_attn.q_proj.weight"), tensor_name("model.norm.weight")
-    ('blk.3.attn_q.weight', 'output_norm.weight')
-    """
-    stem = name.removesuffix(".weight")
-    if stem in GLOBAL_NAMES:
-        return f"{GLOBAL_NAMES[stem]}.weight"
-    parts = stem.split(".", 3)
-    if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[3] in LAYER_NAMES and name.endswith(".weight"):
-        return f"blk.{parts[2]}.{LAYER_NAMES[parts[3]]}.weight"
-    raise InputError(f"tensor '{name}' has no place in a GGUF file made here: use llama.cpp's own converter")
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -197,31 +165,3 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     """
     rows, width = weight.shape
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _typed(value: Any) -> bytes:
-    """A value with the number of its type before it."""
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _string(value)
-    if value and isinstance(value[0], int):
-        return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
-    return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _pad(out: BinaryIO) -> None:
-    out.write(b"\0" * (_padded(out.tell()) - out.tell()))

@@ -8,6 +8,7 @@ from ...core.sampling import widen
 from ...core.tree import TokenTree
 from ...errors import InputError
 from ..law import DraftLaw
+from .base import Expansion
 
 
 def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -
     return parents, tokens, best.values.flatten(1).gather(1, order.indices), order.values
 
 
-class Beam:
+class Beam(Expansion):
     """Beam expansion: at each depth the `beams` best nodes by cumulative score, all of which stay in the tree.
 
     A node's score is the sum along its path of the log-softmax of the draft's ranks: greedy, the draft's own
@@ -42,8 +43,6 @@ class Beam:
     a few nodes more.
     """
 
-    draws, may_end = False, False
-
     def __init__(self, beams: int = 4) -> None:
         if not 1 <= beams <= 64:
             raise InputError(f"a beam expansion has 1 to 64 beams, not {beams}")
@@ -52,13 +51,7 @@ class Beam:
     def budget(self, depth: int) -> int:
         return 1 + depth * self.beams
 
-    def capacity(self, depth: int) -> int:
-        return self.budget(depth)
-
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """The new nodes in order of descending score."""
         parents, tokens, own, total = (one[:, : self.beams] for one in continuations(tree, frontier, law, self.beams))
         return tree.add(parents, tokens, own, total.isfinite())
-
-    def finish(self, tree: TokenTree) -> TokenTree:
-        return tree

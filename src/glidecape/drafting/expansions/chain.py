@@ -7,21 +7,19 @@ from torch import Tensor
 
 from ...core.tree import TokenTree
 from ..law import DraftLaw
+from .base import Expansion
 
 
-class Chain:
+class Chain(Expansion):
     """One node a depth: the draft's first choice, or a token drawn from its law under the residual rule.
 
     Lossless: a drawn node is marked `sampled` and verified by min(1, p/q); otherwise it is a point mass.
     """
 
-    draws, may_end = True, False
+    draws = True
 
     def budget(self, depth: int) -> int:
         return 1 + depth
-
-    def capacity(self, depth: int) -> int:
-        return self.budget(depth)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         first = law.rank.argmax(-1)
@@ -35,6 +33,3 @@ class Chain:
         added = tree.add(frontier, token, log_prob, sampled_from=law.drawn_law)
         tree.sampled[:, -1:] &= random
         return added
-
-    def finish(self, tree: TokenTree) -> TokenTree:
-        return tree

@@ -8,10 +8,11 @@ from torch import Tensor
 from ...core.tree import TokenTree
 from ...errors import InputError
 from ..law import DraftLaw
+from .base import Expansion
 from .beam import continuations
 
 
-class EagleTree:
+class EagleTree(Expansion):
     """EAGLE-2: at each depth the `top` best nodes propose `top` tokens each; of all, the best `total` - 1 are verified.
 
     Args:
@@ -29,7 +30,7 @@ class EagleTree:
     nodes of a depth even where they are lost already.
     """
 
-    draws, may_end = False, True
+    may_end = True
 
     def __init__(self, top: int = 10, total: int = 60) -> None:
         check_size(top, total)

@@ -12,12 +12,13 @@ from torch import Tensor
 from ...core.sampling import widen
 from ...core.tree import TokenTree
 from ..law import DraftLaw
+from .base import Expansion
 from .eagle_tree import check_size
 
 FIRST = 0.6  # chance of the first choice that a static tree is made for
 
 
-class StaticTree:
+class StaticTree(Expansion):
     """A tree whose shape is fixed beforehand: which of the draft's choices, first to `top`-th, each node continues with.
 
     Args:
@@ -32,17 +33,12 @@ class StaticTree:
     Source: EAGLE-1 and Medusa. Differs: their shapes are tables, searched for on their own models; ours is this formula.
     """
 
-    draws, may_end = False, False
-
     def __init__(self, top: int = 10, total: int = 60, depth: int = 5) -> None:
         check_size(top, total)
         self.levels = _levels(static_paths(top, total, depth))
 
     def budget(self, depth: int) -> int:
         return 1 + sum(len(level.choices) for level in self.levels[:depth])
-
-    def capacity(self, depth: int) -> int:
-        return self.budget(depth)
 
     def grow(self, tree: TokenTree, frontier: Tensor, law: DraftLaw) -> Tensor:
         """All of the shape's next depth; those of its nodes that have children, too, are the new frontier."""
@@ -54,9 +50,6 @@ class StaticTree:
         # A token outside the draft's processed law has no rank: its score is -inf.
         added = tree.add(frontier[:, level.parents], tokens, own, own.isfinite() & (level.choices < vocab))
         return added[:, level.goes_on]
-
-    def finish(self, tree: TokenTree) -> TokenTree:
-        return tree
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ...core.cache import KVCache
 from ...core.masks import tree_mask
+from ..base import Queries
+from ..layers import Cached
 from ..program import NetworkDraft
-from ..self_attention import Cached
 from .network import EagleModel
 
 
@@ -19,7 +20,7 @@ class EagleDraft(NetworkDraft):
     Accepted nodes are run again in the next round, with the target's true features.
     """
 
-    base, reads_hidden, trusts_own, uses_parents = "eagle", True, False, True
+    kind, reads_hidden, trusts_own, uses_parents = EagleModel.kind, True, False, True
 
     def __init__(self, module: EagleModel, figures: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -34,22 +35,14 @@ class EagleDraft(NetworkDraft):
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         own.write(0, *self.module.keys_values(tokens, positions, target_cache.hidden_at(positions - 1)))
 
-    def run(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: Any,
-        ancestors: Tensor | None,
-        target_cache: Any,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
         """Logits `(batch, queries, vocab)`; the first step of a round reads true features, later ones the draft's own."""
-        if parents is None:
-            features = target_cache.hidden_at(positions - 1)
+        q = queries
+        if q.parents is None:
+            features = target_cache.hidden_at(q.positions - 1)
         else:
-            features = own.hidden_at(own.lengths[:, None] + parents)
-        mask = tree_mask(own, ancestors, tokens.shape[1])
-        hidden = self.module.hidden(tokens, positions, features, Cached(own, mask))
+            features = own.hidden_at(own.lengths[:, None] + q.parents)
+        mask = tree_mask(own, q.ancestors, q.tokens.shape[1])
+        hidden = self.module.hidden(q.tokens, q.positions, features, Cached(own, mask))
         own.write_hidden(hidden)
         return self.module.logits(hidden)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...target.packed import draft_products, pack
-from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
+from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
-from ..self_attention import SelfAttention, WholeSequence
 from .config import EagleConfig
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class EagleLayer(nn.Module):
         self.kv = linear(c.hidden_size, 2 * c.kv_heads * c.head_dim)
         self.qkv: nn.Linear | None = None
         self.out = linear(c.heads * c.head_dim, c.hidden_size)
-        self.ffn_norm = RMSNorm(c.hidden_size, c.eps)
+        self.ffn_norm = nn.RMSNorm(c.hidden_size, eps=c.eps)
         self.ffn = GatedFeedForward(c.hidden_size, c.ffn)
 
     def keys_values(self, x: Tensor, rotary: KV) -> KV:

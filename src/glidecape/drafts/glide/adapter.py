@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.cache import KVCache
 from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from ..base import Queries
+from ..layers import Cached
 from ..program import NetworkDraft
-from ..self_attention import Cached
 from .network import GlideModel
-
-if TYPE_CHECKING:
-    pass
 
 
 class GlideDraft(NetworkDraft):
@@ -24,17 +22,14 @@ class GlideDraft(NetworkDraft):
     caught up with have lag 1.
     """
 
-    base, trusts_own = "glide", True
+    kind, trusts_own = GlideModel.kind, True
 
     def __init__(self, module: GlideModel, figures: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.module, self.figures = module.eval(), figures or {}
-        self.config, self.layers_read, self.uses_parents = (
-            module.config,
-            module.config.layers_read,
-            module.config.glimpse,
-        )
-        self.max_lag, self.reads_hidden = module.config.max_lag, module.config.glimpse
+        self.config = c = module.config
+        self.layers_read, self.max_lag = c.layers_read, c.max_lag
+        self.uses_parents = self.reads_hidden = c.glimpse
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c, weight = self.config, self.module.norm.weight
@@ -45,33 +40,27 @@ class GlideDraft(NetworkDraft):
         if self.config.layers == 1:
             own.write(0, *self.module.first_keys_values(tokens, positions))
         else:
-            self.run(tokens, positions, own, None, target_cache, positions, logits=False)
+            self._hidden(Queries(tokens, positions, positions), own, target_cache)
 
-    def run(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        own: Any,
-        ancestors: Tensor | None,
-        target_cache: Any,
-        scratch_positions: Tensor,
-        parents: Tensor | None = None,
-        logits: bool = True,
-    ) -> Tensor:
+    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
         """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
-        own_mask = tree_mask(own, ancestors, tokens.shape[1])
-        mask, recent = self._window(own_mask, positions, own, scratch_positions)
+        return self.module.logits(self._hidden(queries, own, target_cache))
+
+    def _hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+        tokens, positions = queries.tokens, queries.positions
+        own_mask = tree_mask(own, queries.ancestors, tokens.shape[1])
+        mask, recent = self._window(own_mask, positions, own, queries.scratch_positions)
         hidden = self.module.hidden(
             tokens,
             positions,
             {layer: target_cache.committed(layer) for layer in self.config.layers_read},
             self._visible(positions, target_cache),
             Cached(own, mask, recent),
-            self._glimpse(positions, own, target_cache, parents) if self.config.glimpse else None,
+            self._glimpse(positions, own, target_cache, queries.parents) if self.config.glimpse else None,
         )
         if own.hidden is not None:
             own.write_hidden(hidden)
-        return self.module.logits(hidden) if logits else hidden
+        return hidden
 
     def _visible(self, positions: Tensor, target_cache: KVCache) -> Tensor | None:
         lengths = target_cache.lengths[:, None]

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
 from ...target.packed import draft_products, pack
-from ..layers import GatedFeedForward, RMSNorm, linear, rotate, side_by_side, split_heads
+from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
-from ..self_attention import SelfAttention, WholeSequence
 from .config import GlideConfig
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.reads, self.heads, self.scale = reads, c.target_heads, c.target_head_dim**-0.5
         inner = c.target_heads * c.target_head_dim * (1 if c.mix else len(reads))
-        self.norm = RMSNorm(c.width, c.eps) if c.cross_norm else nn.Identity()
+        self.norm = nn.RMSNorm(c.width, eps=c.eps) if c.cross_norm else nn.Identity()
         self.q = linear(c.width, inner)
         self.out = linear(inner, c.width)
         self.mix = nn.Parameter(torch.zeros(2, len(reads))) if c.mix else None
@@ -96,13 +95,13 @@ class GlideLayer(nn.Module):
         super().__init__()
         inner = c.heads * c.head_dim
         self.number, self.heads, self.scale = number, c.heads, c.head_dim**-0.5
-        self.self_norm = RMSNorm(c.width, c.eps)
+        self.self_norm = nn.RMSNorm(c.width, eps=c.eps)
         self.q: nn.Linear | None = linear(c.width, inner)
         self.kv = linear(c.width, 2 * inner)
         self.qkv: nn.Linear | None = None
         self.self_out = linear(inner, c.width)
         self.cross = CrossAttention(c, c.reads[number]) if c.cross_attention else None
-        self.ffn_norm = RMSNorm(c.width, c.eps)
+        self.ffn_norm = nn.RMSNorm(c.width, eps=c.eps)
         self.ffn = GatedFeedForward(c.width, c.ffn)
 
     def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> KV:
@@ -176,7 +175,7 @@ class GlideModel(DraftNetwork):
             self.glimpse_projection = linear(config.hidden_size, config.width)
             self.own_glimpse_projection = linear(config.width, config.width)
         self.layers = nn.ModuleList([GlideLayer(config, m) for m in range(config.layers)])
-        self.norm = RMSNorm(config.width, config.eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.eps)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

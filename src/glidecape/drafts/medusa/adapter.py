@@ -14,7 +14,7 @@ from .network import MedusaModel
 class MedusaDraft:
     """Medusa heads, joined to the decode loop by `drafting.medusa.MedusaDrafter`. They have no cache."""
 
-    base, reads_hidden = "medusa", True
+    kind, reads_hidden = MedusaModel.kind, True
 
     def __init__(self, module: MedusaModel, figures: dict[str, Any] | None = None) -> None:
         self.module, self.figures = module.eval(), figures or {}
