@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch.text import TextStream
+    from .core.constraint import Constraint
     from .core.params import SamplingParams
     from .core.stats import Stats
     from .drafting.methods import METHODS, make_drafter
@@ -37,6 +38,7 @@ _HOME = {
     "GlideDraft": "drafts.glide.adapter",
     "StandaloneDraft": "drafts.causal_lm",
     "Target": "target.target",
+    "Constraint": "core.constraint",
     "SamplingParams": "core.params",
     "Stats": "core.stats",
     "TextStream": "batch.text",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "METHODS",
     "Completion",
+    "Constraint",
     "GlideCapeError",
     "GlideDraft",
     "MethodOptions",

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch.grammar import new_grammar
+from .batch.laws import forbid
 from .compat import cache_argument, cache_of
 from .core.noise import gumbel
 from .core.params import NOISE, SamplingParams
@@ -94,7 +96,8 @@ def certify(
 ) -> list[Finding]:
     """Compare every method with plain decoding and with `reference`, prompt by prompt.
 
-    End-of-text is ignored, so that every output has `max_new_tokens` tokens. Prompt i uses seed + i.
+    End-of-text is ignored, so that every output has `max_new_tokens` tokens, or ends where nothing may follow under the
+    constraint. Prompt i uses seed + i.
 
     Args:
         reference: a transformers causal LM with the target's weights, dtype and device, but not the target's own module.
@@ -145,8 +148,10 @@ def _refuse_other_options(params: SamplingParams) -> None:
     if not params.greedy and params.sampling != NOISE:
         raise InputError("the residual rule draws other tokens with every method: certify with sampling='noise'")
     bare = SamplingParams(params.temperature, seed=params.seed, max_new_tokens=params.max_new_tokens)
-    if replace(params, ignore_eos=False) != bare:
-        raise InputError("certify compares the bare law at a temperature: leave all other sampling options out")
+    if replace(params, ignore_eos=False, constraint=None) != bare:
+        raise InputError(
+            "certify compares the law at a temperature, with or without a constraint: leave all other options out"
+        )
 
 
 class _Judge:
@@ -157,12 +162,15 @@ class _Judge:
         self.beside: list[int] | None = None  # another row's prompt, where outputs come from batches
 
     def reference_tokens(self, plain: list[int]) -> list[int]:
-        """The reference's own output; with temperature, along plain's output: its choice after each of plain's tokens."""
+        """The reference's own output; with temperature or a constraint, along plain's output: its choice after each of plain's
+        tokens, and after the last one, where it ended too early."""
         if not plain:
             return []
-        if not self.params.greedy:
-            logits = self._full([*self.prompt, *plain[:-1]])[len(self.prompt) - 1 :]
-            return self._scores(logits, len(self.prompt)).argmax(-1).tolist()
+        if not self.params.greedy or self.params.constraint is not None:
+            known = [*self.prompt, *plain]
+            scores = self._scores(self._full(known)[len(self.prompt) - 1 :], known)
+            most = next((n for n in range(len(plain) + 1) if self._is_complete(plain[:n])), self.params.max_new_tokens)
+            return scores.argmax(-1).tolist()[:most]
         from transformers import GenerationConfig
 
         ids = torch.tensor([self.prompt], device=self.reference.device)
@@ -195,10 +203,10 @@ class _Judge:
             return finding  # one output is shorter: rounding cannot do that
         known = [*self.prompt, *tokens[:at]]
         logits = self._full(known)[-1]
-        truth = self._score(logits, len(known))
-        stepped = self._score(self._after_a_cache(known), len(known))
-        one = self._score(self._one_node(known), len(known))
-        many = self._score(self._many_nodes(known), len(known))
+        truth = self._scores(logits[None], known)[0]
+        stepped = self._scores(self._after_a_cache(known)[None], known)[0]
+        one = self._scores(self._one_node(known)[None], known)[0]
+        many = self._scores(self._many_nodes(known)[None], known)[0]
         best = truth.topk(2).values
         step = torch.finfo(self.target.dtype).eps * _largest(logits)
         if not self.params.greedy:
@@ -219,16 +227,27 @@ class _Judge:
             rounding=rounding,
         )
 
-    def _scores(self, logits: Tensor, first: int) -> Tensor:
-        """What the argmax is taken of, `(count, vocab)`, for tokens at positions `first`, `first + 1`, …"""
+    def _allowed(self, new: list[int]) -> bytes | None:
+        """What may follow these emitted tokens, see `Grammar.allowed`; asked of a grammar that begins afresh."""
+        grammar = new_grammar(self.params, (), self.target)
+        assert grammar is not None
+        return grammar.allowed(tuple(new))
+
+    def _is_complete(self, new: list[int]) -> bool:
+        return self.params.constraint is not None and self._allowed(new) == b""
+
+    def _scores(self, logits: Tensor, known: list[int]) -> Tensor:
+        """What the argmax is taken of, `(count, vocab)`, for the tokens that follow `known` and its beginnings, the longest
+        last."""
+        first = len(known) - len(logits) + 1
+        if self.params.constraint is not None:
+            masks = [self._allowed(known[len(self.prompt) : first + n]) for n in range(len(logits))]
+            logits = forbid(logits[None], [((0, n), mask) for n, mask in enumerate(masks) if mask])[0]
         if self.params.greedy:
             return widen(logits)
         positions = torch.arange(first, first + len(logits), device=logits.device)[None]
         seed = torch.tensor([self.params.seed], device=logits.device)
         return log_law(widen(logits), self.params) + gumbel(seed, positions, logits.shape[-1])[0]
-
-    def _score(self, logits: Tensor, position: int) -> Tensor:
-        return self._scores(logits[None], position)[0]
 
     def _full(self, tokens: list[int]) -> Tensor:
         """The reference on the whole text at once, without a cache; `(tokens, vocab)`."""
@@ -273,8 +292,9 @@ class _Judge:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two score vectors; infinite where one holds a value that is not a number."""
-    largest = float((one - other).abs().max())
+    """Largest difference of two score vectors; infinite where one holds a value that is not a number. What is forbidden in
+    both differs by nothing."""
+    largest = float((one - other).masked_fill(one.isneginf() & other.isneginf(), 0.0).abs().max())
     return largest if math.isfinite(largest) else math.inf
 
 

@@ -12,7 +12,7 @@ from ..core.noise import Noise, NoiseAhead, gumbel
 from ..core.params import NOISE
 from ..core.penalties import History, adjust
 from ..core.sampling import Warp, log_law, widen
-from ..core.transfer import to_device
+from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
 from ..core.verify import DenseLaw, Law, PointLaw
 from ..errors import UnsupportedError
@@ -26,6 +26,7 @@ class Laws:
         points: rows whose law, given the shared noise, is one token: greedy or shared noise, without a processor. All other
             rows are verified one by one.
         residual: rows under the residual rule.
+        constrained: rows with a constraint.
         bare: is every row greedy, or sampled with shared noise at a temperature and nothing else?
     """
 
@@ -39,7 +40,9 @@ class Laws:
         self.one_by_one = [i for i, alone in enumerate(one_by_one) if alone]
         self.all_greedy = all(p.greedy for p in params)
         self.adjustable = any(row.adjusts_logits for row in rows)
-        self.bare = not self.one_by_one and not self.adjustable and all(p.greedy or not p.truncates for p in params)
+        self.constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
+        self.bare = not self.one_by_one and not self.adjustable and not self.constrained
+        self.bare &= all(p.greedy or not p.truncates for p in params)
         self.ahead = NoiseAhead([p.seed for p in params], device, noise) if any(noisy) else None
         if not self.all_greedy:
             self.warp = Warp(params, device)
@@ -78,6 +81,32 @@ class Laws:
             noise = self.ahead.at(roots, positions, depth, deepest, logits.shape[-1])
             scores = scores + (noise if self.noisy is None else noise.masked_fill(~self.noisy, 0.0))
         return scores if self.greedy is None else torch.where(self.greedy, wide, scores)
+
+    def masked(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """Logits of tokens that a row's constraint forbids after a node's path become -inf; arguments as in `adjusted`.
+
+        A node that is padding, breaks the constraint or is past the end keeps its logits: no row gets there.
+        """
+        if not self.constrained:
+            return logits
+        count, known = tree.nodes, [tree.tokens, tree.parents, tree.valid if nodes is None else nodes]
+        host = to_host(torch.cat([one[self.constrained] for one in known], 1))
+        masks: list[tuple[tuple[int, int], bytes]] = []
+        for i, numbers in zip(self.constrained, host, strict=True):
+            row = self.rows[i]
+            assert row.grammar is not None
+            row.grammar.update(row.new_tokens)
+            tokens, parents, asked = numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
+            paths: list[tuple[int, ...]] = [()]
+            for token, parent in zip(tokens[1:], parents[1:], strict=True):
+                paths.append((*paths[parent], token))
+            if nodes is None:
+                asked = [node if valid else -1 for node, valid in enumerate(asked)]
+            # In this order the matcher goes through the tree depth first.
+            for path, k in sorted((paths[node], k) for k, node in enumerate(asked) if node >= 0):
+                if mask := row.grammar.allowed(path):
+                    masks.append(((i, k), mask))
+        return forbid(logits, masks)
 
     def adjusted(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:
         """Logits after bias, penalties, min_new_tokens and processor, each node with its own path; `(batch, count, vocab)`.
@@ -139,6 +168,21 @@ class Laws:
             return DenseLaw(p) if math.isfinite(float(p.sum())) else refuse_no_number()
 
         return at
+
+
+def forbid(logits: Tensor, masks: list[tuple[tuple[int, int], bytes]]) -> Tensor:
+    """`logits (batch, count, vocab)`, -inf for tokens whose bits are 0 in the masks (`Grammar.allowed`), each with its place
+    (row, column)."""
+    if not masks:
+        return logits
+    device, vocab = logits.device, logits.shape[-1]
+    packed = torch.frombuffer(bytearray(b"".join(mask for _, mask in masks)), dtype=torch.uint8).view(len(masks), -1)
+    packed = packed.to(device, non_blocking=True)
+    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    rows, columns = to_device([at for at, _ in masks], device).unbind(1)
+    logits = logits.clone()
+    logits[rows, columns] = logits[rows, columns].masked_fill(bits.flatten(1)[:, :vocab] == 0, float("-inf"))
+    return logits
 
 
 def refuse_no_number() -> Law:

@@ -12,6 +12,7 @@ from ..core.penalties import History
 from ..core.stats import RoundStats
 from ..core.verify import Chance, RandomChance
 from ..errors import InputError
+from .grammar import Grammar, new_grammar
 from .text import Cut, StopStrings
 
 
@@ -21,11 +22,13 @@ class Row:
 
     Attributes:
         index: the row's number in the caller's list of prompts.
-        finish: None while running, else "stop" (a stop token or string) or "length" (max_new_tokens).
+        finish: None while running, else "stop" (a stop token or string, or a complete constraint) or "length"
+            (max_new_tokens).
         device: of the target; `SamplingParams.ends` gets its tokens there.
         stops: looks for stop strings; None without any.
         history: counts of its tokens, for penalties; made when first needed.
         cut: where a stop string ended the row.
+        grammar: its state under the constraint; None without one.
     """
 
     index: int
@@ -39,6 +42,7 @@ class Row:
     stops: StopStrings | None = None
     history: History | None = None
     cut: Cut | None = None
+    grammar: Grammar | None = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -62,13 +66,16 @@ class Row:
         return early or options.counts_tokens or bool(options.logit_bias) or options.processor is not None
 
     def clip(self, tokens: list[int]) -> list[int]:
-        """Of the tokens that a round offers, those to emit: nothing after a stop token or string, or past max_new_tokens."""
+        """Of the tokens that a round offers, those to emit: nothing after a stop token or string, after a text that is
+        complete under the constraint, or past max_new_tokens."""
         stop = next((k for k, token in enumerate(tokens) if token in self.stop_ids), None)
         if stop is not None and stop < self.budget:
             tokens, self.finish = tokens[: stop + 1], "stop"
         elif len(tokens) >= self.budget:
             tokens, self.finish = tokens[: self.budget], "length"
         if self.params.ends is not None and (count := self._ended(tokens)):
+            tokens, self.finish = tokens[:count], "stop"
+        if self.grammar is not None and (count := self.grammar.complete(tokens)):
             tokens, self.finish = tokens[:count], "stop"
         if self.stops is not None:
             known = self.new_tokens
@@ -133,8 +140,9 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
 
     Raises:
         InputError: the prompt is empty, holds a token outside the vocabulary or is longer than the target's context; an
-            option names a token outside the vocabulary; stop strings without a tokenizer; or min_new_tokens where every
-            token ends the row.
+            option names a token outside the vocabulary; stop strings without a tokenizer; min_new_tokens where every
+            token ends the row; or see `grammar.new_grammar`.
+        UnsupportedError: see `grammar.new_grammar`.
     """
     _check_prompt(index, prompt, params, target)
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(target.eos_token_ids))
@@ -155,6 +163,7 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
         raise InputError("min_new_tokens cannot be kept: every token of the vocabulary ends the row")
     chance, device = RandomChance(params.seed), target.device
     row = Row(index, list(prompt), len(prompt), params, frozenset(stops), chance, device)
+    row.grammar = new_grammar(params, stops, target)
     if strings:
         row.stops = StopStrings(target.tokenizer, strings, params.min_new_tokens, prompt)
     return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,14 @@ import typer
 from ..core.params import SamplingParams
 from ..errors import InputError
 from .flatten import flattened
-from .shared import AsJson, ServingMachine, TargetName, named_folders, read_prompts
+from .shared import (
+    AsJson,
+    ConstraintOptions,
+    ServingMachine,
+    TargetName,
+    named_folders,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from ..certify import Finding
@@ -34,6 +42,7 @@ def certify(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
+    constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
     machine: ServingMachine = ServingMachine(),
 ) -> None:
@@ -42,7 +51,7 @@ def certify(
     from ..certify import certify as run
     from ..drafts.checkpoint import load_draft
 
-    params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
+    params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     model = machine.load(target)
     folders = named_folders(draft or [])
@@ -62,6 +71,7 @@ def certify(
             "max_new_tokens": max_new_tokens,
             "prompts": len(texts),
             "batch": batch,
+            "constraint": None if params.constraint is None else asdict(params.constraint),
         }
         verdict = worst(findings)
         print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))

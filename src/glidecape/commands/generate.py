@@ -13,7 +13,15 @@ from ..core.params import SamplingParams
 from ..drafting.options import MethodOptions
 from .effects import note_unused, refuse_unused, typed
 from .flatten import flattened
-from .shared import AsJson, Draft, ServingMachine, TargetName, load_fitting_draft, read_prompts
+from .shared import (
+    AsJson,
+    ConstraintOptions,
+    Draft,
+    ServingMachine,
+    TargetName,
+    load_fitting_draft,
+    read_prompts,
+)
 
 
 @flattened
@@ -42,6 +50,7 @@ def generate(
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     params: SamplingParams = SamplingParams(),
+    constraint: ConstraintOptions = ConstraintOptions(),
     options: MethodOptions = MethodOptions(),
     svip_fit: Annotated[
         Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
@@ -56,6 +65,7 @@ def generate(
     base, _ = parse_method(method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
+    params = replace(params, constraint=constraint.read())
     prompts = read_prompts(prompt, file)
     rows = [replace(params, seed=params.seed + i) for i in range(len(prompts))]
     model = machine.load(target)

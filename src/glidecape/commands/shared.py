@@ -16,6 +16,7 @@ from ..options import option
 
 if TYPE_CHECKING:
     from ..batch.text import Prompt
+    from ..core.constraint import Constraint
     from ..drafting.drafter import Drafter
     from ..drafting.methods import AnyDraft
     from ..target.target import Target
@@ -111,6 +112,35 @@ class ServingMachine(Machine):
         target.compile(mode, say)
         for drafter in drafters:
             drafter.compile(mode, say, noisy)
+
+
+@dataclass(frozen=True)
+class ConstraintOptions:
+    """What the text must be; one of them at most."""
+
+    json_object: bool = option(False, "The text is a JSON object.")
+    json_schema: Path | None = option(None, "A file with a JSON schema that the text follows.")
+    regex: str | None = option(None, "A regular expression that the whole text matches.")
+
+    def read(self) -> Constraint | None:
+        """The constraint, if there is one.
+
+        Raises:
+            InputError: there are several, or the file cannot be read or holds no schema.
+        """
+        from ..core.constraint import Constraint
+
+        if sum([self.json_object, self.json_schema is not None, self.regex is not None]) > 1:
+            raise InputError("a text has one constraint: use one of --json-object, --json-schema and --regex")
+        if self.json_schema is not None:
+            try:
+                text = self.json_schema.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"the JSON schema {self.json_schema} cannot be read ({error})") from None
+            return Constraint.json_schema(text)
+        if self.regex is not None:
+            return Constraint.regex(self.regex)
+        return Constraint.json_object() if self.json_object else None
 
 
 def command_line() -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import InputError
 from ..options import option, tokens_from
+from .constraint import Constraint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +70,13 @@ class SamplingParams:
             are not looked for.
         processor: changes a node's logits, see `Processor`.
         ends: ends the row after a token, see `Ends`.
+        constraint: what the text must be. The tokens that it forbids have probability 0 before anything else is done, top-k
+            and top-p included, for the target and for the draft. The row ends when nothing may follow ("stop"), and an
+            end-of-text token may come where the text may end. max_new_tokens, a stop string, a stop token that is text, or
+            `ends` may end it before: the text is then the beginning of an allowed one.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, or a constraint beside min_new_tokens or a processor.
 
     >>> SamplingParams(temperature=0.8, top_p=0.95, seed=7).greedy
     False
@@ -113,6 +118,7 @@ class SamplingParams:
     min_new_tokens: int = option(0, "Nothing ends a row before.")
     processor: Processor | None = None
     ends: Ends | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         # Logits divided by less would overflow float32.
@@ -138,6 +144,11 @@ class SamplingParams:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens must be from 0 to max_new_tokens {self.max_new_tokens}, not {self.min_new_tokens}"
+            )
+        if self.constraint is not None and (self.min_new_tokens or self.processor is not None):
+            other = "min_new_tokens" if self.min_new_tokens else "processor"
+            raise InputError(
+                f"a constraint decides which tokens may come, and {other} might leave none: use one of the two"
             )
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

@@ -18,7 +18,7 @@ class DraftLaw:
     """Draft logits at the frontier, and the token order that the sampling mode makes of them.
 
     Attributes:
-        logits: `(batch, width, vocab)`, raw.
+        logits: `(batch, width, vocab)`, raw but for a row's constraint: -inf for a token that it forbids.
         rank: `(batch, width, vocab)`; nodes are chosen in descending rank. Greedy: the logits, penalties applied.
             Shared noise: the processed log-law plus the noise of the *next* position. Residual: the processed log-law.
         nodes: `(batch, width)` the frontier, numbers of tree nodes, -1 for none.
@@ -55,6 +55,7 @@ def draft_law(batch: Batch, tree: TokenTree, frontier: Tensor, logits: Tensor, d
     where the frontier is no node: a row that stopped must not use up its chance because a neighbour drafts on.
     """
     laws = batch.laws
+    logits = laws.masked(tree, logits, frontier)
     adjusted = laws.adjusted(tree, logits, frontier)
     depths = frontier.new_full((1, 1), depth)
     rank = laws.scores(adjusted, batch.cache.host_lengths, batch.root_positions, depths, depth)

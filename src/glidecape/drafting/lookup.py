@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..batch.batch import Batch
-from ..batch.row import Outcome
+from ..batch.row import Outcome, Row
 from ..core.transfer import to_device
 from ..core.tree import TokenTree
 from ..errors import InputError
@@ -93,7 +93,7 @@ class LookupDrafter:
 
     def propose(self, batch: Batch) -> TokenTree:
         copies = [
-            index.propose(row.tokens, min(self.length, max(1, row.budget - 1)))
+            self._allowed(row, index.propose(row.tokens, min(self.length, max(1, row.budget - 1))))
             for row, index in zip(batch.rows, batch.draft.indexes, strict=False)
         ]
         width = max(map(len, copies))
@@ -106,6 +106,13 @@ class LookupDrafter:
                 word = words[:, depth : depth + 1]
                 above = tree.add(above, word.clamp(min=0), torch.zeros_like(word, dtype=torch.float), word >= 0)
         return tree
+
+    def _allowed(self, row: Row, copy: list[int]) -> list[int]:
+        """A copy up to the first token that the row's constraint forbids."""
+        if row.grammar is None:
+            return copy
+        row.grammar.update(row.new_tokens)
+        return copy[: row.grammar.follows(copy)]
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         return None

@@ -61,7 +61,7 @@ def verify(batch: Batch, tree: TokenTree, logits: Tensor, verdict: Verdict = ver
         UnsupportedError: the law of a node on a row's path holds values that are not numbers.
     """
     laws, roots, positions = batch.laws, batch.cache.host_lengths, batch.root_positions
-    logits = laws.adjusted(tree, logits)
+    logits = laws.adjusted(tree, laws.masked(tree, logits))
     outcomes: dict[int, Outcome] = {}
     if laws.points:
         scores = laws.scores(logits, roots, positions, tree.depth, tree.levels)
