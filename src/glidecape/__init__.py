@@ -1,8 +1,11 @@
 """GlideCape: lossless speculative decoding with GliDe, CaPE and SVIP.
 
 >>> import glidecape
->>> glidecape.SamplingParams(temperature=0.8).greedy
-False
+>>> lm = glidecape.load("path/to/model", draft="path/to/draft")
+>>> lm("def load_table(", temperature=0.8, seed=7, max_tokens=8).finish
+'length'
+>>> "glide+cape" in glidecape.METHODS
+True
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from .engine.decode import Completion, generate
     from .errors import GlideCapeError
     from .integrations.huggingface import glidecape_generate
+    from .interface.language_model import LanguageModel
+    from .interface.load import load
     from .target.target import Target
 
 # Loaded when first used: `import glidecape` itself imports neither torch nor transformers.
@@ -36,6 +41,8 @@ _HOME = {
     "GlideCapeError": "errors",
     "glidecape_generate": "integrations.huggingface",
     "load_draft": "drafts.checkpoint",
+    "LanguageModel": "interface.language_model",
+    "load": "interface.load",
     "GlideDraft": "drafts.glide.adapter",
     "StandaloneDraft": "drafts.causal_lm",
     "Target": "target.target",
@@ -48,6 +55,7 @@ __all__ = [
     "Completion",
     "GlideCapeError",
     "GlideDraft",
+    "LanguageModel",
     "MethodOptions",
     "SamplingParams",
     "StandaloneDraft",
@@ -57,6 +65,7 @@ __all__ = [
     "__version__",
     "generate",
     "glidecape_generate",
+    "load",
     "load_draft",
     "make_drafter",
 ]

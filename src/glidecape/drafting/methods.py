@@ -78,6 +78,18 @@ def form_of(base: str, added: set[str]) -> str:
     return next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
 
 
+def usual_method(base: str | None) -> str:
+    """The method of a draft for such a base, for whoever names none: EAGLE's and Medusa's own tree, else siblings by CaPE;
+    prompt lookup without a draft.
+
+    >>> usual_method(None), usual_method("glide"), usual_method("eagle")
+    ('lookup', 'glide+cape', 'eagle')
+    """
+    if base is None:
+        return "lookup"
+    return base if base in USUAL else f"{base}+cape"
+
+
 def make_drafter(
     method: str, draft: AnyDraft | None = None, options: MethodOptions | None = None, **changes: Any
 ) -> Drafter:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -26,6 +25,7 @@ from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
+from ..progress import say
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams, read_rows
@@ -167,7 +167,7 @@ def regenerate(
     }
     done = _begin(out, card, identity, command)
     if done > len(prompts):
-        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --out")
+        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
     emitted, start = 0, target.tokenizer.eos_token_id
     columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
     right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -192,7 +192,7 @@ def regenerate(
                 bar.update(task, rate=emitted / elapsed if elapsed else 0.0)
         seconds = bar.tasks[0].elapsed or 0.0
     figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / seconds, 1) if seconds else 0.0}
-    print(f"wrote {out}: {figures}", file=sys.stderr)
+    say(f"wrote {out}: {figures}")
     return figures
 
 
@@ -221,10 +221,12 @@ def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int
         saved = json.loads(card.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{out} is there and no {card.name} says what it holds: remove it, or name another --out"
+            f"{out} is there and no {card.name} says what it holds: remove it, or name another --output"
         ) from None
     if other := differences(saved, identity):
-        raise CheckpointError(f"{out} was begun with {'; '.join(other)}: give the same options, or name another --out")
+        raise CheckpointError(
+            f"{out} was begun with {'; '.join(other)}: give the same options, or name another --output"
+        )
     content = out.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
