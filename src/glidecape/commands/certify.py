@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..core.params import SamplingParams
 from ..errors import InputError
-from .flatten import flattened
-from .shared import AsJson, ServingMachine, TargetName, base_of, named_folders, read_prompts
+from ..progress import bar
+from .shared import (
+    AsJson,
+    Output,
+    ServingMachine,
+    TargetOrShipped,
+    base_of,
+    named_folders,
+    opened,
+    pair_or_shipped,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from ..certify import Finding
     from ..drafting.drafter import Drafter
 
 
-@flattened
 def certify(
-    target: TargetName,
+    target: TargetOrShipped = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
     ] = None,
@@ -35,22 +44,28 @@ def certify(
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
     as_json: AsJson = False,
+    output: Output = None,
     machine: ServingMachine = ServingMachine(),
 ) -> None:
-    """Is every method's output the target's? Equal and near-tie: exit code 0; bug: 1. Takes twice the memory."""
+    """Check each method against plain decoding and transformers; exit code 1 on a real difference.
+
+    Every output is equal, a near-tie (rounding explains the first differing token), or a bug. The target is loaded twice.
+    """
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
     from ..drafts.checkpoint import load_draft
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
+    target, drafts = pair_or_shipped(target, draft or [])
     model = machine.load(target)
-    folders = named_folders(draft or [])
+    folders = named_folders(drafts)
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded, {name: base_of(folder) for name, folder in folders.items()})
     machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), temperature > 0)
     reference = _reference(target, model.dtype, machine)
-    findings = run(model, reference, drafters, texts, params, batch)
+    with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
+        findings = run(model, reference, drafters, texts, params, batch, done)
     if as_json:
         settings: dict[str, Any] = {
             "target": target,
@@ -64,9 +79,11 @@ def certify(
             "batch": batch,
         }
         verdict = worst(findings)
-        print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
+        with opened(output) as out:
+            print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}), file=out)
     else:
-        print_table(findings)
+        with opened(output) as out:
+            print_table(findings, out)
     if worst(findings) == BUG:
         raise typer.Exit(1)
 
@@ -122,12 +139,12 @@ def worst(findings: list[Finding]) -> str:
     return max((f.verdict for f in findings), key=(EQUAL, NEAR_TIE, BUG).index, default=EQUAL)
 
 
-def print_table(findings: list[Finding]) -> None:
-    """A row a method, then one for each output that is not equal."""
+def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
+    """A row a method, then one for each output that is not equal; to `out` or standard output."""
     from ..certify import BUG, EQUAL, NEAR_TIE
     from ..tables import TextTable, wide_console
 
-    console, verdicts = wide_console(), (EQUAL, NEAR_TIE, BUG)
+    console, verdicts = wide_console(out), (EQUAL, NEAR_TIE, BUG)
     by_method: dict[str, list[str]] = {}
     for f in findings:
         by_method.setdefault(f.method, []).append(f.verdict)
