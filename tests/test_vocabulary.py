@@ -57,6 +57,14 @@ def test_every_alias_leads_to_an_option_that_some_command_has() -> None:
     assert not {"--target", "--out", "--max-tokens"} & flags
 
 
+def test_the_documentation_lists_every_alias() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for own, others in ALIASES.items():
+        for name in others:
+            (line,) = [line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1]]
+            assert "the first argument" in line if own == MODEL else f"`{own}`" in line
+
+
 def test_names_of_other_programs_do_the_same(world, capfd, monkeypatch) -> None:
     ours = ["--draft", world["glide"], "--draft-length", 3, "--max-new-tokens", 9, "--temperature", 1, "--top-k", 20]
     theirs = ["--assistant-model", world["glide"], "--num_speculative_tokens", 3, "--max-tokens=9", "--temp", 1]

@@ -159,4 +159,9 @@ def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
     ]
     if apart:
         TextTable("first differing tokens", [*exact, *rounded], apart).print(console)
-    console.print(f"verdict: {worst(findings)}")
+    meaning = {
+        EQUAL: "every output is the target's own",
+        NEAR_TIE: "all differences are rounding between equally probable tokens; --dtype float32 has fewer of them",
+        BUG: "an output is not the target's: please report it with this table",
+    }
+    console.print(f"verdict: {worst(findings)}\n({meaning[worst(findings)]})")
