@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TextIO
+from typing import Any, TextIO
 
 from .batch.row import new_row
 from .batch.text import Prompt
@@ -45,7 +45,12 @@ def show(
             found = lm.batch([ids[row] for row in rows], 1, batch, each[first], stats)
             for row, text, one in zip(rows, before, found, strict=True):
                 if as_json:
-                    line = {"prompt": prompts[row].text, "text": one.text, "tokens": one.tokens, "origins": one.origins}
+                    line: dict[str, Any] = {
+                        "prompt": prompts[row].text,
+                        "text": one.text,
+                        "tokens": one.tokens,
+                        "origins": one.origins,
+                    }
                     line |= {"finish": one.finish, "method": lm.method, "batch_stats": stats.as_dict()}
                     print(json.dumps(line), file=out)
                 else:

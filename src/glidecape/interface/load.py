@@ -93,7 +93,7 @@ def with_draft(
 ) -> LanguageModel:
     """A loaded target with a draft and a method, see `load`."""
     loaded = None if method == "auto" and draft is None else fitting_draft(draft, method, target)
-    chosen = usual_method(loaded and loaded.base) if method == "auto" else method
+    chosen = usual_method(None if loaded is None else loaded.base) if method == "auto" else method
     options = options or MethodOptions(bins=SMALL_BINS)  # on a CPU many nodes cost more than they save
     return LanguageModel(target, make_drafter(chosen, loaded, options), chosen, loaded)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core.params import SamplingParams
@@ -25,7 +24,7 @@ from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
-from ..progress import say
+from ..progress import console, say
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams, read_rows
@@ -171,7 +170,7 @@ def regenerate(
     emitted, start = 0, target.tokenizer.eos_token_id
     columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
     right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
-    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=Console(stderr=True)) as bar:
+    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=console()) as bar:
         task = bar.add_task("regenerate", total=len(prompts), completed=done, rate=0.0)
         for first in range(done, len(prompts), batch):
             part = prompts[first : first + batch]
