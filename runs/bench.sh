@@ -13,7 +13,7 @@ commit=$(git describe --always --dirty --exclude='*' 2>/dev/null || echo local)
 
 methods=plain,lookup,vanilla,nocross:glide,glide,glide+beam,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
 # SVIP's threshold is fitted on cuts of the library that are not tested.
-common=(--target "$pair/target" --methods "$methods" --threads "${THREADS:-0}" --draft-length 4 --cape-bins small
+common=("$pair/target" --methods "$methods" --threads "${THREADS:-0}" --draft-length 4 --cape-bins small
     --svip-fit stdlib:1-40 --prompt-tokens 192)
 for draft in glide=glide nocross=glide-no-cross vanilla=lm eagle=eagle; do
     common+=(--draft "${draft%%=*}=$pair/${draft#*=}")
@@ -33,6 +33,6 @@ if [ "${1:-}" = all ]; then
 fi
 for temperature in 0 1; do
     "$bin"/glidecape bench "${common[@]}" "${size[@]}" --suite "$suite" --temperature "$temperature" \
-        --out "$out/$commit/t$temperature"
+        --output "$out/$commit/t$temperature"
 done
-"$bin"/glidecape report "$out/$commit/t0" "$out/$commit/t1" --out "$out"
+"$bin"/glidecape report "$out/$commit/t0" "$out/$commit/t1" --output "$out"

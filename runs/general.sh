@@ -31,13 +31,13 @@ if [ ! -f "$out/corpus/sources.json" ]; then
             "or give rows of your own to 'glidecape data chat'" >&2
         exit 2
     fi
-    "$bin"/glidecape data chat --out "$out/corpus" --licences runs/general_licences.json "${sources[@]}"
+    "$bin"/glidecape data chat --output "$out/corpus" --licences runs/general_licences.json "${sources[@]}"
 fi
-[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data "$out/corpus" --out "$out/target" \
+[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data "$out/corpus" --output "$out/target" \
     --architecture qwen3 --window 256 --layers 8 --kv-heads 2 --minutes "$minutes" --compile --threads "$threads" --save-every 120
 # One thread each, side by side: single-threaded runs get further together than one with all threads.
 draft() {
-    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data "$out/corpus" --out "$out/$1" \
+    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train "$out/target" --data "$out/corpus" --output "$out/$1" \
         --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
 }
 draft glide --kind glide --glimpse on --max-lag 6 &
@@ -54,7 +54,7 @@ fi
 # Conversations end where the target ends them. SVIP's threshold is fitted on the first rows of Spec-Bench's categories.
 suite=spec_bench:4-40,glide_gsm8k:40,glide_finance_alpaca:40,glide_spider:40,glide_code_search_net:40,glide_mt_bench:4-40
 methods=plain,vanilla,lookup,nocross:glide,last:glide,glide,glide+cape,glide+svip,glide+cape+svip,eagle+chain,eagle@top=4@total=12
-drafts=(--target "$out/target" --threads "$threads")
+drafts=("$out/target" --threads "$threads")
 for draft in glide=glide last=glide-last nocross=glide-no-cross vanilla=lm eagle=eagle; do
     drafts+=(--draft "${draft%%=*}=$out/${draft#*=}")
 done
@@ -62,9 +62,9 @@ for temperature in 0 1; do
     "$bin"/glidecape bench "${drafts[@]}" --methods "$methods" --suite "$suite" --svip-fit spec_bench:1-3 \
         --suites "$shared/eval" --temperature $temperature --max-new-tokens 96 --draft-length 5 --cape-bins small \
         --limit "${LIMIT:-5}" --looping "${LOOPING:-1}" --repeats "${REPEATS:-3}" --watch 0 --peers transformers,transformers+draft \
-        --out "$out/bench-t$temperature"
+        --output "$out/bench-t$temperature"
 done
 "$bin"/python runs/tables.py --by-category "$out/bench-t0" "$out/bench-t1" > "$out/tables.md"
 "$bin"/glidecape measure svip "${drafts[@]}" --methods vanilla,glide,glide+cape,eagle@top=4@total=12 --lengths 1-6 --suite spec_bench:20 \
-    --suites "$shared/eval" --prompt-tokens 0 --max-new-tokens 96 --limit 2 --out "$out/svip.json"
-"$bin"/glidecape certify --target "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"
+    --suites "$shared/eval" --prompt-tokens 0 --max-new-tokens 96 --limit 2 --output "$out/svip.json"
+"$bin"/glidecape certify "$out/target" --draft "glide=$out/glide" --draft "vanilla=$out/lm"

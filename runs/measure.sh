@@ -6,11 +6,11 @@ cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
 out=runs/out/measure
 pair=models/pysource
-common=(--target "$pair/target" --draft "glide=$pair/glide" --draft "vanilla=$pair/lm" --draft "eagle=$pair/eagle"
+common=("$pair/target" --draft "glide=$pair/glide" --draft "vanilla=$pair/lm" --draft "eagle=$pair/eagle"
     --threads "${THREADS:-4}")
 wanted() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
 only="$*"
-measure() { ! wanted "$1" || "$bin"/glidecape measure "$1" "${common[@]}" "${@:2}" --out "$out/$1.json"; }
+measure() { ! wanted "$1" || "$bin"/glidecape measure "$1" "${common[@]}" "${@:2}" --output "$out/$1.json"; }
 
 measure cape --use glide --temperature 0,1 --limit 8
 measure svip --methods vanilla,glide,glide+cape,eagle@top=4@total=12,eagle+chain --lengths 1-8,10,12,16 --temperature 0,1 --limit 8

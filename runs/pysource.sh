@@ -13,13 +13,13 @@ tokens=${DRAFT_TOKENS:-3.2e6}
 roots=()
 for root in ${ROOTS:-}; do roots+=(--root "$root"); done
 
-[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --out corpus ${roots[@]+"${roots[@]}"} \
+[ -f corpus/train.bin ] || "$bin"/glidecape data pysource --output corpus ${roots[@]+"${roots[@]}"} \
     --hold-out "${HOLD_OUT:-rich,networkx}"
-[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target" --layers 8 \
+[ -f "$out/target/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --output "$out/target" --layers 8 \
     --minutes "$minutes" --compile --threads "$threads"
 # One thread each, side by side: single-threaded runs get further together than one with all threads.
 draft() {
-    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train --target "$out/target" --data corpus --out "$out/$1" \
+    [ -f "$out/$1/card.json" ] || "$bin"/glidecape train "$out/target" --data corpus --output "$out/$1" \
         --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 "${@:2}"
 }
 draft glide --kind glide --max-lag 16 --compile &

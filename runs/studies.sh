@@ -13,7 +13,7 @@ wanted() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
 only="$*"
 study() {
     ! wanted "$1" || [ -f "$out/$1/study.json" ] ||
-        "$bin"/glidecape study --target "${target:-$pair/target}" "${data[@]}" --out "$out/$1" --prompts 24 "${@:2}"
+        "$bin"/glidecape study "${target:-$pair/target}" "${data[@]}" --output "$out/$1" --prompts 24 "${@:2}"
 }
 bench() {
     "$bin"/glidecape bench --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 64 --limit "${LIMIT:-16}" --looping 0 --repeats 1 --watch 0 \
@@ -36,14 +36,14 @@ wait
 study lms --base kind:lm,width:0.25 --row large=kind:lm,width:1,layers:4 &
 # A draft trained beside its target, of 4 M parameters, and one trained afterwards.
 if wanted beside; then
-    [ -f "$out/small/model.safetensors" ] || "$bin"/glidecape train-target "${data[@]}" --out "$out/small" --layers 4 --width 256 \
+    [ -f "$out/small/model.safetensors" ] || "$bin"/glidecape train-target "${data[@]}" --output "$out/small" --layers 4 --width 256 \
         --ffn 704 --heads 4 --kv-heads 4 --long-share 0 --with-draft --draft-recipe max_lag:6,muon:true
 fi
 target=$out/small study after --base max_lag:6 --factor cross
 if wanted beside; then
     for temperature in 0 1; do
-        bench $temperature --target "$out/small" --draft "beside=$out/small/draft" --draft "after=$out/after/seed-0/baseline" \
-            --methods plain,beside:glide,after:glide --out "$out/beside-t$temperature"
+        bench $temperature "$out/small" --draft "beside=$out/small/draft" --draft "after=$out/after/seed-0/baseline" \
+            --methods plain,beside:glide,after:glide --output "$out/beside-t$temperature"
     done
 fi
 wait
@@ -52,7 +52,7 @@ wait
 if wanted changed; then
     if [ -d "${SHARED:-../shared}/data/train" ]; then
         [ -f "$out/tuned/model.safetensors" ] || "$bin"/glidecape train-target --start-from $pair/target \
-            --data "${SHARED:-../shared}/data/train/code_docstring.jsonl.gz" --out "$out/tuned" --tokens 3e5 --rate 1e-3 --length 320 --rows 8 \
+            --data "${SHARED:-../shared}/data/train/code_docstring.jsonl.gz" --output "$out/tuned" --tokens 3e5 --rate 1e-3 --length 320 --rows 8 \
             --long-share 0 --threads 1
     fi
     for temperature in 0 1; do
@@ -61,8 +61,8 @@ if wanted changed; then
             [ $copy != tuned ] || where=$out/tuned
             [ $copy != int8 ] || more=(--quantize int8)
             [ -d "$where" ] && { [ $copy != int8 ] || "$bin"/python -c "import torchao"; } || continue
-            bench $temperature --target "$where" --draft glide=$pair/glide-last --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
-                --methods plain,glide,nocross:glide,eagle+chain ${more[@]+"${more[@]}"} --out "$out/changed-$copy-t$temperature"
+            bench $temperature "$where" --draft glide=$pair/glide-last --draft nocross=$pair/glide-no-cross --draft eagle=$pair/eagle \
+                --methods plain,glide,nocross:glide,eagle+chain ${more[@]+"${more[@]}"} --output "$out/changed-$copy-t$temperature"
         done
     done
 fi
@@ -76,24 +76,24 @@ study more --tokens 16e6 --seeds 0 &
 # Shared noise or the residual rule, with those three drafts.
 if wanted rule; then
     for rule in noise residual; do
-        "$bin"/glidecape bench --target $pair/target --draft "s0=$out/top/seed-0/baseline" --draft "s1=$out/top/seed-1/baseline" \
+        "$bin"/glidecape bench $pair/target --draft "s0=$out/top/seed-0/baseline" --draft "s1=$out/top/seed-1/baseline" \
             --draft "s2=$out/top/seed-2/baseline" --methods plain,s0:glide,s1:glide,s2:glide,s0:glide+cape,s1:glide+cape,s2:glide+cape \
             --temperature 1 --sampling $rule --suite own,stdlib:60 --prompt-tokens 128 --max-new-tokens 96 --limit 16 --repeats 1 \
-            --watch 0 --peers "" --threads 1 --out "$out/rule-$rule"
+            --watch 0 --peers "" --threads 1 --output "$out/rule-$rule"
     done
 fi
 # Text of the corpus, or what the target makes of its openings.
 if wanted text; then
-    "$bin"/glidecape regenerate $pair/target --data corpus --out "$out/text/regenerated.jsonl" --limit 4000 --prompt-tokens 64 \
+    "$bin"/glidecape regenerate $pair/target --data corpus --output "$out/text/regenerated.jsonl" --limit 4000 --prompt-tokens 64 \
         --max-new-tokens 256 --batch 16 --threads 1
     for text in corpus "$out/text/regenerated.jsonl"; do
         name=$(basename "$text" .jsonl)
-        [ -f "$out/text-$name/card.json" ] || "$bin"/glidecape train --target $pair/target --data "$text" --out "$out/text-$name" \
+        [ -f "$out/text-$name/card.json" ] || "$bin"/glidecape train $pair/target --data "$text" --output "$out/text-$name" \
             --tokens "$tokens" --length 320 --rows 8 --optimizer muon --threads 1 --compile
     done
     for temperature in 0 1; do
-        bench $temperature --target $pair/target --draft "corpus=$out/text-corpus" --draft "regenerated=$out/text-regenerated" \
-            --methods plain,corpus:glide,regenerated:glide --out "$out/text-t$temperature"
+        bench $temperature $pair/target --draft "corpus=$out/text-corpus" --draft "regenerated=$out/text-regenerated" \
+            --methods plain,corpus:glide,regenerated:glide --output "$out/text-t$temperature"
     done
 fi
 wait
@@ -101,7 +101,7 @@ wait
 # Targets of about 4, 11 and 25 M parameters and as many layers, 2 M tokens each, the largest 3 M.
 size() {
     wanted "size-$1" || return 0
-    [ -f "$out/target-$1/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --out "$out/target-$1" --layers 8 \
+    [ -f "$out/target-$1/model.safetensors" ] || "$bin"/glidecape train-target --data corpus --output "$out/target-$1" --layers 8 \
         --width "$2" --ffn "$3" --heads "$4" --kv-heads "$4" --tokens "${5:-2e6}" --length 512 --rows 8 --long-share 0 --threads 1
     target=$out/target-$1 study "size-$1" --factor cross
 }

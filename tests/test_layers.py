@@ -28,7 +28,7 @@ def level(part):
 def test_a_module_imports_only_from_the_layers_above_it():
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
-        if parts == ("__init__",):
+        if parts in (("__init__",), ("__main__",)):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -38,11 +38,30 @@ def test_a_module_imports_only_from_the_layers_above_it():
                     assert level(target[0]) < level(parts[0]), f"{path.name} imports {target[0]}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_say_what_they_are_and_their_examples_run(name):
+@pytest.fixture
+def examples(world, tmp_path, monkeypatch):
+    """A folder in which the paths of the examples in docstrings lead to a tiny model and its draft."""
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    for name, made in (("model", "target"), ("draft", "glide")):
+        (tmp_path / "path" / "to" / name).symlink_to(world[made])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["glidecape", *MODULES])
+def test_modules_say_what_they_are_and_their_examples_run(name, examples):
     module = importlib.import_module(name)
     assert (module.__doc__ or "").strip(), f"{name} has no docstring"
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*glidecape.__all__} - {"__version__", "METHODS"})
+)  # no docstrings of their own
+def test_every_exported_name_has_an_example_that_runs(name):
+    found = doctest.DocTestFinder(recurse=False).find(getattr(glidecape, name), name)
+    lines = [example for test in found for example in test.examples]
+    assert lines, f"{name} has no example"
+    assert not any(doctest.SKIP in example.options for example in lines), f"{name} has an example that is skipped"
 
 
 def test_one_idea_a_file():

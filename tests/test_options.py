@@ -86,17 +86,18 @@ def test_bad_values_are_refused_by_the_class_or_the_option() -> None:
 
 @pytest.mark.parametrize("kind", [MethodOptions, SamplingParams])
 def test_generate_offers_every_option(kind) -> None:
-    offered = inspect.signature(generate).parameters
+    start = next(one.default for one in inspect.signature(generate).parameters.values() if type(one.default) is kind)
+    offered = inspect.signature(flattened(generate)).parameters
     for one in fields(kind):
         how = option_of(one)
         if how is not None:
-            assert offered[how.parameter(one.name)].default == how.write(one.default), one.name
+            assert offered[how.parameter(one.name)].default == how.write(getattr(start, one.name)), one.name
     alone = {one.name for one in fields(kind) if option_of(one) is None}
     assert alone == ({"processor", "ends", "constraint"} if kind is SamplingParams else set())
 
 
 def test_the_benchmark_offers_every_option_of_a_method() -> None:
-    offered = inspect.signature(bench).parameters
+    offered = inspect.signature(flattened(bench)).parameters
     assert {option_of(one).parameter(one.name) for one in fields(MethodOptions)} <= set(offered)
 
 

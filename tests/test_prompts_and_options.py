@@ -70,7 +70,7 @@ def test_the_prompts_that_svip_is_fitted_on_go_through_the_template_too(world, t
     monkeypatch.setattr(fit_module, "with_fitted_threshold", fit)
     monkeypatch.setattr(Target, "from_pretrained", classmethod(lambda cls, *a, **k: target))
     monkeypatch.setattr(
-        "glidecape.drafts.checkpoint.load_draft", lambda *a: type("Any", (), {"kind": "glide", "max_lag": 8})()
+        "glidecape.interface.load.load_draft", lambda *a: type("Any", (), {"kind": "glide", "max_lag": 8})()
     )
     path = write(tmp_path / "chats.jsonl", json.dumps({"messages": TALK}))
     words = ["--target", "x", "--draft", "y", "--method", "glide+svip", "--svip-fit", path, "--chat", "-p", "hi"]

@@ -181,4 +181,4 @@ def test_the_command(world, made, tmp_path, capfd, monkeypatch):
     assert (tmp_path / "a.jsonl").read_text() == "".join(made[0].read_text().splitlines(keepends=True)[:4])
     assert json.loads((tmp_path / "a.card.json").read_text())["settings"]["limit"] == 4
     code, _, err = run(capfd, monkeypatch, *words, "--out", tmp_path / "a.txt")
-    assert (code, "--out takes a .jsonl file" in err) == (2, True)
+    assert (code, "--output takes a .jsonl file" in err) == (2, True)

@@ -188,7 +188,7 @@ def test_a_study_s_file_is_checked_first(out, world, tmp_path, capfd, monkeypatc
     monkeypatch.chdir(tmp_path)
     some = ["--target", world["target"], "--draft", f"glide={world['glide']}", "--suite", "own:1"]
     code, _, err = run(capfd, monkeypatch, "measure", "batch", *some, "--out", out)
-    assert (code, "--out names a JSON file" in err) == (2, True)
+    assert (code, "--output names a JSON file" in err) == (2, True)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"format": 1}', '"x"'])

@@ -1,8 +1,11 @@
 """GlideCape: lossless speculative decoding with GliDe, CaPE and SVIP.
 
 >>> import glidecape
->>> glidecape.SamplingParams(temperature=0.8).greedy
-False
+>>> lm = glidecape.load("path/to/model", draft="path/to/draft")
+>>> lm("def load_table(", temperature=0.8, seed=7, max_tokens=8).finish
+'length'
+>>> "glide+cape" in glidecape.METHODS
+True
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .batch.text import TextStream
     from .core.constraint import Constraint
     from .core.params import SamplingParams
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from .engine.decode import Completion, generate
     from .errors import GlideCapeError
     from .integrations.huggingface import glidecape_generate
+    from .interface.language_model import LanguageModel
+    from .interface.load import load
     from .target.target import Target
 
 # Loaded when first used: `import glidecape` itself imports neither torch nor transformers.
@@ -35,6 +42,8 @@ _HOME = {
     "GlideCapeError": "errors",
     "glidecape_generate": "integrations.huggingface",
     "load_draft": "drafts.checkpoint",
+    "LanguageModel": "interface.language_model",
+    "load": "interface.load",
     "GlideDraft": "drafts.glide.adapter",
     "StandaloneDraft": "drafts.causal_lm",
     "Target": "target.target",
@@ -49,22 +58,34 @@ __all__ = [
     "Constraint",
     "GlideCapeError",
     "GlideDraft",
+    "LanguageModel",
     "MethodOptions",
     "SamplingParams",
     "StandaloneDraft",
     "Stats",
     "Target",
     "TextStream",
+    "__version__",
     "generate",
     "glidecape_generate",
+    "load",
     "load_draft",
     "make_drafter",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version(__name__)
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module 'glidecape' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

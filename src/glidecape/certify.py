@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ def certify(
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | None = None,
     batch: int = 1,
+    done: Callable[[float], None] = lambda _: None,
 ) -> list[Finding]:
     """Compare every method with plain decoding and with `reference`, prompt by prompt.
 
@@ -104,6 +105,7 @@ def certify(
         drafters: by the name of the method; plain is added.
         batch: prompts that each method decodes side by side. What they are compared with is made alone, so that rows of
             unequal length must not disturb each other either.
+        done: is told how many findings there are by now.
 
     Returns:
         A finding for each method and prompt, "plain" first.
@@ -141,6 +143,7 @@ def certify(
                 )
                 verdicts = [judges[i].compare(Finding(name, i, against=a), b, tokens) for a, b in against.items()]
                 found.append(max(verdicts, key=lambda f: (EQUAL, NEAR_TIE, BUG).index(f.verdict)))
+            done(len(found))
     return found
 
 

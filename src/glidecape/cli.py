@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,32 +16,45 @@ from .commands.certify import certify
 from .commands.data import app as data_app
 from .commands.generate import generate
 from .commands.measure import app as measure_app
+from .commands.parsing import add_to
 from .commands.plan import plan
 from .commands.regenerate import regenerate
 from .commands.report import report
 from .commands.study import study
 from .commands.train import train, train_target
 from .errors import GlideCapeError
+from .progress import note
+
+EXIT_CODES = """[bold]Exit codes[/]
+
+  0  done
+
+  1  a method's output is not the target's (certify, demo, bench)
+
+  2  something typed, a file or a model cannot be used; one sentence says why and what to do
+
+  130  interrupted
+
+[bold]Names[/] of transformers, vLLM and llama.cpp are understood, such as --max-tokens or --assistant-model, with dashes or \
+underscores."""
 
 app = typer.Typer(
     help="Lossless speculative decoding with GliDe, CaPE and SVIP: the target's own output, sooner.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _one in (generate, train, train_target, study, regenerate, plan, certify, bench, report):
-    app.command()(_one)  # train_target becomes train-target
-app.add_typer(data_app, name="data")
-app.add_typer(measure_app, name="measure")
 
 
-@app.command()
+@add_to(app, "glidecape demo", "glidecape demo path/to/model --draft draft --max-new-tokens 64")
 def demo(
     target: Annotated[
-        Path | None, typer.Option(help="Model folder; default: the pair shipped in the checkout.")
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder; default: the pair shipped in the checkout.")
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 96,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     compile: Annotated[
         str,
@@ -49,19 +63,65 @@ def demo(
         ),
     ] = "auto",
 ) -> None:
-    """Plain decoding and GlideCape side by side on the shipped model: same tokens, less time."""
+    """Race plain decoding and GlideCape on the shipped model: same tokens, less time."""
     from .demo import run_demo
 
     if not run_demo(target, draft, max_new_tokens, threads, compile):
         raise typer.Exit(1)
 
 
+_PAIR = "path/to/model --draft draft"
+_EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
+    generate: (
+        f'glidecape generate {_PAIR} --prompt "Once upon a time"',
+        f"glidecape generate {_PAIR} --file prompts.jsonl --temperature 0.8 --max-tokens 64 --json --output answers.jsonl",
+    ),
+    train: (
+        "glidecape train path/to/model --data texts.jsonl --output draft --tokens 4e6",
+        "glidecape train path/to/model --data chats.jsonl --output draft --minutes 60 --loss-on completion",
+    ),
+    train_target: (
+        "glidecape train-target --data corpus --output model --tokens 2e7",
+        "glidecape train-target --data corpus --output model --minutes 60 --with-draft",
+    ),
+    study: (
+        "glidecape study path/to/model --data texts.jsonl --output study --tokens 1e6 --factor loss",
+        "glidecape study path/to/model --data texts.jsonl --output study --tokens 1e6 --row wide=width:2",
+    ),
+    regenerate: (
+        "glidecape regenerate path/to/model --data prompts.jsonl --output own.jsonl",
+        f"glidecape regenerate {_PAIR} --data prompts.jsonl --output own.jsonl --limit 1000",
+    ),
+    plan: (
+        "glidecape plan path/to/model",
+        "glidecape plan path/to/model --data texts.jsonl --tokens 4e6 --dtype bfloat16",
+    ),
+    certify: (
+        f"glidecape certify {_PAIR}",
+        f"glidecape certify {_PAIR} --methods glide+cape,lookup --temperature 1 --prompts prompts.jsonl",
+    ),
+    bench: (
+        f"glidecape bench {_PAIR} --prompts prompts.jsonl --output run",
+        f"glidecape bench {_PAIR} --methods plain,lookup,glide+cape --suite own --limit 8 --temperature 1",
+    ),
+    report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
+}
+for _command, _shown in _EXAMPLES.items():
+    add_to(app, *_shown)(_command)  # train_target becomes train-target
+app.add_typer(data_app, name="data")
+app.add_typer(measure_app, name="measure")
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the versions of GlideCape, torch and transformers, and exit.")
+    ] = False,
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
-        print(installed("glidecape"))
+        print(", ".join(f"{name} {installed(name)}" for name in ("glidecape", "torch", "transformers")))
         raise typer.Exit
 
 
@@ -70,7 +130,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has not the letter shows a question mark
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: note(str(message))
     try:
         app()
     except GlideCapeError as error:

@@ -19,28 +19,13 @@ from .drafting.methods import make_drafter
 from .drafting.options import SMALL_BINS
 from .drafts.checkpoint import load_draft
 from .engine.decode import decode
-from .errors import CheckpointError, InputError
+from .errors import InputError
+from .shipped import shipped_pair
 from .tables import TextTable
 from .target.packages import have_compiler
 from .target.target import Target
 
 COLOURS = {"chain": "green", "sibling": "magenta", "bonus": "default"}
-
-
-def shipped_pair() -> tuple[Path, Path]:
-    """The target and draft folders of a checkout.
-
-    Raises:
-        CheckpointError: this is an installed wheel, which holds no weights.
-    """
-    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        folder = root / "models" / "pysource"
-        if (folder / "target" / "config.json").is_file():
-            return folder / "target", folder / "glide"
-    raise CheckpointError(
-        "the wheel holds no weights: run the demo from a checkout of the repository (`make demo`), or name a pair with "
-        "--target and --draft"
-    )
 
 
 def _stream(
@@ -70,9 +55,9 @@ def run_demo(
     if threads:
         torch.set_num_threads(threads)
     if (target is None) != (draft is None):
-        raise InputError("the demo takes a pair: give both --target and --draft, or neither for the shipped one")
+        raise InputError("the demo takes a pair: give both MODEL and --draft, or neither for the shipped one")
     if target is None or draft is None:
-        target, draft = shipped_pair()
+        target, draft = shipped_pair("name a pair, `glidecape demo MODEL --draft DRAFT`")
     console = Console()
     model = Target.from_pretrained(target, dtype=torch.float32)
     loaded = load_draft(draft, model)

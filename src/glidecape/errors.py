@@ -7,7 +7,15 @@ def first_line(error: Exception) -> str:
 
 
 class GlideCapeError(Exception):
-    """Base of all errors raised on purpose; the command line prints its text and exits with code 2."""
+    """Base of all errors raised on purpose; the command line prints its text and exits with code 2.
+
+    >>> import glidecape
+    >>> try:
+    ...     glidecape.load("path/to/nothing")
+    ... except glidecape.GlideCapeError as error:
+    ...     print(error)
+    no model folder at path/to/nothing: name a folder with config.json, or a Hub model
+    """
 
 
 class InputError(GlideCapeError):

@@ -66,7 +66,7 @@ def only_writer(out: Path, folder: bool = True) -> Iterator[None]:
     """
     if out.exists() and out.is_dir() != folder:
         there, wanted = ("file", "folder") if folder else ("folder", "file")
-        raise CheckpointError(f"{out} is a {there}, and a {wanted} is to be written: name another --out")
+        raise CheckpointError(f"{out} is a {there}, and a {wanted} is to be written: name another --output")
     path = out.absolute().with_name(f".{out.absolute().name}.lock")
     lock = FileLock(path)
     try:
@@ -77,11 +77,11 @@ def only_writer(out: Path, folder: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(
-            f"another run is writing to {out}: wait until it has ended, or name another --out"
+            f"another run is writing to {out}: wait until it has ended, or name another --output"
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"cannot write to {out} ({error.strerror or first_line(error)}): name another --out"
+            f"cannot write to {out} ({error.strerror or first_line(error)}): name another --output"
         ) from None
     try:
         yield

@@ -3,68 +3,60 @@
 from __future__ import annotations
 
 import json
-import sys
+from dataclasses import replace
+from typing import Any, TextIO
 
 from .batch.row import new_row
-from .batch.text import Prompt, TextStream, text_of
+from .batch.text import Prompt
 from .core.params import SamplingParams
 from .core.stats import Stats
-from .drafting.drafter import Drafter
-from .engine.decode import decode
-from .target.target import Target
+from .interface.language_model import LanguageModel
+from .progress import say
 
 
 def show(
-    target: Target,
-    drafter: Drafter,
+    lm: LanguageModel,
     prompts: list[Prompt],
-    params: list[SamplingParams],
+    params: SamplingParams,
     batch: int,
-    method: str,
     as_json: bool,
     chat: bool = False,
+    out: TextIO | None = None,
 ) -> None:
-    """Complete the prompts, `batch` of them side by side, and print them; figures go to standard error.
+    """Complete the prompts, `batch` of them side by side, and print them to `out` or standard output; figures go to standard
+    error. Prompt i has the seed + i.
 
     With `chat` prompts go through the chat template, and answers are shown without them.
     """
-    ids = [prompt.ids(target, chat) for prompt in prompts]
-    for i, (prompt, own) in enumerate(zip(ids, params, strict=True)):
-        new_row(i, prompt, own, target)  # all of them, before anything is printed
+    ids = [prompt.ids(lm.target, chat) for prompt in prompts]
+    each = [replace(params, seed=params.seed + i) for i in range(len(ids))]
+    for i, (prompt, own) in enumerate(zip(ids, each, strict=True)):
+        new_row(i, prompt, own, lm.target)  # all of them, before anything is printed
     for first in range(0, len(ids), batch):
-        rows = list(range(first, min(first + batch, len(ids))))
+        rows = range(first, min(first + batch, len(ids)))
         stats = Stats()
-        tokens: dict[int, list[int]] = {r: [] for r in rows}
-        origins: dict[int, list[str]] = {r: [] for r in rows}
-        finish: dict[int, str] = {}
-        texts: dict[int, str] = {}
-        stream = (
-            TextStream(target.tokenizer, params[first].stop, ids[first]) if not as_json and len(rows) == 1 else None
-        )
-        if stream:
-            print("" if chat else prompts[first].text, end="", flush=True)
-        for event in decode(target, drafter, [ids[r] for r in rows], [params[r] for r in rows], stats):
-            row = rows[event.row]
-            tokens[row] += event.tokens
-            origins[row] += event.origins
-            finish[row] = event.finish or "length"
-            if stream:
-                print(stream.push(event.tokens, event.finish is not None, event.text), end="", flush=True)
-            if event.text is not None:
-                texts[row], kept = event.text, len(tokens[row]) - event.cut
-                tokens[row], origins[row] = tokens[row][:kept], origins[row][:kept]
-        for row in rows:
-            text = texts.get(row, text_of(target.tokenizer, tokens[row], ids[row]))
-            if as_json:
-                line = {"prompt": prompts[row].text, "text": text, "tokens": tokens[row], "origins": origins[row]}
-                print(json.dumps(line | {"finish": finish[row], "method": method, "batch_stats": stats.as_dict()}))
-            elif stream:
-                print()
-            else:
-                print(f"--- {row}\n{'' if chat else prompts[row].text}{text}")
+        before = ["" if chat else prompts[row].text for row in rows]
+        if not as_json and len(rows) == 1:
+            print(before[0], end="", flush=True, file=out)
+            for piece in lm.stream(ids[first], each[first], stats):
+                print(piece, end="", flush=True, file=out)
+            print(file=out)
+        else:
+            found = lm.batch([ids[row] for row in rows], 1, batch, each[first], stats)
+            for row, text, one in zip(rows, before, found, strict=True):
+                if as_json:
+                    line: dict[str, Any] = {
+                        "prompt": prompts[row].text,
+                        "text": one.text,
+                        "tokens": one.tokens,
+                        "origins": one.origins,
+                    }
+                    line |= {"finish": one.finish, "method": lm.method, "batch_stats": stats.as_dict()}
+                    print(json.dumps(line), file=out)
+                else:
+                    print(f"--- {row}\n{text}{one.text}", file=out)
         if not as_json:
-            print(
-                f"[{method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "
-                f"acceptance length {stats.acceptance_length:.2f}]",
-                file=sys.stderr,
+            say(
+                f"[{lm.method}: {stats.emitted} tokens, {stats.tokens_per_s:.1f} tokens/s, "
+                f"acceptance length {stats.acceptance_length:.2f}]"
             )

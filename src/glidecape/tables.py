@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,9 +45,9 @@ class TextTable:
         (console or wide_console()).print(drawn)
 
 
-def wide_console() -> Console:
-    """A console for tables: wide enough where the output is piped."""
+def wide_console(file: TextIO | None = None) -> Console:
+    """A console for tables, on standard output or a file: wide enough where it is no terminal."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=WIDTH)

@@ -171,9 +171,12 @@ def held_back(text: str, strings: Sequence[str]) -> int:
 class TextStream:
     """Turns a row's events into text to show: no half characters, and nothing that may be part of a stop string.
 
-    >>> stream = TextStream(tokenizer, params.stop, prompt)                               # doctest: +SKIP
-    >>> for event in decode(target, drafter, [prompt], params):                           # doctest: +SKIP
-    ...     print(stream.push(event.tokens, event.finish is not None, event.text), end="")
+    >>> from glidecape import Target, TextStream
+    >>> target = Target.from_pretrained("path/to/model")
+    >>> prompt, text = target.encode("def load("), target.encode("table):")
+    >>> stream = TextStream(target.tokenizer, stop=("END",), prompt=prompt)
+    >>> "".join([*(stream.push([token]) for token in text), stream.push([], ended=True)])
+    'table):'
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:

@@ -130,7 +130,7 @@ class JsonLines:
                     self.lines.append(json.loads(line))
                 except json.JSONDecodeError:
                     raise DataError(
-                        f"{path}, line {number} is not JSON: the file was changed by hand; use another --out"
+                        f"{path}, line {number} is not JSON: the file was changed by hand; use another --output"
                     ) from None
             if len(whole) < len(text):
                 os.truncate(path, len(whole))
@@ -175,19 +175,19 @@ class RunFolder:
             try:
                 self.header: dict[str, Any] = json.loads(header.read_text(encoding="utf-8"))
             except json.JSONDecodeError:
-                raise DataError(f"{header} is not JSON: the folder is torn; use another --out") from None
+                raise DataError(f"{header} is not JSON: the folder is torn; use another --output") from None
             if not isinstance(self.header, dict) or not {"format", "identity", "sessions"} <= self.header.keys():
-                raise DataError(f"{header} is no benchmark's: the folder is torn; use another --out")
+                raise DataError(f"{header} is no benchmark's: the folder is torn; use another --output")
             if self.header.get("format") != FORMAT:
                 raise DataError(f"{header} is of format {self.header.get('format')}; this version reads {FORMAT}")
             if identity is not None:
                 _refuse_other(path, self.header["identity"], json.loads(json.dumps(identity)))
         elif identity is None:
-            raise InputError(f"no benchmark run in {path}: make one with glidecape bench --out {path}")
+            raise InputError(f"no benchmark run in {path}: make one with glidecape bench --output {path}")
         else:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.glob("*.jsonl")):
-                raise InputError(f"{path} holds .jsonl files but no run.json: use an empty folder for --out")
+                raise InputError(f"{path} holds .jsonl files but no run.json: use an empty folder for --output")
             self.header = {"format": FORMAT, "identity": json.loads(json.dumps(identity)), "sessions": []}
         self.prompts, self.outputs = JsonLines(path / "prompts.jsonl"), JsonLines(path / "outputs.jsonl")
         self.measured, self.watched = JsonLines(path / "records.jsonl"), JsonLines(path / "watched.jsonl")
@@ -225,7 +225,7 @@ def _refuse_other(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any])
                 name = next(key for key in (*was, *now) if was.get(key) != now.get(key))
                 was, now = was.get(name), now.get(name)
             raise InputError(
-                f"{path} holds a run with {name} {_short(was)}, not {_short(now)}: use another --out, or delete it"
+                f"{path} holds a run with {name} {_short(was)}, not {_short(now)}: use another --output, or delete it"
             )
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.params import NOISE, SamplingParams
@@ -23,6 +22,7 @@ from ..drafts.base import DepthModel
 from ..engine.decode import decode
 from ..errors import InputError, OutputError
 from ..fit import with_fitted_threshold
+from ..progress import console
 from ..target.target import Target
 from .costs import measure_costs
 from .draw import categories_of, draw, draw_category, in_jobs
@@ -106,7 +106,7 @@ def run(plan: Plan, folder: RunFolder, command: str = "") -> None:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(), transient=True) as bar:
         yield bar
 
 

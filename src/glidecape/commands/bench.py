@@ -15,8 +15,7 @@ from ..drafting.options import FIXED
 from ..errors import InputError, OutputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .flatten import flattened
-from .shared import AsJson, ServingMachine, TargetName, command_line, named_folders
+from .shared import AsJson, ServingMachine, TargetOrShipped, command_line, named_folders, pair_or_shipped
 
 if TYPE_CHECKING:
     from ..bench.peers.base import Peer, PeerSource
@@ -41,10 +40,9 @@ SuiteNames = Annotated[
 ]
 
 
-@flattened
 def bench(
     ctx: typer.Context,
-    target: TargetName,
+    target: TargetOrShipped = None,
     draft: Drafts = None,
     methods: Methods = "plain,glide",
     suite: SuiteNames = "",
@@ -67,7 +65,8 @@ def bench(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the records; the same command goes on in it after a stop.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the records; the same command goes on in it after a stop."),
     ] = None,
     as_json: AsJson = False,
     machine: ServingMachine = ServingMachine(dtype="float32"),
@@ -87,10 +86,13 @@ def bench(
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
     names = [name for name in (*suite.split(","), *prompts.split(",")) if name.strip()]
+    if target is None and not names:
+        names = ["own"]  # what the shipped pair was made for
+    target, given = pair_or_shipped(target, draft or [])
     read = read_suites(names, suites, fetch)
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
     model = machine.load(target)
-    folders = named_folders(draft or [])
+    folders = named_folders(given)
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
     noisy = settings.temperature > 0
     machine.compile_models(model, [one.drafter(drafts) for one in chosen], noisy=noisy)

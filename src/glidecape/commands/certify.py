@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..core.params import SamplingParams
 from ..errors import InputError
-from .flatten import flattened
+from ..progress import bar
 from .shared import (
     AsJson,
     ConstraintOptions,
+    Output,
     ServingMachine,
-    TargetName,
+    TargetOrShipped,
     named_folders,
+    opened,
+    pair_or_shipped,
     read_prompts,
 )
 
@@ -26,9 +29,8 @@ if TYPE_CHECKING:
     from ..drafting.drafter import Drafter
 
 
-@flattened
 def certify(
-    target: TargetName,
+    target: TargetOrShipped = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
     ] = None,
@@ -44,22 +46,28 @@ def certify(
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
     constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
+    output: Output = None,
     machine: ServingMachine = ServingMachine(),
 ) -> None:
-    """Is every method's output the target's? Equal and near-tie: exit code 0; bug: 1. Takes twice the memory."""
+    """Check each method against plain decoding and transformers; exit code 1 on a real difference.
+
+    Every output is equal, a near-tie (rounding explains the first differing token), or a bug. The target is loaded twice.
+    """
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
     from ..drafts.checkpoint import load_draft
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
+    target, drafts = pair_or_shipped(target, draft or [])
     model = machine.load(target)
-    folders = named_folders(draft or [])
+    folders = named_folders(drafts)
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded)
     machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), temperature > 0)
     reference = _reference(target, model.dtype, machine)
-    findings = run(model, reference, drafters, texts, params, batch)
+    with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
+        findings = run(model, reference, drafters, texts, params, batch, done)
     if as_json:
         settings: dict[str, Any] = {
             "target": target,
@@ -74,9 +82,11 @@ def certify(
             "constraint": None if params.constraint is None else asdict(params.constraint),
         }
         verdict = worst(findings)
-        print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}))
+        with opened(output) as out:
+            print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}), file=out)
     else:
-        print_table(findings)
+        with opened(output) as out:
+            print_table(findings, out)
     if worst(findings) == BUG:
         raise typer.Exit(1)
 
@@ -127,12 +137,12 @@ def worst(findings: list[Finding]) -> str:
     return max((f.verdict for f in findings), key=(EQUAL, NEAR_TIE, BUG).index, default=EQUAL)
 
 
-def print_table(findings: list[Finding]) -> None:
-    """A row a method, then one for each output that is not equal."""
+def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
+    """A row a method, then one for each output that is not equal; to `out` or standard output."""
     from ..certify import BUG, EQUAL, NEAR_TIE
     from ..tables import TextTable, wide_console
 
-    console, verdicts = wide_console(), (EQUAL, NEAR_TIE, BUG)
+    console, verdicts = wide_console(out), (EQUAL, NEAR_TIE, BUG)
     by_method: dict[str, list[str]] = {}
     for f in findings:
         by_method.setdefault(f.method, []).append(f.verdict)
@@ -147,4 +157,9 @@ def print_table(findings: list[Finding]) -> None:
     ]
     if apart:
         TextTable("first differing tokens", [*exact, *rounded], apart).print(console)
-    console.print(f"verdict: {worst(findings)}")
+    meaning = {
+        EQUAL: "every output is the target's own",
+        NEAR_TIE: "all differences are rounding between equally probable tokens; --dtype float32 has fewer of them",
+        BUG: "an output is not the target's: please report it with this table",
+    }
+    console.print(f"verdict: {worst(findings)}\n({meaning[worst(findings)]})")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from .parsing import add_to
 
 if TYPE_CHECKING:
     from ..train.chat import ChatSource
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make training corpora.", no_args_is_help=True)
 
 
-@app.command()
+@add_to(
+    app,
+    "glidecape data pysource --output corpus",
+    "glidecape data pysource --output corpus --hold-out json,numpy --max-bytes 2e7",
+)
 def pysource(
-    out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Corpus folder to write.")],
     root: Annotated[
         list[Path] | None, typer.Option(help="Folder of Python packages; repeat. Default: site-packages.")
     ] = None,
@@ -34,12 +39,16 @@ def pysource(
     print(json.dumps(counts))
 
 
-@app.command()
+@add_to(
+    app,
+    "glidecape data chat --source chats.jsonl --output corpus",
+    "glidecape data chat --source a.jsonl:2e6 --source b.jsonl --output corpus --vocab-size 16384",
+)
 def chat(
     source: Annotated[
         list[str], typer.Option(help="A .jsonl(.gz) of messages, prompt+completion or text; FILE:BYTES takes a part.")
     ],
-    out: Annotated[Path, typer.Option(help="Corpus folder to write.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Corpus folder to write.")],
     vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 8192,
     max_bytes: Annotated[
         float | None, typer.Option(help="Text at most of each source without a number of its own, such as 2e6.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -11,6 +10,7 @@ import typer
 from ..drafting.options import CAPPED, FIXED, LOOKUP, SVIP, TREE, MethodOptions
 from ..errors import InputError
 from ..options import option_of
+from ..progress import note
 
 # By parameter: what is to be in a method's name for it to be used.
 USES = {how.parameter(one.name): how.needs for one in fields(MethodOptions) if (how := option_of(one)) is not None}
@@ -19,9 +19,9 @@ SAMPLES = ("top_k", "top_p", "min_p", "seed", "sampling")  # used at temperature
 
 
 def typed(ctx: typer.Context, name: str) -> bool:
-    """Did the user give this option?"""
+    """Did the user give this option, by hand or in a file?"""
     source = ctx.get_parameter_source(name)  # an enumeration of click, which newer versions of typer bring with them
-    return source is not None and source.name == "COMMANDLINE"
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def uses_of(method: str) -> set[str]:
@@ -66,7 +66,7 @@ def note_unused(ctx: typer.Context, method: str, temperature: float) -> None:
     from ..drafting.methods import DRAFTLESS, parse_method
 
     if typed(ctx, "draft") and parse_method(method)[0] in DRAFTLESS:
-        print(f"note: method {method} needs no draft model, so --draft is not loaded", file=sys.stderr)
+        note(f"method {method} needs no draft model, so --draft is not loaded")
     unused = [f"--{name.replace('_', '-')}" for name in SAMPLES if temperature == 0 and typed(ctx, name)]
     if unused:
-        print(f"note: {', '.join(unused)}: no effect at temperature 0", file=sys.stderr)
+        note(f"{', '.join(unused)}: no effect at temperature 0")

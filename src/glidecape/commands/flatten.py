@@ -13,6 +13,18 @@ import typer
 
 from ..options import option_of
 
+PANELS = {
+    "SamplingParams": "Sampling",
+    "MethodOptions": "Method",
+    "Machine": "Machine",
+    "ServingMachine": "Machine",
+    "DraftRecipe": "Draft and its training",
+    "TargetShape": "Model",
+    "Windowing": "Windows",
+    "Settings": "Run",
+    "StudyOptions": "Run",
+}  # of options in the help, by their class
+
 
 def flattened(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with each parameter that is a dataclass replaced by the options of its fields (`options.option`).
@@ -52,7 +64,9 @@ def _parameters(form: Any, start: Any) -> Iterator[Parameter]:
             name = how.parameter(one.name)
             # A switch that is off needs no name for off.
             flags = [f"--{name.replace('_', '-')}"] if default is False else []
-            shown = typer.Option(*flags, help=how.help, min=how.least, envvar=how.environment)
+            shown = typer.Option(
+                *flags, help=how.help, min=how.least, envvar=how.environment, rich_help_panel=PANELS.get(form.__name__)
+            )
             typed: Any = how.type or hints[one.name]
             annotation = Annotated[typed, shown]
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=how.write(default), annotation=annotation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,32 +9,35 @@ from typing import Annotated
 import typer
 
 from ..core.params import SamplingParams
-from ..drafting.options import MethodOptions
+from ..drafting.options import SMALL_BINS, MethodOptions
+from ..progress import note, say
 from .effects import note_unused, refuse_unused, typed
-from .flatten import flattened
 from .shared import (
     AsJson,
     ConstraintOptions,
     Draft,
+    Output,
     ServingMachine,
-    TargetName,
-    load_fitting_draft,
+    TargetOrShipped,
+    base_of,
+    opened,
+    pair_or_shipped,
     read_prompts,
 )
 
 
-@flattened
 def generate(
     ctx: typer.Context,
-    target: TargetName,
+    target: TargetOrShipped = None,
     draft: Draft = None,
     method: Annotated[
         str,
         typer.Option(
-            help="plain, lookup, vanilla, glide, eagle or medusa. All but the first two also +chain, +cape, +beam, +tree "
-            "(EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), and +svip or +heuristic."
+            help="auto: what suits the draft, or lookup without one. Else plain, lookup, vanilla, glide, eagle or medusa; all "
+            "but the first two also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for "
+            "medusa), and +svip or +heuristic."
         ),
-    ] = "glide+cape",
+    ] = "auto",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     file: Annotated[
         Path | None,
@@ -51,35 +53,40 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     params: SamplingParams = SamplingParams(),
     constraint: ConstraintOptions = ConstraintOptions(),
-    options: MethodOptions = MethodOptions(),
+    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
     svip_fit: Annotated[
         Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
     ] = None,
     as_json: AsJson = False,
+    output: Output = None,
     machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
-    from ..drafting.methods import make_drafter, parse_method
+    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
+    from ..interface.load import with_draft
     from ..show import show
 
-    base, _ = parse_method(method)
+    base = None if method == "auto" else parse_method(method)[0]
+    needs_draft = base not in DRAFTLESS
+    if target is None or (draft is None and needs_draft):
+        target, found = pair_or_shipped(target, [] if draft is None else [draft])
+        draft = found[0] if found and needs_draft else draft
+    if method == "auto":
+        method = usual_method(None if draft is None else base_of(draft))
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     params = replace(params, constraint=constraint.read())
     prompts = read_prompts(prompt, file)
-    rows = [replace(params, seed=params.seed + i) for i in range(len(prompts))]
-    model = machine.load(target)
-    loaded = load_fitting_draft(draft, base, model)
-    if loaded is not None and typed(ctx, "draft_length") and options.length > loaded.max_lag:
-        print(
-            f"note: this draft was trained for {loaded.max_lag} tokens a round, so it drafts no more", file=sys.stderr
-        )
-    drafter = make_drafter(method, loaded, options)
-    machine.compile_models(model, [drafter], len(rows) * params.max_new_tokens, not params.greedy)
+    lm = with_draft(machine.load(target), draft, method, options)
+    if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
+        note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
+    tokens = len(prompts) * params.max_new_tokens
+    machine.compile_models(lm.target, [lm.drafter], tokens, not params.greedy)
     if svip_fit is not None:
         from ..fit import with_fitted_threshold
 
-        known = [one.ids(model, chat) for one in read_prompts(None, svip_fit)]
-        drafter, fit = with_fitted_threshold(model, drafter, known, rows[0])
-        print(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]", file=sys.stderr)
-    show(model, drafter, prompts, rows, batch, method, as_json, chat)
+        known = [one.ids(lm.target, chat) for one in read_prompts(None, svip_fit)]
+        lm.drafter, fit = with_fitted_threshold(lm.target, lm.drafter, known, params)
+        say(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]")
+    with opened(output) as out:
+        show(lm, prompts, params, batch, as_json, chat, out)

@@ -13,7 +13,7 @@ from ..drafting.options import CAPPED, SMALL_BINS, SVIP, MethodOptions, bins_fro
 from ..errors import InputError
 from ..options import option
 from .effects import refuse_unused
-from .flatten import flattened
+from .parsing import add_to
 from .shared import ServingMachine, TargetName, command_line, named_folders
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StudyOptions:
     temperature: str = option("0,1", "One, or several joined by commas.")
     max_new_tokens: int = option(128, "Tokens of each output at most.")
     repeats: int = option(1, "Timed repeats; medians are reported.", least=1)
-    out: Path | None = option(None, "Write this JSON file, and a Markdown table beside it.")
+    out: Path | None = option(None, flag="output", help="Write this JSON file, and a Markdown table beside it.")
     machine: ServingMachine = field(default_factory=lambda: ServingMachine(dtype="float32"))
 
     @property
@@ -87,7 +87,7 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
 
     out = run.out
     if out is not None and (out.suffix == ".md" or out.is_dir()):
-        raise InputError(f"--out names a JSON file, beside which a .md is written, not {out}")
+        raise InputError(f"--output names a JSON file, beside which a .md is written, not {out}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # not after an hour
     chosen = Settings(max_new_tokens=run.max_new_tokens, repeats=run.repeats, **settings)
@@ -143,8 +143,11 @@ def _numbers(text: str, name: str, read: type = int) -> list[Any]:
     return list(dict.fromkeys(made))
 
 
-@app.command()
-@flattened
+@add_to(
+    app,
+    "glidecape measure cape models/pysource/target --draft glide=models/pysource/glide",
+    "glidecape measure cape path/to/model --draft draft --siblings 2,4 --output cape.json",
+)
 def cape(
     target: TargetName,
     draft: Drafts,
@@ -200,8 +203,11 @@ def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
     return chosen
 
 
-@app.command()
-@flattened
+@add_to(
+    app,
+    "glidecape measure svip models/pysource/target --draft glide=models/pysource/glide --limit 8",
+    "glidecape measure svip path/to/model --draft draft --methods glide+cape --lengths 1-8",
+)
 def svip(
     ctx: typer.Context,
     target: TargetName,
@@ -269,8 +275,11 @@ def _calibrated(opened: _Opened, settings: Settings, calibration: str) -> tuple[
     return [p for i, p in enumerate(prompts) if i % 4], prompts[::4]
 
 
-@app.command()
-@flattened
+@add_to(
+    app,
+    "glidecape measure batch models/pysource/target --draft glide=models/pysource/glide --sizes 1,4",
+    "glidecape measure batch path/to/model --draft draft --temperature 0 --output batch.json",
+)
 def batch(
     ctx: typer.Context,
     target: TargetName,
@@ -296,8 +305,11 @@ def batch(
     opened.finish()
 
 
-@app.command()
-@flattened
+@add_to(
+    app,
+    "glidecape measure context models/pysource/target --draft glide=models/pysource/glide --lengths 256,1024",
+    "glidecape measure context path/to/model --draft draft --suite prompts.jsonl",
+)
 def context(
     ctx: typer.Context,
     target: TargetName,
@@ -320,8 +332,11 @@ def context(
     opened.finish()
 
 
-@app.command()
-@flattened
+@add_to(
+    app,
+    "glidecape measure long models/pysource/target --draft glide=models/pysource/glide --max-new-tokens 1024",
+    "glidecape measure long path/to/model --draft draft --suite own:2",
+)
 def long(
     ctx: typer.Context,
     target: TargetName,

@@ -17,8 +17,7 @@ import typer
 
 from ..errors import InputError
 from ..train.recipe import DraftRecipe
-from .flatten import flattened
-from .shared import AsJson, Machine
+from .shared import AsJson, Machine, TargetName
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,9 +194,8 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@flattened
 def plan(
-    target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
+    target: TargetName,
     data: Annotated[Path | None, typer.Option(help="Text to train on; default: random token ids.")] = None,
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 4e6,
     recipe: DraftRecipe = DraftRecipe(),

@@ -11,16 +11,16 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .flatten import flattened
-from .shared import ServingMachine, base_of, command_line, load_fitting_draft
+from .shared import ServingMachine, TargetName, base_of, command_line
 
 
-@flattened
 def regenerate(
     ctx: typer.Context,
-    target: Annotated[str, typer.Argument(help="Model folder or Hub name of the target.")],
+    target: TargetName,
     data: Annotated[Path, typer.Option(help="As for train: documents are cut, prompts and messages are continued.")],
-    out: Annotated[Path, typer.Option(help="A .jsonl file for train --data; an interrupted one goes on.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="A .jsonl file for train --data; an interrupted one goes on.")
+    ],
     draft: Annotated[str | None, typer.Option(help="A draft, to be faster: the file is the same.")] = None,
     method: Annotated[str, typer.Option(help="As in generate; default: a chain if there is a draft, else plain.")] = "",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document that are continued.")] = 64,
@@ -35,17 +35,18 @@ def regenerate(
 ) -> None:
     """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
     from ..drafting.methods import make_drafter, parse_method
+    from ..interface.load import fitting_draft
     from ..train.regenerate import Regeneration
     from ..train.regenerate import regenerate as run
 
     if out.suffix != ".jsonl":
-        raise InputError(f"--out takes a .jsonl file, not {out}")
+        raise InputError(f"--output takes a .jsonl file, not {out}")
     method = method or ("plain" if draft is None else base_of(draft))
-    base, _ = parse_method(method)
+    parse_method(method)
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     model = machine.load(target)
-    drafter = make_drafter(method, load_fitting_draft(draft, base, model), options)
+    drafter = make_drafter(method, fitting_draft(draft, method, model), options)
     machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens, temperature > 0)
     with only_writer(out, folder=False):
         run(model, data, out, plan, drafter, batch, command_line())

@@ -9,9 +9,10 @@ import typer
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --out, finished or not.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --output, finished or not.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where report.html and report.md go; default: the first folder.")
+        Path | None,
+        typer.Option("--output", "-o", help="Where report.html and report.md go; default: the first folder."),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page and Markdown tables of one or several runs."""

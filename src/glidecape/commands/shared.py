@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..options import option
+from ..progress import bar, note
 
 if TYPE_CHECKING:
     from ..batch.text import Prompt
     from ..core.constraint import Constraint
     from ..drafting.drafter import Drafter
-    from ..drafting.methods import AnyDraft
     from ..target.target import Target
 
-TargetName = Annotated[str, typer.Option("--target", help="Model folder or Hub name of the target.")]
+TargetName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub name.")]
+TargetOrShipped = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model folder or Hub name, or a draft that names its model; default: the pair shipped with a checkout.",
+    ),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 Draft = Annotated[
     str | None,
@@ -43,41 +53,31 @@ class Machine:
         """The target; `pack=False`: to be trained on.
 
         Raises:
-            InputError: an unknown dtype, or a device that is not there.
-            CheckpointError, UnsupportedError: see `Target.from_pretrained`.
+            InputError, CheckpointError, UnsupportedError: see `load_target`.
         """
-        import torch
         from transformers.utils import logging
 
-        from ..target.target import Target
+        from ..interface.load import load_target
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        self.check()
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise InputError(f"unknown dtype '{self.dtype}': choose float32, bfloat16, float16 or auto")
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        return Target.from_pretrained(
-            name, dtype, self.device, self.revision, self.trust_remote_code, pack=pack, quantize=quantize
-        )
+        with bar(f"loading {name}"):
+            return load_target(
+                name,
+                self.dtype,
+                self.device,
+                self.threads,
+                pack=pack,
+                quantize=quantize,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
 
     def check(self) -> None:
-        """Set the threads; refuse a device that is not there.
+        """See `use_device`."""
+        from ..interface.load import use_device
 
-        Raises:
-            InputError: it is not.
-        """
-        import torch
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device '{self.device}' cannot be used here: {first_line(error)}") from None
-
-
-WORTH = 20_000  # tokens to decode from which on compiling, a minute or two, is made up for
+        use_device(self.device, self.threads)
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,50 @@ class ServingMachine(Machine):
         self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, noisy: bool = False
     ) -> None:
         """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
-        if self.compile == "off":
-            return
-        mode = "on" if self.compile == "on" or tokens >= WORTH else "kept"
+        from ..interface.load import compile_models
 
-        def say(text: str) -> None:
-            print(f"note: {text}", file=sys.stderr)
+        with bar("compiling"):
+            compile_models(target, drafters, self.compile, tokens, noisy)
 
-        target.compile(mode, say)
-        for drafter in drafters:
-            drafter.compile(mode, say, noisy)
+
+def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[str]]:
+    """The target and the drafts that are meant; with nothing named, the shipped pair.
+
+    Raises:
+        CheckpointError: nothing is named, and this is no checkout; or a draft alone does not say what it is for.
+    """
+    from ..interface.load import pair_of
+    from ..shipped import shipped_pair
+
+    if target is None and drafts:
+        target, _ = map(str, pair_of(drafts[0].rpartition("=")[2]))
+        return target, drafts
+    if target is None:
+        model, draft = shipped_pair()
+        note(f"no model is named: this is the pair in {model.parent}")
+        return str(model), [str(draft)]
+    model_name, draft_name = pair_of(target, drafts[0] if drafts else None)
+    return str(model_name), drafts or ([] if draft_name is None else [str(draft_name)])
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[TextIO | None]:
+    """The file that is written to, which appears when it is whole; None for standard output.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -199,15 +233,3 @@ def named_folders(items: list[str]) -> dict[str, str]:
             raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
         named[name] = folder
     return named
-
-
-def load_fitting_draft(name: str | None, base: str, target: Target) -> AnyDraft | None:
-    """The draft for a method of this base; None where it needs none. Whether it fits, `make_drafter` says.
-
-    Raises:
-        CheckpointError, MismatchError: see `load_draft`.
-    """
-    from ..drafting.methods import DRAFTLESS
-    from ..drafts.checkpoint import load_draft
-
-    return None if name is None or base in DRAFTLESS else load_draft(name, target)

@@ -10,16 +10,14 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..train.recipe import DraftRecipe, is_muon
-from .flatten import flattened
 from .shared import Machine, TargetName, command_line
 from .train import SaveEvery, Tokens, budget_of
 
 
-@flattened
 def study(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="As for train.")],
-    out: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one there goes on.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; an interrupted one there goes on.")],
     factor: Annotated[
         list[str] | None,
         typer.Option(

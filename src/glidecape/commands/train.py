@@ -11,7 +11,6 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..train.recipe import DraftRecipe, TargetShape, Windowing
-from .flatten import flattened
 from .shared import Machine, TargetName, command_line
 
 if TYPE_CHECKING:
@@ -22,11 +21,10 @@ Minutes = Annotated[float | None, typer.Option(help="Time to train; the first li
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")]
 
 
-@flattened
 def train(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
-    out: Annotated[Path, typer.Option(help="Folder of the draft; an interrupted run there goes on.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the draft; an interrupted run there goes on.")],
     recipe: DraftRecipe = DraftRecipe(),
     tokens: Tokens = None,
     minutes: Minutes = None,
@@ -75,10 +73,9 @@ def budget_of(tokens: float | None, minutes: float | None) -> Budget:
     return Budget(None if tokens is None else int(tokens), minutes)
 
 
-@flattened
 def train_target(
     data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data`.")],
-    out: Annotated[Path, typer.Option(help="Model folder; an interrupted run there goes on.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Model folder; an interrupted run there goes on.")],
     tokens: Tokens = None,
     minutes: Minutes = None,
     start_from: Annotated[

@@ -32,6 +32,10 @@ class Stats:
         depths: deepest drafted depths, summed over rounds.
         draft_s, verify_s, total_s: seconds drafting, in the target's forward, and in whole rounds.
         prefill_s: seconds to take rows in and read their prompts, not part of total_s.
+
+    >>> from glidecape import Stats
+    >>> Stats(rounds=2, emitted=7).acceptance_length
+    3.5
     """
 
     rounds: int = 0

@@ -171,6 +171,9 @@ class ModelDrafter:
             own.commit([len(piece) for piece in pieces])
         own.use(0, len(batch.rows))
 
+    def __repr__(self) -> str:
+        return f"ModelDrafter({self.model!r}, {type(self.expansion).__name__}, {type(self.stop).__name__})"
+
     def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
         """See `Drafter`."""
         done = self.model.compile(mode, say)

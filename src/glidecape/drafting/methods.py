@@ -83,6 +83,19 @@ def form_of(base: str, added: set[str]) -> str:
     return next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
 
 
+def usual_method(kind: str | None) -> str:
+    """The method of a draft of this kind, for whoever names none: EAGLE's and Medusa's own tree, else siblings by CaPE; prompt
+    lookup without a draft.
+
+    >>> usual_method(None), usual_method("glide"), usual_method("eagle")
+    ('lookup', 'glide+cape', 'eagle')
+    """
+    if kind is None:
+        return "lookup"
+    base = base_for(kind)
+    return base if base in USUAL else f"{base}+cape"
+
+
 def make_drafter(
     method: str, draft: AnyDraft | None = None, options: MethodOptions | None = None, **changes: Any
 ) -> Drafter:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-FORMAT = 3
+FORMAT = 4
+WEIGHTS, CARD = "draft.safetensors", "card.json"
 
 # Every field of a configuration must be known, of its own type and in range: a draft file is somebody else's.
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -36,6 +37,8 @@ class Card(BaseModel):
         kind: of the draft network, which says what `config` holds.
         command: that trained it.
         figures: measured after training; for readers only.
+        target: folder, seen from the draft's, or Hub name of the model that it was trained for; None: not known. Formats
+            before 4 had no such field.
     """
 
     model_config = STRICT
@@ -45,6 +48,7 @@ class Card(BaseModel):
     fingerprint: Fingerprint
     command: str
     figures: dict[str, Any]
+    target: str | None = None
 
 
 def read_card_text(text: str, kinds: tuple[str, ...]) -> Card:

@@ -9,10 +9,17 @@ from torch import Tensor
 from ..core.cache import KVCache
 from ..target.target import Target
 from .base import Queries
+from .sharing import SharedDraft
 
 
-class StandaloneDraft:
-    """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`)."""
+class StandaloneDraft(SharedDraft):
+    """Any causal LM that `Target` accepts, joined to the decode loop (a `DraftModel`).
+
+    >>> from glidecape import StandaloneDraft, Target, make_drafter
+    >>> model = Target.from_pretrained("path/to/model")
+    >>> make_drafter("vanilla", StandaloneDraft(model), length=4)  # the best draft there is, and the slowest
+    ModelDrafter(StandaloneDraft(path/to/model: 0.03 M parameters, bfloat16 on cpu), Chain, FixedLength)
+    """
 
     kind = "lm"
 
@@ -20,6 +27,9 @@ class StandaloneDraft:
         self.model = model
         self.reads_hidden, self.trusts_own = False, True
         self.max_lag = 2**31 - 1  # no lag: it reads only what it wrote itself
+
+    def __repr__(self) -> str:
+        return f"StandaloneDraft({self.model.summary})"
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return self.model.new_cache(batch, capacity)

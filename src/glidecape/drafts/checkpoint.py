@@ -1,7 +1,7 @@
 """Draft checkpoints: one safetensors file that carries its own description, so that a write is all or nothing.
 
 `draft.safetensors` holds the weights, and in its metadata the JSON that `card.json` repeats for human readers: format
-number, kind, configuration with max lag, the target's fingerprint, the command and the figures.
+number, kind, configuration with max lag, the target's fingerprint and name, the command and the figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import CheckpointError, MismatchError, first_line
 from ..files import write_atomic
 from ..target.packed import draft_products
 from ..target.target import Target
-from .card import FORMAT, Card, checked, read_card_text
+from .card import CARD, FORMAT, WEIGHTS, Card, checked, read_card_text
 from .causal_lm import StandaloneDraft
 from .eagle.adapter import EagleDraft
 from .eagle.config import EagleConfig
@@ -33,6 +33,7 @@ from .glide.network import GlideModel
 from .medusa.adapter import MedusaDraft
 from .medusa.config import MedusaConfig
 from .medusa.network import MedusaModel
+from .sharing import name_from
 
 Network = GlideModel | EagleModel | MedusaModel
 NetworkDraft = GlideDraft | EagleDraft | MedusaDraft
@@ -43,7 +44,6 @@ KINDS: dict[str, tuple[Any, Any, Any]] = {
     EagleModel.kind: (EagleConfig, EagleModel, EagleDraft),
     MedusaModel.kind: (MedusaConfig, MedusaModel, MedusaDraft),
 }
-WEIGHTS, CARD = "draft.safetensors", "card.json"
 _SHAPE_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size", "rope_parameters", "layer_types", "sliding_window"),
@@ -109,6 +109,7 @@ def save_network(
         "fingerprint": fingerprint(target),
         "command": command,
         "figures": figures,
+        "target": name_from(folder, target.name),
     }
     tensors = {
         name: t.detach().to(dtype if t.is_floating_point() else t.dtype).contiguous().cpu()
@@ -233,7 +234,9 @@ def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
     module.to(dtype or target.dtype).serve()
-    return draft(module, card.figures)
+    loaded: NetworkDraft = draft(module, card.figures)
+    loaded.folder, loaded.target_name = folder, target.name
+    return loaded
 
 
 def resolve(name: str | Path) -> Path:
@@ -258,6 +261,10 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
 
     Raises:
         CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
+
+    >>> from glidecape import Target, load_draft
+    >>> load_draft("path/to/draft", Target.from_pretrained("path/to/model")).kind
+    'glide'
     """
     folder = resolve(name)
     if (folder / WEIGHTS).is_file():
@@ -279,4 +286,6 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
         )
     if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise MismatchError(f"the draft LM in {folder} has another tokenizer than the target")
-    return StandaloneDraft(model)
+    loaded = StandaloneDraft(model)
+    loaded.folder, loaded.target_name = folder, target.name
+    return loaded

@@ -16,6 +16,7 @@ from ..core.transfer import to_device
 from ..target.packages import Program, Run, compiled
 from ..target.program import KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
 from .base import Queries
+from .sharing import SharedDraft
 
 if TYPE_CHECKING:
     from ..target.target import Target
@@ -24,7 +25,7 @@ COMMITTED = Dim("committed", min=1, max=2**31)
 TARGET_KEYS, TARGET_SLOTS = Dim("target_keys", min=1, max=2**31), Dim("target_slots", min=2, max=2**31)
 
 
-class NetworkDraft(ABC):
+class NetworkDraft(SharedDraft, ABC):
     """What the drafts with a network of their own share: a step that is compiled or not.
 
     Attributes:
@@ -34,6 +35,8 @@ class NetworkDraft(ABC):
     """
 
     module: Any
+    base: str
+    max_lag: int
     reads_hidden: bool
     layers_read: Sequence[int] = ()
     uses_parents = False

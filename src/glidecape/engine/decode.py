@@ -1,4 +1,4 @@
-"""Decoding a list of prompts: `decode` yields what each round emitted, `generate` collects it."""
+"""Decoding a list of prompts: `decode` yields what each round emitted, `Completions` collects it, `generate` does both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,19 @@ def _with_seed(params: SamplingParams, i: int) -> SamplingParams:
     return replace(params, seed=(params.seed + i + 2**63) % 2**64 - 2**63)  # 64 bits, signed
 
 
-def _engine(target: Target, drafter: Drafter, rows: list[Row], slots: int, noise: Noise, limit: int | None) -> Engine:
+def engine_of(
+    target: Target,
+    drafter: Drafter,
+    rows: list[Row],
+    slots: int,
+    noise: Noise = gumbel,
+    limit: int | None = None,
+) -> Engine:
+    """An engine with so many row slots, for which all these rows wait.
+
+    Raises:
+        InputError: there is not enough room for the cache.
+    """
     tokens = max(len(row.tokens) + row.params.max_new_tokens for row in rows)
     new_tokens = max(row.params.max_new_tokens for row in rows)
     engine = Engine(target, drafter, slots, tokens, new_tokens, noise, limit)
@@ -68,7 +80,7 @@ def start(
         InputError: see `new_rows`; or there is not enough room for the cache.
     """
     rows = new_rows(target, prompts, params)
-    engine = _engine(target, drafter, rows, len(rows), noise, limit_bytes)
+    engine = engine_of(target, drafter, rows, len(rows), noise, limit_bytes)
     for row in rows:
         engine.batch.admit(row)
     with torch.no_grad():
@@ -93,12 +105,12 @@ def decode(
         batch: rows decoded together, at most; the next prompt takes the slot of a row that ended. None: all.
     """
     rows = new_rows(target, prompts, params or SamplingParams())
-    engine = _engine(target, drafter, rows, min(batch or len(rows), len(rows)), noise, limit_bytes)
+    engine = engine_of(target, drafter, rows, min(batch or len(rows), len(rows)), noise, limit_bytes)
     while not engine.idle:
         yield from engine.step(stats)
 
 
-@dataclass
+@dataclass(repr=False)
 class Completion:
     """What one prompt became.
 
@@ -109,6 +121,12 @@ class Completion:
         origins: of each token: "chain", "sibling" or "bonus".
         finish: "stop" or "length".
         rounds: counts of each round.
+
+    >>> import glidecape
+    >>> lm = glidecape.load("path/to/model", draft="path/to/draft")
+    >>> completion = lm("def load_table(", max_tokens=6)
+    >>> len(completion.tokens), completion.finish
+    (6, 'length')
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -116,6 +134,47 @@ class Completion:
     origins: list[str] = field(default_factory=list)
     finish: str = "length"
     rounds: list[RoundStats] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        shown = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        return (
+            f"Completion(text={shown!r}, tokens={len(self.tokens)}, rounds={len(self.rounds)}, finish={self.finish!r})"
+        )
+
+
+class Completions:
+    """Collects the events of `decode` into a completion for each prompt.
+
+    Args:
+        tokenizer: of the target; None: completions have no text.
+        prompts: token ids of each, by the rows' numbers.
+    """
+
+    def __init__(self, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self._done = [Completion() for _ in prompts]
+        self._texts: dict[int, str] = {}
+
+    def add(self, event: Emitted) -> None:
+        """Take what a row emitted."""
+        one = self._done[event.row]
+        one.tokens += event.tokens
+        one.origins += event.origins
+        if event.stats.emitted:
+            one.rounds.append(event.stats)
+        one.finish = event.finish or one.finish
+        if event.text is not None:
+            kept = len(one.tokens) - event.cut
+            one.tokens, one.origins = one.tokens[:kept], one.origins[:kept]
+            self._texts[event.row] = event.text
+
+    def finished(self) -> list[Completion]:
+        """All completions, with their texts."""
+        for i, one in enumerate(self._done):
+            if self.tokenizer is not None:
+                own = self._texts.get(i)
+                one.text = text_of(self.tokenizer, one.tokens, self.prompts[i]) if own is None else own
+        return self._done
 
 
 def generate(
@@ -135,6 +194,11 @@ def generate(
 
     Raises:
         InputError: see `new_rows`; or the drafter is none.
+
+    >>> from glidecape import SamplingParams, Target, generate
+    >>> target = Target.from_pretrained("path/to/model")
+    >>> [one.finish for one in generate(target, ["def load(", "def save("], params=SamplingParams(max_new_tokens=4))]
+    ['length', 'length']
     """
     if drafter is not None and not hasattr(drafter, "propose"):
         raise InputError(f"a drafter is made by make_drafter(method, draft), and this is {drafter!r}")
@@ -143,20 +207,7 @@ def generate(
     one_prompt = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
     every: Any = [prompts] if one_prompt else prompts
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in every]
-    done = [Completion() for _ in ids]
-    cut_text: dict[int, str] = {}
+    found = Completions(target.tokenizer, ids)
     for event in decode(target, drafter or NoDraft(), ids, params, stats, batch=batch):
-        one = done[event.row]
-        one.tokens += event.tokens
-        one.origins += event.origins
-        if event.stats.emitted:
-            one.rounds.append(event.stats)
-        one.finish = event.finish or one.finish
-        if event.text is not None:
-            kept = len(one.tokens) - event.cut
-            one.tokens, one.origins = one.tokens[:kept], one.origins[:kept]
-            cut_text[event.row] = event.text
-    for i, one in enumerate(done):
-        if target.tokenizer is not None:
-            one.text = cut_text[i] if i in cut_text else text_of(target.tokenizer, one.tokens, ids[i])
-    return done
+        found.add(event)
+    return found.finished()

@@ -20,7 +20,7 @@ from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
-from ..drafting.methods import USUAL, base_for, make_drafter
+from ..drafting.methods import make_drafter, usual_method
 from ..drafting.options import MethodOptions
 from ..drafts.base import DraftModel
 from ..drafts.causal_lm import StandaloneDraft
@@ -79,7 +79,14 @@ def glidecape_generate(
     Differs: a row that ended by a criterion of the user's is padded, end-of-text token or not, where transformers lets it
     run on until all rows have ended.
 
-    >>> out = model.generate(**inputs, custom_generate=glidecape_generate, draft="my-draft")           # doctest: +SKIP
+    >>> from glidecape import glidecape_generate
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
+    >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
+    >>> inputs = tokenizer("def load(", return_tensors="pt")
+    >>> out = model.generate(**inputs, custom_generate=glidecape_generate, draft="path/to/draft", max_new_tokens=8)
+    >>> out.shape[1] - inputs.input_ids.shape[1] <= 8
+    True
     """
     _refuse(generation_config, logits_processor, model_kwargs, glide_streamer, len(input_ids))
     prompts, pads = _unpad(input_ids, model_kwargs)
@@ -130,8 +137,8 @@ def _params(
         replace(
             common,
             seed=common.seed + i,
-            processor=_processor(logits_processor, pad, i, len(pads)) if logits_processor else None,
-            ends=_ends(type(stopping_criteria)(criteria), pad, i, len(pads)) if criteria else None,
+            processor=processor_of(logits_processor, i, len(pads), pad) if logits_processor else None,
+            ends=ends_of(criteria, i, len(pads), pad) if criteria else None,
         )
         for i, pad in enumerate(pads)
     ]
@@ -148,12 +155,7 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer
         raise UnsupportedError(f"glidecape_generate gives sequences only: leave {', '.join(asked)} out")
     if config.cache_implementation == "quantized":
         raise UnsupportedError("a quantized cache changes the output: glidecape_generate keeps the cache in full")
-    for processor in processors or ():
-        if any(part in type(processor).__name__ for part in _STATEFUL):
-            raise UnsupportedError(
-                f"{type(processor).__name__} keeps a state from token to token, and a tree asks about tokens that are never "
-                "emitted: leave it out"
-            )
+    refuse_stateful(processors)
     for name in CACHE_ARGUMENTS:
         if _is_the_callers(model_kwargs.get(name)):
             raise InputError(f"glidecape_generate keeps a cache of its own: leave {name} out")
@@ -163,6 +165,16 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer
             raise InputError(f"glidecape_generate decodes from input_ids and an attention mask: leave {name} out")
     if streamer is not None and rows > 1:
         raise InputError(f"a streamer shows one row, and there are {rows}: stream prompts one by one")
+
+
+def refuse_stateful(processors: Any) -> None:
+    """Raises UnsupportedError for logits processors that carry something from token to token."""
+    for processor in processors or ():
+        if any(part in type(processor).__name__ for part in _STATEFUL):
+            raise UnsupportedError(
+                f"{type(processor).__name__} keeps a state from token to token, and a tree asks about tokens that are never "
+                "emitted: leave it out"
+            )
 
 
 def _is_the_callers(cache: Any) -> bool:
@@ -203,12 +215,16 @@ def _ours(criterion: Any, ends: Sequence[int], max_length: int) -> bool:
     return name == "MaxLengthCriteria" and criterion.max_length >= max_length
 
 
-def _as_batch(pad: Tensor, tokens: Tensor, rows: int) -> Tensor:
+def _as_batch(pad: Tensor | None, tokens: Tensor, rows: int) -> Tensor:
     """`(rows, length)`: a row's padded tokens, as often as the batch has rows, for what knows rows by their number."""
-    return torch.cat([pad.to(tokens.device), tokens]).expand(rows, -1)
+    return (tokens if pad is None else torch.cat([pad.to(tokens.device), tokens])).expand(rows, -1)
 
 
-def _processor(processors: Any, pad: Tensor, row: int, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+def processor_of(
+    processors: Any, row: int, rows: int = 1, pad: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """transformers' logits processors as a `Processor` of row `row` of `rows`, with the padding before it."""
+
     def process(tokens: Tensor, logits: Tensor) -> Tensor:
         ids, scores = _as_batch(pad, tokens, rows), logits.expand(rows, -1).clone()  # a processor may write in place
         for one in processors:  # the list's own call inspects each signature each time
@@ -218,9 +234,12 @@ def _processor(processors: Any, pad: Tensor, row: int, rows: int) -> Callable[[T
     return process
 
 
-def _ends(criteria: Any, pad: Tensor, row: int, rows: int) -> Callable[[Tensor], bool]:
+def ends_of(criteria: Any, row: int = 0, rows: int = 1, pad: Tensor | None = None) -> Callable[[Tensor], bool]:
+    """transformers' stopping criteria as the `Ends` of row `row` of `rows`, with the padding before it."""
+
     def ended(tokens: Tensor) -> bool:
-        return bool(criteria(_as_batch(pad, tokens, rows), None)[row])
+        ids = _as_batch(pad, tokens, rows)
+        return any(bool(torch.as_tensor(one(ids, None)).expand(rows)[row]) for one in criteria)
 
     return ended
 
@@ -258,8 +277,7 @@ def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions 
                 f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
             )
         draft = StandaloneDraft(own.target)
-    base = base_for(getattr(draft, "kind", "lm"))
-    usual = "lookup" if draft is None else base if base in USUAL else f"{base}+cape"
+    usual = usual_method(None if draft is None else getattr(draft, "kind", "lm"))
     return kept.target, make_drafter(method or usual, draft, options)
 
 

@@ -50,6 +50,11 @@ class Target:
 
     Raises:
         UnsupportedError: the architecture cannot decode trees on our cache, with the reason.
+
+    >>> from glidecape import Target
+    >>> target = Target.from_pretrained("path/to/model")
+    >>> target.context, len(target.encode("def load(")) > 0
+    (192, True)
     """
 
     chunk = 512  # tokens of a prompt that are read in one forward
@@ -62,6 +67,7 @@ class Target:
         model.set_attn_implementation(ATTENTION)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.cache_argument = cache_argument(model)
+        self.name: str | None = None  # folder or Hub name
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
         self.compiled: CompiledTarget | None = None
@@ -105,8 +111,17 @@ class Target:
         if quantize is not None:
             quantize_layers(model, quantize)
         target = cls(model.to(device), tokenizer, probe, pack)
-        target.quantized = quantize
+        target.name, target.quantized = str(name), quantize
         return target
+
+    @property
+    def summary(self) -> str:
+        """Its name, size, dtype and device."""
+        dtype = f"{self.quantized or str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"{self.name or self.text_config.model_type}: {self.num_parameters / 1e6:.2f} M parameters, {dtype}"
+
+    def __repr__(self) -> str:
+        return f"Target({self.summary}, {'eager' if self.compiled is None else 'compiled'})"
 
     def _pack(self, products: Any) -> bool:
         digest = self.weights_digest  # packed weights are in no state_dict

@@ -7,7 +7,6 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from ..drafts.glide.network import GlideModel
 from ..drafts.medusa.config import MedusaConfig
 from ..drafts.medusa.network import MedusaModel
 from ..errors import InputError
+from ..progress import say
 from ..target.target import Target
 from .data import Windows, load_streams
 from .features import eagle_loss, medusa_loss
@@ -278,7 +278,7 @@ def finish_draft(
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)
-    print(f"wrote {out}: {figures}", file=sys.stderr)
+    say(f"wrote {out}: {figures}")
     return figures
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..drafts.checkpoint import CARD, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
+from ..progress import console as progress_console
 
 STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
@@ -176,7 +177,7 @@ def load_state(
         raise _cannot_resume(path, error) from None
     if other := differences(saved, identity or {}):
         raise CheckpointError(
-            f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --out"
+            f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --output"
         )
     try:
         module.load_state_dict(state["module"])
@@ -189,7 +190,7 @@ def load_state(
 
 def _cannot_resume(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+        f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --output"
     )
 
 
@@ -236,7 +237,7 @@ def _step(
     if not all(map(math.isfinite, losses)):
         raise InputError(
             f"the loss is {', '.join(f'{value:g}' for value in losses)} at step {number}: lower the learning rate and begin "
-            "in another --out; what was saved before is kept"
+            "in another --output; what was saved before is kept"
         )
     for module in modules if clip else ():
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
@@ -264,7 +265,7 @@ def fit(
     of `accumulate` batches, clipped to norm `clip` in each module (0: not clipped). A batch depends on its number alone, so a
     run killed and resumed sees the same data as one never killed.
     """
-    console = console or Console(stderr=True)
+    console = console or progress_console()
     reuse_freed_memory()
     last_save = started = time.monotonic()
     before = clock.seconds

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core.params import SamplingParams
@@ -26,6 +24,7 @@ from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
+from ..progress import console, say
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams, read_rows
@@ -167,11 +166,11 @@ def regenerate(
     }
     done = _begin(out, card, identity, command)
     if done > len(prompts):
-        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --out")
+        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
     emitted, start = 0, target.tokenizer.eos_token_id
     columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
     right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
-    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=Console(stderr=True)) as bar:
+    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=console()) as bar:
         task = bar.add_task("regenerate", total=len(prompts), completed=done, rate=0.0)
         for first in range(done, len(prompts), batch):
             part = prompts[first : first + batch]
@@ -192,7 +191,7 @@ def regenerate(
                 bar.update(task, rate=emitted / elapsed if elapsed else 0.0)
         seconds = bar.tasks[0].elapsed or 0.0
     figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / seconds, 1) if seconds else 0.0}
-    print(f"wrote {out}: {figures}", file=sys.stderr)
+    say(f"wrote {out}: {figures}")
     return figures
 
 
@@ -221,10 +220,12 @@ def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int
         saved = json.loads(card.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{out} is there and no {card.name} says what it holds: remove it, or name another --out"
+            f"{out} is there and no {card.name} says what it holds: remove it, or name another --output"
         ) from None
     if other := differences(saved, identity):
-        raise CheckpointError(f"{out} was begun with {'; '.join(other)}: give the same options, or name another --out")
+        raise CheckpointError(
+            f"{out} was begun with {'; '.join(other)}: give the same options, or name another --output"
+        )
     content = out.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

@@ -7,7 +7,6 @@ weights that `train_draft` would have given its recipe alone.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from ..core.stats import Stats, merged
 from ..drafting.methods import make_drafter
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic
+from ..progress import say
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
 from .draft import DraftLoss, make_draft, save_draft
@@ -236,7 +236,7 @@ def run_study(
             prompts = prompts or held_out_prompts(target, streams["valid"], trial)
             for i, name in enumerate(group):
                 if _finished(folder, name, group[name]) is None:
-                    print(f"seed {seed}: trying {name}", file=sys.stderr)
+                    say(f"seed {seed}: trying {name}")
                     figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
                     write_row(folder / name, trained.modules[i], target, command, figures, group[name])
             (folder / STATE_FILE).unlink()  # rows that come later begin a group of their own
@@ -272,7 +272,7 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
         raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
     if other := differences(there, identity):
         raise CheckpointError(
-            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --out otherwise"
+            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --output otherwise"
         )
     return figures
 
@@ -286,7 +286,7 @@ def _begun(folder: Path, asked: Mapping[str, Any]) -> list[str] | None:
         names = list(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
     except Exception as error:
         raise CheckpointError(
-            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --out"
+            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --output"
         ) from None
     if missing := [name for name in names if name not in asked]:
         raise CheckpointError(

@@ -4,7 +4,6 @@ causal LM further."""
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, InputError
+from ..progress import say
 from ..target.loading import load_model
 from ..target.target import digest_of
 from .data import Windows, corpus_tokenizer, load_streams
@@ -93,7 +93,7 @@ def _begin(data: Path, shape: TargetShape, windowing: Windowing, seed: int, star
     if start_from is not None:
         model, tokenizer = load_model(start_from, torch.float32, {})
     elif not (data / "train.bin").is_file():
-        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --out {data}`, or data chat")
+        raise DataError(f"no corpus at {data}: make one with `glidecape data pysource --output {data}`, or data chat")
     else:
         tokenizer = corpus_tokenizer(data)
         torch.manual_seed(seed)
@@ -225,5 +225,5 @@ def _write(out: Path, run: TargetRun, clock: Clock, counts: dict[str, Any], abou
         "valid_loss": round(valid_loss(model, run.valid, run.windowing.length), 4),
     }
     save_lm(model.to(torch.bfloat16), run.tokenizer, out, about | {"figures": figures})
-    print(f"wrote {out}: {figures}", file=sys.stderr)
+    say(f"wrote {out}: {figures}")
     return figures

@@ -20,6 +20,11 @@ class GlideDraft(NetworkDraft):
 
     An accepted node keeps the keys and values of the lag it was drafted at, as in training; the prompt and tokens that are
     caught up with have lag 1.
+
+    >>> from glidecape import GlideDraft, Target, load_draft
+    >>> draft = load_draft("path/to/draft", Target.from_pretrained("path/to/model"))
+    >>> isinstance(draft, GlideDraft), draft.max_lag
+    (True, 8)
     """
 
     kind, trusts_own = GlideModel.kind, True

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ...core.cache import KVCache
+from ..sharing import SharedDraft
 from .network import MedusaModel
 
 
-class MedusaDraft:
+class MedusaDraft(SharedDraft):
     """Medusa heads, joined to the decode loop by `drafting.medusa.MedusaDrafter`. They have no cache."""
 
     kind, reads_hidden = MedusaModel.kind, True

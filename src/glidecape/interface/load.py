@@ -1,0 +1,197 @@
+"""`load`: a target, its draft and a method in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from ..drafting.drafter import Drafter
+from ..drafting.methods import DRAFTLESS, make_drafter, parse_method, usual_method
+from ..drafting.options import SMALL_BINS, MethodOptions
+from ..drafts.card import WEIGHTS
+from ..drafts.causal_lm import StandaloneDraft
+from ..drafts.checkpoint import NetworkDraft, load_draft, read_card
+from ..drafts.sharing import target_named_by
+from ..errors import InputError, first_line
+from ..progress import note
+from ..target.target import Target
+from .language_model import LanguageModel
+
+WORTH = 20_000  # tokens to decode from which on compiling, a minute or two, is made up for
+COMPILE = ("auto", "on", "off")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(
+    model: str | Path,
+    draft: str | Path | None = None,
+    method: str = "auto",
+    options: MethodOptions | None = None,
+    *,
+    compile: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    threads: int = 0,
+    quantize: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a model, and what makes it faster.
+
+    Args:
+        model: folder or Hub name of the target; or of a draft alone, whose card names its target.
+        draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
+        method: such as "glide+cape+svip" (docs/methods.md); "auto": what suits the draft, or prompt lookup without one.
+        options: of the method, such as `MethodOptions(length=4)`.
+        compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before.
+        dtype: "float32", "bfloat16", "float16" or the same of torch; "auto": as stored.
+        device: such as "cpu" or "cuda".
+        threads: on a CPU; 0: PyTorch's choice.
+        quantize: "int8": weights in 8 bits, by torchao.
+        revision, trust_remote_code: as in transformers.
+
+    Raises:
+        InputError: an unknown method, dtype or device, or a draft of another kind than the method's.
+        CheckpointError, MismatchError, UnsupportedError: see `Target.from_pretrained` and `load_draft`.
+
+    >>> import glidecape
+    >>> lm = glidecape.load("path/to/model", draft="path/to/draft", options=glidecape.MethodOptions(length=4))
+    >>> lm.method, lm.draft.kind
+    ('glide+cape', 'glide')
+    >>> glidecape.load("path/to/draft").target.vocab_size == lm.target.vocab_size  # its card names the model
+    True
+    """
+    if method != "auto":
+        parse_method(method)  # before anything is loaded
+    if compile not in COMPILE:
+        raise InputError(f"compile takes {', '.join(COMPILE)}, not '{compile}'")
+    model, draft = pair_of(model, draft)
+    target = load_target(
+        model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
+    )
+    lm = with_draft(target, draft, method, options)
+    compile_models(target, [lm.drafter], compile, tokens=0, noisy=True)
+    return lm
+
+
+def pair_of(model: str | Path, draft: str | Path | None = None) -> tuple[str | Path, str | Path | None]:
+    """The model and the draft that are meant: a draft that stands alone in the place of the model brings its model.
+
+    Raises:
+        CheckpointError: its card names no model, or one that is not there.
+    """
+    if draft is None and (named := _target_of_draft(model)) is not None:
+        return named, model
+    return model, draft
+
+
+def with_draft(
+    target: Target, draft: str | Path | None, method: str = "auto", options: MethodOptions | None = None
+) -> LanguageModel:
+    """A loaded target with a draft and a method, see `load`."""
+    loaded = None if method == "auto" and draft is None else fitting_draft(draft, method, target)
+    chosen = usual_method(None if loaded is None else loaded.kind) if method == "auto" else method
+    options = options or MethodOptions(bins=SMALL_BINS)  # on a CPU many nodes cost more than they save
+    return LanguageModel(target, make_drafter(chosen, loaded, options), chosen, loaded)
+
+
+def fitting_draft(name: str | Path | None, method: str, target: Target) -> NetworkDraft | StandaloneDraft | None:
+    """The draft of a method; None where it needs none. "auto" takes any.
+
+    Raises:
+        InputError: an unknown method.
+        CheckpointError, MismatchError: see `load_draft`.
+    """
+    base = None if method == "auto" else parse_method(method)[0]
+    if name is None or base in DRAFTLESS:
+        return None
+    return load_draft(name, target)
+
+
+def load_target(
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    threads: int = 0,
+    *,
+    pack: bool = True,
+    quantize: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
+    """A target by what a user types; `pack=False`: to be trained on.
+
+    Raises:
+        InputError: an unknown dtype, or a device that is not there.
+        CheckpointError, UnsupportedError: see `Target.from_pretrained`.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
+    use_device(device, threads)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    return Target.from_pretrained(name, kind, device, revision, trust_remote_code, pack=pack, quantize=quantize)
+
+
+def use_device(device: str, threads: int = 0) -> None:
+    """Set the threads; refuse a device that is not there.
+
+    Raises:
+        InputError: it is not.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' cannot be used here: {first_line(error)}") from None
+
+
+def compile_models(
+    target: Target,
+    drafters: Iterable[Drafter],
+    compile: str,
+    tokens: float = math.inf,
+    noisy: bool = False,
+    say: Callable[[str], None] = note,
+) -> None:
+    """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
+    if compile == "off":
+        return
+    mode = "on" if compile == "on" or (compile == "auto" and tokens >= WORTH) else "kept"
+    target.compile(mode, say)
+    for drafter in drafters:
+        drafter.compile(mode, say, noisy)
+
+
+def _target_of_draft(name: str | Path) -> str | None:
+    """The target that a draft's card names, where `name` is a draft of ours; None where it is something else."""
+    folder = Path(name).expanduser()
+    if not folder.exists() and (kept := _draft_on_hub(str(name))) is not None:
+        folder = kept
+    if not (folder / WEIGHTS).is_file():
+        return None
+    return target_named_by(folder, read_card(folder).target)
+
+
+def _draft_on_hub(name: str) -> Path | None:
+    """The snapshot of a Hub repository that holds a draft of ours; None where it does not, or cannot be asked."""
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    if name.count("/") != 1 or name.startswith((".", "~", "/")) or Path(name).parent.is_dir():
+        return None
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None  # a model that was loaded before
+        if isinstance(kept := try_to_load_from_cache(name, WEIGHTS), str):
+            return Path(kept).parent
+        if constants.HF_HUB_OFFLINE:
+            return None
+        from huggingface_hub import file_exists
+
+        return Path(snapshot_download(name)) if file_exists(name, WEIGHTS) else None
+    except (OSError, HFValidationError, RuntimeError):
+        return None  # loading the model will say what is wrong
