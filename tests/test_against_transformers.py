@@ -65,7 +65,7 @@ def build(kind):
 class Agreeing(StandaloneDraft):
     """Stands in for a good draft of any kind, so that chains and siblings of every length are accepted."""
 
-    base = None
+    kind = None
 
 
 # Qwen3 differs from Llama by its normalised queries and keys alone, which tests/test_families.py decodes too.

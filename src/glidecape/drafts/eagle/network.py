@@ -106,7 +106,8 @@ class EagleModel(DraftNetwork):
         return self.target_parts.embed(tokens, self.dtype)
 
     def _joined(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        return self.join(torch.cat([embeddings, features.to(self.dtype)], -1))
+        # The residual stream stays in the module's dtype, whatever autocast makes of a product.
+        return self.join(torch.cat([embeddings, features.to(self.dtype)], -1)).to(self.dtype)
 
     def keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor) -> KV:
         """All that it needs of committed tokens, `(batch, kv_heads, tokens, head_dim)`: they depend on no other token."""
