@@ -34,6 +34,4 @@ def token_logprobs(logits: Tensor, path: Sequence[int], tokens: Sequence[int], t
     own = law.gather(1, torch.tensor(tokens, device=law.device)[:, None])
     best = law.topk(top)
     rows = to_host(torch.cat([own.double(), best.values.double(), best.indices.double()], 1))
-    return [
-        TokenLogprobs(row[0], tuple((int(row[1 + top + k]), row[1 + k]) for k in range(top))) for row in rows
-    ]
+    return [TokenLogprobs(row[0], tuple((int(row[1 + top + k]), row[1 + k]) for k in range(top))) for row in rows]

@@ -1,0 +1,96 @@
+"""`Gate`: what every request passes first: an id, the key, the size of its body."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from .errors import ApiError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Awaitable[None]]
+
+OPEN = ("/health",)  # needs no key
+SANE_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
+
+
+class Gate:
+    """An ASGI application around another one.
+
+    Args:
+        keys: one of them must come as bearer token; none: everybody may come in.
+        max_body: bytes of a request's body.
+        rejected: is told the status of each request that is refused here.
+    """
+
+    def __init__(self, app: App, keys: Sequence[str], max_body: int, rejected: Callable[[int], None]) -> None:
+        self.app, self.keys, self.max_body, self.rejected = app, [key.encode() for key in keys], max_body, rejected
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        name = given if SANE_ID.fullmatch(given) else secrets.token_hex(12).encode()
+        scope.setdefault("state", {})["request_id"] = name.decode()
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
+            await send(message)
+
+        try:
+            self._let_in(scope["path"], headers)
+            await self.app(scope, self._counted(receive), sent)
+        except ApiError as error:
+            if started:
+                raise
+            self.rejected(error.status)
+            await sent(_start(error))
+            await sent({"type": "http.response.body", "body": error.reply.model_dump_json().encode()})
+
+    def _let_in(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self.keys and path not in OPEN:
+            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+            # All are compared, each in constant time: how long it takes says nothing.
+            right = [hmac.compare_digest(key.strip(), one) for one in self.keys]
+            if kind.lower() != b"bearer" or not any(right):
+                raise ApiError(401, "no valid API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_body:
+            raise self._too_large(int(length))
+
+    def _too_large(self, size: int) -> ApiError:
+        return ApiError(413, f"the body has {size} bytes, and at most {self.max_body} are taken", code="body_too_large")
+
+    def _counted(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def received() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise self._too_large(size)
+            return message
+
+        return received
+
+
+def _start(error: ApiError) -> Message:
+    headers = {"Content-Type": "application/json", **error.headers}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return {
+        "type": "http.response.start",
+        "status": error.status,
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+    }
