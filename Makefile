@@ -36,10 +36,10 @@ demo: install ## race plain decoding against GliDe on the shipped model
 	$(BIN)/glidecape demo
 
 test: $(VENV)/.installed-dev ## run the default test suite
-	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow"
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow and not serve"
 
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
-	$(ONE_THREAD) $(BIN)/python $(PYTEST)
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not serve"
 
 test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory; fifteen minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_serve_long.py
@@ -59,7 +59,7 @@ test-versions: $(VENV)/.installed-dev
 	.venv-$(VERSIONS)/bin/python -m pip install -r build/$(VERSIONS).txt
 	.venv-$(VERSIONS)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	.venv-$(VERSIONS)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|numpy|pydantic|filelock|typer|rich|Jinja2|jinja2)=="
-	$(ONE_THREAD) .venv-$(VERSIONS)/bin/python $(PYTEST) -m "not slow"
+	$(ONE_THREAD) .venv-$(VERSIONS)/bin/python $(PYTEST) -m "not slow and not serve"
 
 check: $(VENV)/.installed-dev ## lint, formatting, types and import layers
 	$(BIN)/ruff check

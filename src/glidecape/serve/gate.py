@@ -38,24 +38,33 @@ class Gate:
         given = headers.get(b"x-request-id", b"")
         name = given if SANE_ID.fullmatch(given) else secrets.token_hex(12).encode()
         scope.setdefault("state", {})["request_id"] = name.decode()
-        started = False
+        body = _Body(receive, self.max_body)
+        state = "open"
+
+        async def refuse(error: ApiError) -> None:
+            nonlocal state
+            state = "closed"
+            self.rejected(error.status)
+            answer = _start(error)
+            answer["headers"].append((b"x-request-id", name))
+            await send(answer)
+            await send({"type": "http.response.body", "body": error.reply.model_dump_json().encode()})
 
         async def sent(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
+            nonlocal state
+            if state == "open" and body.size > self.max_body:  # whatever the application made of it
+                await refuse(_too_large(body.size, self.max_body))
+            elif message["type"] == "http.response.start" and state == "open":
+                state = "started"
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
-            await send(message)
+            if state != "closed":
+                await send(message)
 
         try:
             self._let_in(scope["path"], headers)
-            await self.app(scope, self._counted(receive), sent)
         except ApiError as error:
-            if started:
-                raise
-            self.rejected(error.status)
-            await sent(_start(error))
-            await sent({"type": "http.response.body", "body": error.reply.model_dump_json().encode()})
+            return await refuse(error)
+        await self.app(scope, body.receive, sent)
 
     def _let_in(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.keys and path not in OPEN:
@@ -66,23 +75,25 @@ class Gate:
                 raise ApiError(401, "no valid API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
-            raise self._too_large(int(length))
+            raise _too_large(int(length), self.max_body)
 
-    def _too_large(self, size: int) -> ApiError:
-        return ApiError(413, f"the body has {size} bytes, and at most {self.max_body} are taken", code="body_too_large")
 
-    def _counted(self, receive: Receive) -> Receive:
-        size = 0
+def _too_large(size: int, most: int) -> ApiError:
+    return ApiError(413, f"the body has {size} bytes, and at most {most} are taken", code="body_too_large")
 
-        async def received() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.max_body:
-                raise self._too_large(size)
-            return message
 
-        return received
+class _Body:
+    """A request's body, of which hardly more than `most` bytes are read."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self.most, self.size = receive, most, 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.size += len(message.get("body", b""))
+        if self.size > self.most:
+            raise _too_large(self.size, self.most)
+        return message
 
 
 def _start(error: ApiError) -> Message:
