@@ -39,7 +39,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "Not enough memory for this request, or the server is shutting down."),
     )
 }
-STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def create_app(service: Service) -> FastAPI:

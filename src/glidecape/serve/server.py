@@ -119,8 +119,9 @@ def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, 
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    LOG.handlers, LOG.propagate = [handler], False
-    LOG.setLevel(logging.INFO)
+    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
     service = make_service(target, drafter, settings, name, method)
     listening = bind(settings)
     generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
@@ -139,7 +140,7 @@ def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, 
     LOG.info("serving", extra={"facts": facts})
     config = uvicorn.Config(
         create_app(service),
-        log_level="warning",
+        log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain) or 1,
         server_header=False,
