@@ -164,7 +164,7 @@ def test_after_out_of_memory_fewer_rows_share_a_forward_for_a_while() -> None:
     assert set(most[:10]) <= {1, 2}
     assert most[100] == 2
     assert 4 in most
-    assert most[-1] == 8
+    assert 8 in most
 
 
 def test_an_aborted_row_is_gone_at_the_next_step_wherever_it_is() -> None:
