@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import openai
@@ -19,7 +23,10 @@ from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
+from glidecape.options import option_of
 from glidecape.serve.prompts import plain_chat
+from glidecape.serve.schema import ChatRequest, CompletionRequest
+from glidecape.serve.settings import ServeSettings
 from glidecape.target.target import Target
 from serving import PROMPTS, Process, Running, alone, wait_for
 
@@ -201,12 +208,29 @@ def test_models_health_version_and_metrics(client, running) -> None:
 
 def test_the_dashboard_shows_metrics_that_exist(running) -> None:
     board = (Path(__file__).parents[1] / "docs" / "grafana.json").read_text()
-    import re
-
     text = running.ask("/metrics")[1]
     names = set(re.findall(r"glidecape:[a-z0-9_]+", json.dumps(json.loads(board))))
     assert len(names) > 8
     assert all(name in text for name in names)
+
+
+def test_the_examples_of_the_documentation_run(running, capfd) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    marked = re.findall(r"<!-- run by tests/test_serve.py -->\n```(\w+)\n(.*?)```", text, re.S)
+    assert [kind for kind, _ in marked] == ["sh", "python"]
+    for kind, code in marked:
+        code = code.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}")
+        command = ["sh", "-e", "-c", code] if kind == "sh" else [sys.executable, "-c", code]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0, said.stderr
+        assert ("data: [DONE]" if kind == "sh" else "accepted_prediction_tokens=") in said.stdout
+
+
+def test_every_option_and_field_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    options = [option_of(one).parameter(one.name).replace("_", "-") for one in fields(ServeSettings)]
+    assert all(f"`--{name}`" in text for name in options)
+    assert all(f"`{name}" in text for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields})
 
 
 # --- what is refused

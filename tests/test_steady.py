@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -168,7 +169,6 @@ def test_after_out_of_memory_fewer_rows_share_a_forward_for_a_while() -> None:
 
 
 def test_an_aborted_row_is_gone_at_the_next_step_wherever_it_is() -> None:
-    prompts, params = work(6)
     engine = Engine(target(), DRAFTERS["chain"](), 3, 80, 80)
     rows = [new_row(i, [1] * 30, SamplingParams(max_new_tokens=40), engine.target) for i in range(6)]
     for row in rows:
@@ -213,6 +213,6 @@ def test_a_newcomer_holds_the_others_up_for_at_most_two_usual_rounds() -> None:
     while late.emitted == 0:
         if engine.step():
             times.append(now[0])
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
+    waits = [after - before for before, after in itertools.pairwise(times)]
     assert len(waits) > 3
     assert max(waits) <= 3 * usual  # a round of its own, and two more
