@@ -50,6 +50,6 @@ def serve(
     loaded_target = machine.load(target)
     loaded = load_fitting_draft(draft, base, loaded_target)
     drafter = make_drafter(method, loaded, options)
-    machine.compile_models(loaded_target, [drafter], noisy=True)
+    machine.compile_models(loaded_target, [drafter], tokens=0, noisy=True)  # auto: a start is to take seconds
     name = settings.model_name or (Path(target).resolve().name if Path(target).exists() else target)
     run(loaded_target, drafter, settings, name, method)

@@ -73,7 +73,7 @@ class Shadow:
         return row
 
     def drop(self) -> None:
-        """Decoding again failed: leave this answer."""
+        """Leave this answer: it was checked, or decoding it again failed."""
         self.row = None
         if self.cases:
             self.cases.popleft()
@@ -82,11 +82,11 @@ class Shadow:
         """What the row emitted; when it has ended, the outcome is counted."""
         if self.row is None or event.finish is None:
             return
-        case, again = self.cases.popleft(), self.row.new_tokens
-        self.row = None
+        case, again = self.cases[0], self.row.new_tokens
         judge = OwnJudge(self.target, case.prompt, case.params)
         with torch.no_grad():
             finding = judge.compare(Finding("served", 0, against="plain"), again, case.tokens)
+        self.drop()
         self.metrics.shadow(RESULT[finding.verdict]).inc()
         if finding.verdict == BUG:
             LOG.error("drafts changed an answer", extra={"facts": {"request": case.request} | finding.as_dict()})

@@ -92,12 +92,10 @@ class Worker(threading.Thread):
             try:
                 self._expire()
                 self._feed_shadow()
-                events = self.engine.step() if not self.engine.idle else []
+                self._deliver(self.engine.step() if not self.engine.idle else [])
             except Exception as error:
                 LOG.exception("the engine failed")
                 self._fail_all(error)
-                continue
-            self._deliver(events)
 
     def _take(self) -> None:
         """Take what came in; wait for something where there is nothing to do."""
@@ -136,7 +134,7 @@ class Worker(threading.Thread):
         for event in events:
             job = self.jobs.get(event.row)
             if job is None:
-                self.shadow.push(event)
+                self._check_shadow(event)
                 continue
             self._count(job, event, now)
             updates.append((job, event))
@@ -226,6 +224,13 @@ class Worker(threading.Thread):
     def _feed_shadow(self) -> None:
         if self.engine.idle and not self.jobs and (row := self.shadow.next_row()) is not None:
             self.engine.submit(row)
+
+    def _check_shadow(self, event: Emitted) -> None:
+        try:
+            self.shadow.push(event)
+        except Exception:
+            LOG.exception("the shadow check failed")
+            self.shadow.drop()
 
     def _stop_shadow(self) -> None:
         """A request has come: what is decoded again has time."""
