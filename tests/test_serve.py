@@ -322,7 +322,7 @@ def test_a_row_does_not_depend_on_its_neighbours(running, target) -> None:
         assert text == alone(target, PROMPTS[i], **own), i
 
 
-def stream(one: Running, prompt: str, **fields):
+def stream(one: Running | Process, prompt: str, **fields):
     """An open stream: its connection and its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=60)
     body = {"prompt": prompt, "temperature": 0, "stream": True, "ignore_eos": True, **fields}
@@ -512,7 +512,7 @@ def test_the_shadow_check_finds_equal_answers_equal_and_a_wrong_one_different(se
 
 def test_a_request_interrupts_the_shadow_check(server) -> None:
     one = server(shadow=1.0, max_batch=1)
-    one.complete(PROMPTS[0], max_tokens=400, ignore_eos=True)
+    one.complete(PROMPTS[0], max_tokens=200, ignore_eos=True)
     wait_for(lambda: one.service.worker.shadow.row is not None)
     began = time.monotonic()
     assert one.complete(PROMPTS[1], max_tokens=2)
@@ -562,26 +562,23 @@ def test_threads_are_gone_when_a_server_ends(target, drafter) -> None:
 # --- as a process
 
 
-def test_sigterm_drains_and_a_killed_server_starts_again() -> None:
-    with Process("--max-context", "512") as one:
-        answers = []
-        body = {"prompt": PROMPTS[0], "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-        asking = threading.Thread(target=lambda: answers.append(one.ask("/v1/completions", body)))
+def test_a_killed_server_starts_again_and_sigterm_drains() -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    with Process("--max-context", "512", "--shadow", "0.5") as one:
+        assert stream(one, PROMPTS[0], max_tokens=300)[1].readline().startswith(b"data: ")
+        one.process.kill()
+        one.process.wait(30)
+    began, answers = time.monotonic(), []
+    with Process("--port", str(one.port), "--max-context", "512") as two:
+        assert time.monotonic() - began < 60
+        asking = threading.Thread(target=lambda: answers.append(two.ask("/v1/completions", body)))
         asking.start()
-        wait_for(lambda: 'num_requests_running{model_name="target"} 1.0' in one.ask("/metrics")[1])
-        one.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: 'num_requests_running{model_name="target"} 1.0' in two.ask("/metrics")[1])
+        two.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         with pytest.raises(ConnectionError):
-            one.ask("/health")
+            two.ask("/health")
         asking.join(60)
         assert answers[0][0] == 200
-        assert answers[0][1]["usage"]["completion_tokens"] == 400
-        assert one.process.wait(30) == 0
-    with Process("--port", str(one.port), "--shadow", "0.5") as two:
-        assert two.ask("/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
-        two.process.kill()
-        two.process.wait(30)
-    began = time.monotonic()
-    with Process("--port", str(one.port), "--api-key", "k") as three:
-        assert three.ask("/v1/models", headers={"Authorization": "Bearer k"})[0] == 200
-        assert time.monotonic() - began < 60
+        assert answers[0][1]["usage"]["completion_tokens"] == 300
+        assert two.process.wait(30) == 0
