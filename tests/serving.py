@@ -70,13 +70,14 @@ class Process(Asking):
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.log: list[dict[str, Any]] = []
-        for line in self.process.stderr:
-            self.log.append(json.loads(line))
-            if self.log[-1]["event"] == "serving":
+        lines = (json.loads(line) for line in self.process.stderr if line.startswith("{"))  # before that come notes
+        for entry in lines:
+            self.log.append(entry)
+            if entry["event"] == "serving":
                 break
         self.port = int(self.log[-1]["url"].split(":")[2].split("/")[0])
         # The pipe is read on, or the server would wait for a reader one day.
-        threading.Thread(target=lambda: self.log.extend(map(json.loads, self.process.stderr)), daemon=True).start()
+        threading.Thread(target=lambda: self.log.extend(lines), daemon=True).start()
 
     def __enter__(self) -> Process:
         return self
