@@ -23,7 +23,7 @@ LOCKED = $(PIP) install -c $(LOCK)
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
 # llama.cpp is built by its own recipe into its own environment, .venv-peers.
-.PHONY: peers help venv install demo test test-all test-oldest test-newest test-versions check fix lock docs bench bench-all clean
+.PHONY: peers help venv install demo test test-all test-serve test-oldest test-newest test-versions check fix lock docs bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,10 +36,13 @@ demo: install ## race plain decoding against GliDe on the shipped model
 	$(BIN)/glidecape demo
 
 test: $(VENV)/.installed-dev ## run the default test suite
-	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow"
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow and not serve"
 
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
-	$(ONE_THREAD) $(BIN)/python $(PYTEST)
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not serve"
+
+test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory; fifteen minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_serve_long.py
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
@@ -56,7 +59,7 @@ test-versions: $(VENV)/.installed-dev
 	.venv-$(VERSIONS)/bin/python -m pip install -r build/$(VERSIONS).txt
 	.venv-$(VERSIONS)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	.venv-$(VERSIONS)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|numpy|pydantic|filelock|typer|rich|Jinja2|jinja2)=="
-	$(ONE_THREAD) .venv-$(VERSIONS)/bin/python $(PYTEST) -m "not slow"
+	$(ONE_THREAD) .venv-$(VERSIONS)/bin/python $(PYTEST) -m "not slow and not serve"
 
 check: $(VENV)/.installed-dev ## lint, formatting, types and import layers
 	$(BIN)/ruff check
@@ -70,7 +73,7 @@ fix: $(VENV)/.installed-dev ## repair what ruff can repair
 
 lock: $(BIN)/python ## write requirements.lock: exact versions for Python 3.11 to 3.13, Linux and macOS
 	$(PIP) install --upgrade uv
-	$(RESOLVE) --all-extras --group dev --group docs --group lock --universal --python-version 3.11 --upgrade \
+	$(RESOLVE) --all-extras --group dev --group docs --group fuzz --group lock --universal --python-version 3.11 --upgrade \
 		--custom-compile-command "make lock" -o $(LOCK)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
@@ -103,6 +106,10 @@ $(VENV)/.installed: pyproject.toml $(LOCK) $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(LOCKED) uv --group dev
+	touch $@
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	$(LOCKED) --group fuzz
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

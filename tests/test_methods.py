@@ -162,8 +162,8 @@ def test_each_row_has_its_own_length_wherever_it_moves() -> None:
     assert state.draft.lengths[:2] == [7, 7]
     check_invariants(state)
     row = new_row(3, [0, 1, 2], SamplingParams(max_new_tokens=30), target)
-    state.replace(0, row)
-    assert state.draft.lengths[:2] == [3, 7]
+    assert state.admit(row) == 2
+    assert state.draft.lengths == [7, 7, 3]
 
 
 def test_a_checkpoint_s_max_lag_bounds_the_heuristic_length() -> None:

@@ -32,6 +32,12 @@ temperatures = st.floats(0.05, 5)
 top_ps = st.floats(0.01, 1)
 
 
+def test_the_most_probable_token_stays_however_small_top_p_is() -> None:
+    raw = logits_of(1, (3, 64)).float()
+    for top_p in (5e-324, 1e-40, 1e-9):
+        assert torch.equal(log_law(raw, SamplingParams(1.0, top_p=top_p)).exp().argmax(-1), raw.argmax(-1))
+
+
 # --- against transformers
 
 

@@ -166,7 +166,7 @@ def check_invariants(state: Batch) -> None:
         assert cache.scratch == 0
         assert cache.lengths.tolist() == cache.host_lengths
         for i, row in enumerate(state.rows):
-            length = cache.host_lengths[i]
+            length = cache.length(i)
             assert length <= len(row.tokens) - 1
             assert cache.keys[0][i, 0, :length, 0].tolist() == row.tokens[:length]
             assert cache.values[0][i, 0, :length, 0].tolist() == list(range(length))

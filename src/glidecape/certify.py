@@ -124,7 +124,7 @@ def certify(
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     each = [replace(params, seed=params.seed + i, ignore_eos=True) for i in range(len(ids))]
     alone = [generate(target, [own], None, p)[0].tokens for own, p in zip(ids, each, strict=True)]
-    judges = [_Judge(target, reference, own, p) for own, p in zip(ids, each, strict=True)]
+    judges = [Judge(target, reference, own, p) for own, p in zip(ids, each, strict=True)]
     if batch > 1:
         for i, judge in enumerate(judges):
             judge.beside = ids[i - 1]
@@ -157,7 +157,7 @@ def _refuse_other_options(params: SamplingParams) -> None:
         )
 
 
-class _Judge:
+class Judge:
     """Holds one prompt, and says of two outputs that part whether rounding can have parted them."""
 
     def __init__(self, target: Target, reference: Any, prompt: list[int], params: SamplingParams) -> None:

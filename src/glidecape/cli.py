@@ -20,6 +20,7 @@ from .commands.parsing import add_to
 from .commands.plan import plan
 from .commands.regenerate import regenerate
 from .commands.report import report
+from .commands.serve import serve
 from .commands.study import study
 from .commands.train import train, train_target
 from .errors import GlideCapeError
@@ -103,6 +104,10 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     bench: (
         f"glidecape bench {_PAIR} --prompts prompts.jsonl --output run",
         f"glidecape bench {_PAIR} --methods plain,lookup,glide+cape --suite own --limit 8 --temperature 1",
+    ),
+    serve: (
+        "glidecape serve",
+        f"glidecape serve {_PAIR} --port 8080 --max-batch 32 --shadow 0.01",
     ),
     report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
 }

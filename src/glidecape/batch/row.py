@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ class Row:
 
     Attributes:
         index: the row's number in the caller's list of prompts.
-        finish: None while running, else "stop" (a stop token or string, or a complete constraint) or "length"
-            (max_new_tokens).
+        finish: None while running, else "stop" (a stop token or string, or a complete constraint), "length" (max_new_tokens),
+            "abort" (the caller wants no more) or "error".
         device: of the target; `SamplingParams.ends` gets its tokens there.
         stops: looks for stop strings; None without any.
         history: counts of its tokens, for penalties; made when first needed.
         cut: where a stop string ended the row.
         grammar: its state under the constraint; None without one.
+        drafts: False for a row that is to be decoded plainly, by an engine that looks at it (`SteadyEngine`).
     """
 
     index: int
@@ -43,6 +44,12 @@ class Row:
     history: History | None = None
     cut: Cut | None = None
     grammar: Grammar | None = None
+    drafts: bool = True
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens, and how the row ended."""
+        del self.tokens[tokens:]
+        self.finish = self.cut = self.history = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -124,6 +131,7 @@ class Emitted:
 
     Where a stop string ended the row, `text` is the row's whole text, cut before it, and `cut` the number of tokens at the
     row's end, emitted in this round or earlier ones, that belong to the stop string and are not to be handed out.
+    `logprobs` are there where `SamplingParams.logprobs` asks for them, one a token (`engine.logprobs`).
     """
 
     row: int
@@ -133,6 +141,7 @@ class Emitted:
     finish: str | None
     text: str | None = None
     cut: int = 0
+    logprobs: list[Any] = field(default_factory=list)
 
 
 def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) -> Row:

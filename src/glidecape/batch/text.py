@@ -184,6 +184,7 @@ class TextStream:
         self.growing, self.text = GrowingText(tokenizer, prompt), ""
         self.tokens: list[int] = []
         self.shown = 0
+        self.settled = True  # is all text of the tokens shown?
 
     def push(self, tokens: list[int], ended: bool = False, text: str | None = None) -> str:
         """The text that may be shown after these tokens.
@@ -196,12 +197,13 @@ class TextStream:
         self.tokens += tokens
         if ended:
             whole = text_of(self.tokenizer, self.tokens, self.prompt) if text is None else text
-            until = len(whole)
+            until, self.settled = len(whole), True
         else:
             for token in tokens:
                 self.text = self.growing.push(token)
             whole = self.text
             until = len(whole) - held_back(whole, self.stop)
+            self.settled = until == len(whole) and not self.growing.open
         new = whole[self.shown : until]
         self.shown = max(self.shown, until)
         return new

@@ -166,6 +166,10 @@ class KVCache(SlotCache):
         """The same numbers on the host."""
         return self._host_lengths[self.rows]
 
+    def length(self, slot: int) -> int:
+        """Committed tokens of a row slot, in use or not."""
+        return self._host_lengths[slot]
+
     @property
     def nbytes(self) -> int:
         kept = [*self.keys, *self.values, *([] if self.hidden is None else [self.hidden])]

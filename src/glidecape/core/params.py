@@ -68,6 +68,8 @@ class SamplingParams:
             token boundary allows.
         min_new_tokens: before so many tokens nothing may end the row: stop tokens have probability 0, and stop strings
             are not looked for.
+        logprobs: tell each emitted token's log-probability under the target's own law, before all these options, and those of
+            so many most probable tokens; None: don't.
         processor: changes a node's logits, see `Processor`.
         ends: ends the row after a token, see `Ends`.
         constraint: what the text must be. The tokens that it forbids have probability 0 before anything else is done, top-k
@@ -116,6 +118,7 @@ class SamplingParams:
         write=list,
     )
     min_new_tokens: int = option(0, "Nothing ends a row before.")
+    logprobs: int | None = None
     processor: Processor | None = None
     ends: Ends | None = None
     constraint: Constraint | None = None
@@ -150,6 +153,8 @@ class SamplingParams:
             raise InputError(
                 f"a constraint decides which tokens may come, and {other} might leave none: use one of the two"
             )
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"logprobs must not be negative, but is {self.logprobs}")
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not all(isinstance(text, str) and text for text in self.stop):

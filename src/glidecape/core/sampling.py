@@ -63,9 +63,10 @@ class Warp:
         if self.has_top_p:
             top_p = each(self.top_p, 2)
             share = ranked.softmax(-1)
-            # A token stays if the mass before it is still short of top_p; the first one always stays. The sum of all may
-            # exceed 1 by rounding, so a row without top_p is asked about.
+            # A token stays if the mass before it is still short of top_p. The sum of all may exceed 1 by rounding, so a row
+            # without top_p is asked about.
             drop = (share.cumsum(-1) - share >= top_p) & torch.as_tensor(top_p < 1, device=logits.device)
+            drop[..., 0] = False  # the first one always stays, even where top_p is 0 in this dtype
             logits = logits.masked_fill(drop.scatter(-1, order, drop), out)
         if self.has_min_p:
             # The largest probability is compared through logits: a common factor cancels.

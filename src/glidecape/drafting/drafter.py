@@ -36,8 +36,8 @@ class Drafter(Protocol):
     def begin(self, rows: int, capacity: int) -> DrafterState | None:
         """The state for so many row slots of `capacity` tokens each."""
 
-    def read(self, batch: Batch, first: int, last: int) -> None:
-        """Catch up with what was committed to the row slots `first` to `last` - 1 while their prompts are read."""
+    def read(self, batch: Batch) -> None:
+        """Catch up with what was committed to the rows in use while their prompts are read."""
 
     def propose(self, batch: Batch) -> TokenTree:
         """A tree for every row."""
@@ -74,7 +74,7 @@ class NoDraft:
     def begin(self, rows: int, capacity: int) -> None:
         return None
 
-    def read(self, batch: Batch, first: int, last: int) -> None:
+    def read(self, batch: Batch) -> None:
         return None
 
     def propose(self, batch: Batch) -> TokenTree:
@@ -103,8 +103,8 @@ class DrafterWrapper:
     def begin(self, rows: int, capacity: int) -> DrafterState | None:
         return self.inner.begin(rows, capacity)
 
-    def read(self, batch: Batch, first: int, last: int) -> None:
-        self.inner.read(batch, first, last)
+    def read(self, batch: Batch) -> None:
+        self.inner.read(batch)
 
     def propose(self, batch: Batch) -> TokenTree:
         return self.inner.propose(batch)
@@ -160,16 +160,15 @@ class ModelDrafter:
         first = min(start or 0, self.cap)
         return DraftState(own, lengths=None if start is None else [first] * rows, first=first)
 
-    def read(self, batch: Batch, first: int, last: int, chunk: int = 512) -> None:
+    def read(self, batch: Batch, chunk: int = 512) -> None:
         own, cache = batch.draft.own, batch.cache
-        own.use(first, last)
+        own.use(batch.first, batch.last)
         while max(want - have for have, want in zip(own.host_lengths, cache.host_lengths, strict=True)) > 0:
-            spans = zip(batch.rows[first:last], own.host_lengths, cache.host_lengths, strict=True)
+            spans = zip(batch.rows, own.host_lengths, cache.host_lengths, strict=True)
             pieces = [row.tokens[have : min(want, have + chunk)] for row, have, want in spans]
             tokens, positions = _padded(pieces, own)
             self.model.catch_up(tokens, positions, own, cache)
             own.commit([len(piece) for piece in pieces])
-        own.use(0, len(batch.rows))
 
     def __repr__(self) -> str:
         return f"ModelDrafter({self.model!r}, {type(self.expansion).__name__}, {type(self.stop).__name__})"
@@ -189,11 +188,11 @@ class ModelDrafter:
 
     def propose(self, batch: Batch) -> TokenTree:
         own, rows = batch.draft.own, batch.rows
-        own.use(0, len(rows))
+        own.use(batch.first, batch.last)
         # A proposal longer than what its row may still emit would be verified for nothing.
         caps = [min(self.cap, max(1, row.budget - 1)) for row in rows]
         if batch.draft.lengths is not None:
-            caps = [min(cap, length) for cap, length in zip(caps, batch.draft.lengths, strict=False)]
+            caps = [min(cap, length) for cap, length in zip(caps, batch.draft.lengths[batch.first :], strict=False)]
         shortest, longest = min(caps), max(caps)
         if (compiled := self._compiled_chain(batch, own, caps)) is not None:
             return compiled
@@ -285,7 +284,7 @@ class ModelDrafter:
         lengths = batch.draft.lengths
         if lengths is not None:
             stop: Any = self.stop
-            for slot, one in enumerate(outcomes):
+            for slot, one in enumerate(outcomes, batch.first):
                 lengths[slot] = min(self.cap, stop.next_length(lengths[slot], len(one.path) - 1 == one.depth))
 
     def _trust(self, draft: DraftState, outcomes: Sequence[Outcome]) -> None:

@@ -88,13 +88,13 @@ class LookupDrafter:
     def begin(self, rows: int, capacity: int) -> LookupState:
         return LookupState([NgramIndex(self.ngram) for _ in range(rows)])
 
-    def read(self, batch: Batch, first: int, last: int) -> None:
+    def read(self, batch: Batch) -> None:
         return None
 
     def propose(self, batch: Batch) -> TokenTree:
         copies = [
             self._allowed(row, index.propose(row.tokens, min(self.length, max(1, row.budget - 1))))
-            for row, index in zip(batch.rows, batch.draft.indexes, strict=False)
+            for row, index in zip(batch.rows, batch.draft.indexes[batch.first :], strict=False)
         ]
         width = max(map(len, copies))
         tree = TokenTree(batch.roots, 1 + width)

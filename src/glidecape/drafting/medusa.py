@@ -36,7 +36,7 @@ class MedusaDrafter(ModelDrafter):
         state = self._begin(KVCache([], rows, 0), rows)
         return MedusaState(state.own, lengths=state.lengths, first=state.first)
 
-    def read(self, batch: Batch, first: int, last: int, chunk: int = 512) -> None:
+    def read(self, batch: Batch, chunk: int = 512) -> None:
         """There is nothing to catch up with."""
 
     def _first_step(self, batch: Batch, own: KVCache) -> Tensor:

@@ -13,6 +13,7 @@ from ..core.stats import RoundStats, Stats
 from ..drafting.drafter import Drafter
 from ..errors import InputError
 from ..target.target import Target, read_chunk
+from .pace import Pace
 from .round import run_round, seconds
 
 
@@ -48,11 +49,14 @@ class Engine:
         cache = target.new_cache(rows, capacity, limit_bytes, drafter.reads_hidden)
         self.batch = Batch(cache, drafter.begin(rows, capacity), noise)
         self.waiting: deque[Row] = deque()
+        self.ready = 0  # rows whose prompts were read: the first so many of `batch.slots`
+        self.pace = Pace(target.chunk)
+        self._read_last = False  # was the last step a chunk?
 
     @property
     def idle(self) -> bool:
         """Is there nothing to do?"""
-        return not self.waiting and not self.batch.rows
+        return not self.waiting and not self.batch.slots
 
     def submit(self, row: Row) -> None:
         """Let a row wait for a free slot; it is decoded by the calls of `step` that follow.
@@ -67,18 +71,29 @@ class Engine:
             )
         self.waiting.append(row)
 
+    def abort(self, row: Row) -> None:
+        """Let a row end without another token: its slot is free at the next step."""
+        row.finish = row.finish or "abort"
+        self.waiting = deque(one for one in self.waiting if one is not row)
+
     @torch.no_grad()
     def step(self, stats: Stats | None = None) -> list[Emitted]:
-        """Read a chunk of a prompt, or run a round; rows that ended leave, and waiting ones take their slots."""
+        """Read a chunk of a prompt, or run a round, in turn; rows that ended leave, and waiting ones take their slots."""
         started = seconds(self.batch, stats)
         ended = self._end_empty_rows()
         self._fill_slots()
-        reads = self.read_prompts()
+        self._read_last = not (self._read_last and self.ready) and self.read_prompts(self.ready > 0)
         if stats is not None:
             stats.prefill_s += seconds(self.batch, stats) - started
-        if reads or not self.batch.rows:
+        if self._read_last or not self.ready:
             return ended
-        return ended + run_round(self.target, self.drafter, self.batch, stats)
+        with self.pace.round():
+            events = self._round(0, self.ready, stats)
+        return ended + events
+
+    def _round(self, first: int, last: int, stats: Stats | None) -> list[Emitted]:
+        self.batch.use(first, last)
+        return run_round(self.target, self.drafter, self.batch, stats)
 
     def _end_empty_rows(self) -> list[Emitted]:
         """End the waiting rows that may not emit anything: their prompts need not be read."""
@@ -89,25 +104,49 @@ class Engine:
         return [Emitted(row.index, [], [], RoundStats(0, 0, 0, 0), "length") for row in empty]
 
     def _fill_slots(self) -> None:
-        rows = self.batch.rows
-        for slot in reversed([i for i, row in enumerate(rows) if row.finish is not None]):
-            if self.waiting:
-                self.batch.replace(slot, self.waiting.popleft())
-            else:
-                self.batch.release(slot)
-        while self.waiting and len(rows) < self.slots:
-            self.batch.admit(self.waiting.popleft())
+        batch = self.batch
+        for slot in reversed([i for i, row in enumerate(batch.slots) if row.finish is not None]):
+            batch.release(slot, self.ready)
+            self.ready -= slot < self.ready
+        newcomers = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(batch.slots)))]
+        for row in sorted(newcomers, key=lambda one: len(one.tokens)):  # a short prompt need not wait for a long one
+            batch.admit(row)
+        self._count_ready()
 
-    def read_prompts(self) -> bool:
-        """Read a chunk of the first rows, side by side, whose prompts were not read yet; False if all were."""
-        lengths, rows = self.batch.cache.host_lengths, self.batch.rows
-        unread = [n < len(row.tokens) - 1 for n, row in zip(lengths, rows, strict=True)]
-        if True not in unread:
+    def _unread(self, slot: int) -> int:
+        """Tokens of the row in a slot that are still to be read."""
+        return len(self.batch.slots[slot].tokens) - 1 - self.batch.cache.length(slot)
+
+    def _count_ready(self) -> None:
+        while self.ready < len(self.batch.slots) and not self._unread(self.ready):
+            self.ready += 1
+
+    def read_prompts(self, gently: bool = False) -> bool:
+        """Read a chunk of the first prompts that were not read yet, side by side; False if all were.
+
+        Args:
+            gently: other rows are decoding, so that the chunk is to be small (`Pace`).
+        """
+        first, last, chunk, longest = self.ready, len(self.batch.slots), self.target.chunk, 0
+        if first == last:
+            self.batch.use(0, last)
             return False
-        first = unread.index(True)
-        last = first + [*unread[first:], False].index(False)
-        span = self.batch.span(first, last)
-        read_chunk(self.target, [row.tokens for row in span], self.batch.cache)
-        self.drafter.read(self.batch, first, last)
-        self.batch.cache.use(0, len(rows))
+        if gently:
+            longest = self._unread(first)
+            last, chunk = first + 1, min(chunk, self.pace.tokens)
+            while last < len(self.batch.slots) and self._unread(last) > 0:
+                longest = max(longest, self._unread(last))
+                if longest * (last + 1 - first) > chunk:
+                    break
+                last += 1
+        if gently:
+            self.pace.chunk(min(longest, chunk) * (last - first))
+        self._read(first, last, chunk)
+        self._count_ready()
         return True
+
+    def _read(self, first: int, last: int, chunk: int) -> None:
+        self.batch.use(first, last)
+        read_chunk(self.target, [row.tokens for row in self.batch.rows], self.batch.cache, chunk)
+        if any(row.drafts for row in self.batch.rows):
+            self.drafter.read(self.batch)

@@ -18,6 +18,7 @@ from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers, verify_row
 from ..drafting.drafter import Drafter
 from ..target.target import Target
+from .logprobs import token_logprobs
 
 Verdict = Callable[[TokenTree, Tensor], Tensor]
 
@@ -32,6 +33,7 @@ def run_round(target: Target, drafter: Drafter, batch: Batch, stats: Stats | Non
     outcomes = verify(batch, tree, output.logits, target.verdict)
     verified = seconds(batch, stats)
     events = [_emit(row, outcome) for row, outcome in zip(batch.rows, outcomes, strict=True)]
+    _add_logprobs(batch, outcomes, events, output.logits)
     batch.cache.keep([outcome.path for outcome in outcomes])
     drafter.commit(batch, outcomes)
     if stats is not None:
@@ -122,3 +124,10 @@ def _emit(row: Row, outcome: Outcome) -> Emitted:
     if row.cut is None:
         return Emitted(row.index, tokens, origins, round_stats, row.finish)
     return Emitted(row.index, tokens, origins, round_stats, row.finish, row.cut.text, row.cut.tokens - row.cut.kept)
+
+
+def _add_logprobs(batch: Batch, outcomes: list[Outcome], events: list[Emitted], logits: Tensor) -> None:
+    """Log-probabilities of the emitted tokens, in the events of rows that want them."""
+    for i, (row, outcome, event) in enumerate(zip(batch.rows, outcomes, events, strict=True)):
+        if row.params.logprobs is not None:
+            event.logprobs = token_logprobs(logits[i], outcome.path, event.tokens, row.params.logprobs)

@@ -320,10 +320,11 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_chunk(target: Target, rows: list[list[int]], cache: KVCache) -> bool:
-    """Commit the next tokens of each row, `target.chunk` at most and never the last one; False if all were read."""
+def read_chunk(target: Target, rows: list[list[int]], cache: KVCache, chunk: int | None = None) -> bool:
+    """Commit the next tokens of each row, `chunk` at most (None: `target.chunk`) and never the last one; False if all were
+    read."""
     rest = [tokens[n:-1] for n, tokens in zip(cache.host_lengths, rows, strict=True)]
-    width = min(target.chunk, max(map(len, rest)), cache.capacity - cache.longest)
+    width = min(chunk or target.chunk, max(map(len, rest)), cache.capacity - cache.longest)
     if width == 0:
         return False
     pieces = [tokens[:width] for tokens in rest]

@@ -1,0 +1,45 @@
+"""`glidecape serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..drafting.options import SMALL_BINS, MethodOptions
+from ..errors import InputError
+from ..serve.settings import ServeSettings
+from .effects import refuse_unused
+from .shared import Draft, ServingMachine, TargetOrShipped, base_of, pair_or_shipped
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    ctx: typer.Context,
+    target: TargetOrShipped = None,
+    draft: Draft = None,
+    method: Annotated[
+        str, typer.Option(help="As for generate; auto: the chain of what the draft is for, plain without a draft.")
+    ] = "auto",
+    settings: ServeSettings = ServeSettings(),
+    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
+    machine: ServingMachine = ServingMachine(),
+) -> None:
+    """Serve a model: OpenAI's chat and completions interface, batched, with metrics (docs/serving.md)."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise InputError(f"the server needs {', '.join(missing)}: pip install 'glidecape[serve]'")
+    from ..interface.load import with_draft
+    from ..serve.server import serve as run
+
+    target, found = pair_or_shipped(target, [] if draft is None else [draft])
+    draft = found[0] if found else None
+    if method == "auto":
+        method = "plain" if draft is None else base_of(draft)
+    refuse_unused(ctx, [method])
+    lm = with_draft(machine.load(target), draft, method, options)
+    machine.compile_models(lm.target, [lm.drafter], tokens=0, noisy=True)  # auto: a start is to take seconds
+    name = settings.model_name or (Path(target).resolve().name if Path(target).exists() else target)
+    run(lm.target, lm.drafter, settings, name, method)

@@ -1,0 +1,208 @@
+"""From a request's jobs to the body of its answer: whole, or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from .choice import Choice, Entry, usage_of
+from .errors import ApiError
+from .job import Job
+from .replies import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    Delta,
+    Reply,
+    Usage,
+)
+from .service import Service
+
+
+class Form(Protocol):
+    """How one of the two interfaces writes answers."""
+
+    def whole(self, reply: Reply, choices: list[tuple[Choice, list[Entry]]], usage: Usage) -> BaseModel:
+        """The whole answer."""
+
+    def opening(self, number: int) -> BaseModel | None:
+        """The first chunk of a choice, before any text."""
+
+    def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
+        """The chunks of an update."""
+
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
+        """An event of the stream."""
+
+
+class ChatForm:
+    def whole(self, reply: Reply, choices: list[tuple[Choice, list[Entry]]], usage: Usage) -> BaseModel:
+        made = [
+            ChatChoice(
+                index=one.job.number,
+                message=AssistantMessage(content=one.text),
+                logprobs=one.chat_logprobs(entries),
+                finish_reason=one.finish or "length",
+            )
+            for one, entries in choices
+        ]
+        return ChatCompletion(**reply.model_dump(), choices=made, usage=usage)
+
+    def opening(self, number: int) -> BaseModel | None:
+        return ChunkChoice(index=number, delta=Delta(role="assistant", content=""))
+
+    def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
+        number, made = choice.job.number, []
+        if new or entries:
+            logprobs = choice.chat_logprobs(entries)
+            made.append(ChunkChoice(index=number, delta=Delta(content=new), logprobs=logprobs))
+        if last:
+            made.append(ChunkChoice(index=number, delta=Delta(), finish_reason=choice.finish))
+        return list(made)
+
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
+        return ChatChunk(**reply.model_dump(), choices=choices, usage=usage)
+
+
+class CompletionForm:
+    def whole(self, reply: Reply, choices: list[tuple[Choice, list[Entry]]], usage: Usage) -> BaseModel:
+        made = [
+            CompletionChoice(
+                index=one.job.number,
+                text=one.text,
+                logprobs=one.completion_logprobs(entries, 0),
+                finish_reason=one.finish,
+            )
+            for one, entries in choices
+        ]
+        return Completion(**reply.model_dump(), choices=made, usage=usage)
+
+    def opening(self, number: int) -> BaseModel | None:
+        return None
+
+    def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
+        if not (new or entries or last):
+            return []
+        logprobs = choice.completion_logprobs(entries, len(choice.text) - len(new)) if entries else None
+        return [
+            CompletionChoice(
+                index=choice.job.number, text=new, logprobs=logprobs, finish_reason=choice.finish if last else None
+            )
+        ]
+
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
+        return Completion(**reply.model_dump(), choices=choices, usage=usage)
+
+
+async def whole_answer(
+    http: HttpRequest, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int
+) -> BaseModel | None:
+    """The answer when all jobs have ended; None where the client went away before.
+
+    Raises:
+        ApiError: one of the jobs failed, or there is no room.
+    """
+    choices = [Choice(job, service.target.tokenizer) for job in jobs]
+    entries: list[list[Entry]] = [[] for _ in jobs]
+
+    async def collect(updates: asyncio.Queue[Any]) -> None:
+        open_jobs = len(jobs)
+        while open_jobs:
+            job, item = await updates.get()
+            if isinstance(item, ApiError):
+                raise item
+            entries[job.number] += choices[job.number].push(item)[1]
+            open_jobs -= item.finish is not None
+
+    service.worker.submit(jobs)
+    work = asyncio.ensure_future(collect(jobs[0].updates))
+    gone = asyncio.ensure_future(_disconnect(http))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return None
+        work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+        service.worker.abort(jobs)  # of jobs that have ended this does nothing
+    return form.whole(reply, list(zip(choices, entries, strict=True)), usage_of(jobs, prompts))
+
+
+async def _disconnect(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(StreamingResponse):
+    """The answer as a stream of server-sent events; jobs that have not ended when it ends, for whatever reason, are aborted.
+
+    Raises:
+        ApiError: there is no room for the jobs.
+    """
+
+    def __init__(
+        self, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool
+    ) -> None:
+        service.worker.submit(jobs)
+        self.service, self.jobs = service, jobs
+        events = _events(service.target.tokenizer, form, reply, jobs, prompts, with_usage)
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.service.worker.abort(self.jobs)
+
+
+async def _events(
+    tokenizer: Any, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool
+) -> AsyncIterator[str]:
+    """The events of the stream; an error is the last one."""
+    choices, open_jobs, updates = [Choice(job, tokenizer) for job in jobs], len(jobs), jobs[0].updates
+
+    def event(made: list[Any], usage: Usage | None = None) -> str:
+        body = form.chunk(reply, made, usage).model_dump(exclude_unset=False)
+        if not with_usage:
+            del body["usage"]
+        return f"data: {json.dumps(_without_nothing(body))}\n\n"
+
+    for job in jobs:
+        if (first := form.opening(job.number)) is not None:
+            yield event([first])
+    while open_jobs:
+        job, item = await updates.get()
+        if isinstance(item, ApiError):
+            yield f"data: {item.reply.model_dump_json()}\n\n"
+            return
+        ended = item.finish is not None
+        open_jobs -= ended
+        choice = choices[job.number]
+        for made in form.piece(choice, *choice.push(item), ended):
+            yield event([made])
+    if with_usage:
+        yield event([], usage_of(jobs, prompts))
+    yield "data: [DONE]\n\n"
+
+
+def _without_nothing(body: dict[str, Any]) -> dict[str, Any]:
+    """A chunk whose deltas name only what changes."""
+    for choice in body["choices"]:
+        if "delta" in choice:
+            choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
+    return body
+
+
+FORMS: dict[str, Callable[[], Form]] = {"chatcmpl": ChatForm, "cmpl": CompletionForm}

@@ -1,0 +1,102 @@
+"""`Choice`: what a client sees of one answer, made of the engine's updates: text, log-probabilities, how it ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..batch.row import Emitted
+from ..batch.text import HALF, TextStream
+from ..engine.logprobs import TokenLogprobs
+from .job import Job
+from .replies import (
+    ChatLogprobs,
+    CompletionDetails,
+    CompletionLogprobs,
+    FinishReason,
+    PromptDetails,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+Entry = tuple[int, TokenLogprobs]
+
+
+class Choice:
+    """One answer as it grows. Log-probabilities are held back with the text that their tokens belong to.
+
+    Attributes:
+        text: shown so far.
+        finish: how it ended; None while it has not.
+    """
+
+    def __init__(self, job: Job, tokenizer: Any) -> None:
+        params = job.row.params
+        self.job, self.tokenizer, self.text = job, tokenizer, ""
+        self.finish: FinishReason | None = None
+        self.stream = TextStream(tokenizer, params.stop, job.prompt)
+        self.pending: list[Entry] = []
+        self.wants_logprobs = params.logprobs is not None
+
+    def push(self, event: Emitted) -> tuple[str, list[Entry]]:
+        """The text and the entries that may be shown after an update."""
+        ended = event.finish is not None
+        if ended:
+            self.finish = "length" if event.finish == "length" else "stop"
+        new = self.stream.push(event.tokens, ended, event.text)
+        self.text += new
+        self.pending += zip(event.tokens, event.logprobs, strict=False)
+        if not (ended or self.stream.settled):
+            return new, []
+        entries, self.pending = self.pending[: len(self.pending) - event.cut], []
+        return new, entries
+
+    def named(self, token: int) -> str:
+        """The text of a token alone."""
+        text: str = self.tokenizer.decode([token])
+        return text
+
+    def chat_logprobs(self, entries: list[Entry]) -> ChatLogprobs | None:
+        """As chat answers have them; None where nobody asked."""
+
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            text = self.named(token)
+            return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
+
+        if not self.wants_logprobs:
+            return None
+        return ChatLogprobs(
+            content=[
+                TokenLogprob(**one(token, of.logprob), top_logprobs=[TopLogprob(**one(*top)) for top in of.top])
+                for token, of in entries
+            ]
+        )
+
+    def completion_logprobs(self, entries: list[Entry], offset: int) -> CompletionLogprobs | None:
+        """As the older interface has them; `offset`: characters of the answer before the first entry."""
+        if not self.wants_logprobs:
+            return None
+        tokens = [self.named(token) for token, _ in entries]
+        return CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=[of.logprob for _, of in entries],
+            top_logprobs=[{self.named(token): value for token, value in of.top} for _, of in entries],
+            text_offset=[offset + sum(map(len, tokens[:k])) for k in range(len(tokens))],
+        )
+
+
+def usage_of(jobs: list[Job], prompts: int = 1) -> Usage:
+    """Counts of a request's answers; its prompts, the first of each group of `n` answers, are counted once."""
+    each = len(jobs) // prompts
+    prompt = sum(job.row.prompt_length for job in jobs[::each])
+    answer, accepted = sum(job.row.emitted for job in jobs), sum(job.accepted for job in jobs)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=answer,
+        total_tokens=prompt + answer,
+        prompt_tokens_details=PromptDetails(),
+        completion_tokens_details=CompletionDetails(
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=sum(job.drafted for job in jobs) - accepted,
+        ),
+    )

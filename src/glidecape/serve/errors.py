@@ -1,0 +1,83 @@
+"""Errors as OpenAI's clients expect them: a status, and a body that says what was wrong and with which field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..errors import GlideCapeError
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        param: the field that is wrong.
+        code: a word that programs can look for.
+        headers: to be sent with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def reply(self) -> ErrorReply:
+        kind = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        detail = ErrorDetail(message=self.message, type=kind.get(self.status, usual), param=self.param, code=self.code)
+        return ErrorReply(error=detail)
+
+
+def refused(error: GlideCapeError, param: str | None = None) -> ApiError:
+    """The answer to a request that the core refuses."""
+    return ApiError(400, str(error), param)
+
+
+def invalid(errors: Sequence[Any]) -> ApiError:
+    """The answer to a request that is not of the schema: about the first of pydantic's errors.
+
+    >>> invalid([{"type": "extra_forbidden", "loc": ("body", "tools"), "msg": ""}]).message
+    "this server does not support the field 'tools': leave it out"
+    """
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    field = ".".join(place) or None
+    if first["type"] == "json_invalid":
+        return ApiError(
+            400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="json_invalid"
+        )
+    if first["type"] == "extra_forbidden":
+        return ApiError(
+            400, f"this server does not support the field '{field}': leave it out", field, "unsupported_field"
+        )
+    if first["type"] == "missing":
+        return ApiError(
+            400, f"the field '{field}' is missing" if field else "the body is missing", field, "missing_field"
+        )
+    said = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {said}" if field else said, field, "invalid_value")

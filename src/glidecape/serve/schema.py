@@ -1,0 +1,186 @@
+"""The requests that are understood. A field that is not here is refused, and one that is here has its effect.
+
+`user`, `metadata`, `store`, `service_tier`, `safety_identifier` and `prompt_cache_key` change no output, at OpenAI's neither:
+they are accepted and forgotten.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..core.params import SamplingParams
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+SEED = 2**63
+STOPS = 16  # stop strings of a request
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Request(Strict):
+    """What both kinds of request have."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-SEED, lt=SEED)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=STOPS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    # Beyond OpenAI's, as other local servers have them.
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="-1 and 0: all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    # Without effect on the output.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if bad := [key for key in bias or {} if not (key.isascii() and key.isdigit() and len(key) < 10)]:
+            raise ValueError(f"keys are token ids, not '{bad[0]}'")
+        return bias
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options has no effect without stream: leave it out, or set stream to true")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """Most tokens of an answer; None: the server's choice."""
+        return self.max_tokens
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """How many most probable tokens are told of each emitted one; None: no log-probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_new_tokens: int) -> list[SamplingParams]:
+        """The options of each of the `n` answers; they differ in seed.
+
+        Raises:
+            InputError: values that the core refuses.
+        """
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        common: dict[str, Any] = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p or 1.0,
+            "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": {int(token): value for token, value in (self.logit_bias or {}).items()},
+            "stop": self.stop or (),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "ignore_eos": bool(self.ignore_eos),
+            "min_new_tokens": self.min_tokens or 0,
+            "max_new_tokens": max_new_tokens,
+            "logprobs": self.top_logprobs_asked,
+        }
+        return [SamplingParams(seed=(seed + i + SEED) % 2**64 - SEED, **common) for i in range(self.n or 1)]
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """A turn of a conversation. `developer` is the newer name of `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def turn(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ResponseFormat(Strict):
+    """Plain text; nothing else yet."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one number, and differ: give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs has no effect without logprobs: leave it out, or set logprobs to true")
+        return self
+
+    @property
+    def tokens_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+
+class CompletionRequest(Request):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: Any) -> Any:
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token to continue")
+        return prompt
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def tokens_asked(self) -> int | None:
+        return self.max_tokens or 16  # the number that this old interface documents
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.logprobs

@@ -1,0 +1,151 @@
+"""`serve`: loads nothing, decides how much memory the cache may take, and runs the application until it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+import uvicorn
+
+from ..core.params import SamplingParams
+from ..drafting.drafter import Drafter
+from ..engine.decode import generate
+from ..engine.steady import SteadyEngine
+from ..errors import InputError
+from ..target.target import Target
+from .app import create_app
+from .metrics import Metrics
+from .service import Service
+from .settings import ServeSettings
+from .shadow import Shadow
+from .worker import Worker
+
+LOG = logging.getLogger("glidecape.serve")
+SHARE = 0.8  # of free memory, for keys and values
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, text, and the facts of the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+        }
+        line |= {"event": record.getMessage()} | getattr(record, "facts", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where nobody can say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def make_engine(target: Target, drafter: Drafter, settings: ServeSettings) -> SteadyEngine:
+    """The engine with its caches.
+
+    Raises:
+        InputError: they would take more memory than there is or is allowed.
+    """
+    limit, free = settings.cache_mib * 2**20, free_bytes(target.device)
+    if not limit and free is not None:
+        limit = int(SHARE * free)
+    tokens = min(settings.max_context or target.context, target.context)
+    try:
+        engine = SteadyEngine(target, drafter, settings.max_batch, tokens, tokens, limit_bytes=limit or None)
+    except InputError as error:
+        raise InputError(f"{error}, with --max-batch, --max-context or --cache-mib") from None
+    needed = cache_bytes_of(engine)
+    if limit and needed > limit:
+        raise InputError(
+            f"the caches of target and draft need {needed / 2**20:,.0f} MiB, more than the {limit / 2**20:,.0f} MiB allowed: "
+            "lower --max-batch or --max-context, or raise --cache-mib"
+        )
+    return engine
+
+
+def cache_bytes_of(engine: SteadyEngine) -> int:
+    """Bytes of the caches of target and draft."""
+    own = getattr(engine.batch.draft, "own", None)
+    return engine.batch.cache.nbytes + (own.nbytes if own is not None else 0)
+
+
+def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:
+    """The service of a loaded model.
+
+    Raises:
+        InputError: the target has no tokenizer, or see `make_engine`.
+    """
+    if target.tokenizer is None:
+        raise InputError("this target has no tokenizer, and a server takes text: put one into its folder")
+    engine, metrics = make_engine(target, drafter, settings), Metrics(name)
+    shadow = Shadow(target, settings.shadow, metrics)
+    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow)
+    return Service(target, worker, metrics, settings, name, method)
+
+
+def bind(settings: ServeSettings) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(f"cannot listen at {settings.host} port {settings.port}: {error.strerror or error}") from None
+
+
+def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> None:
+    """Serve a model until SIGTERM or SIGINT; then no new request is taken, and those that there are may end.
+
+    Raises:
+        InputError: see `make_service` and `bind`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
+    service = make_service(target, drafter, settings, name, method)
+    listening = bind(settings)
+    generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
+    port = listening.getsockname()[1]
+    if not getattr(target.tokenizer, "chat_template", None):
+        LOG.warning("the tokenizer has no chat template: conversations become lines of 'User:' and 'Assistant:'")
+    facts = {
+        "url": f"http://{settings.host}:{port}/v1",
+        "model": name,
+        "method": method,
+        "context": service.context,
+        "rows": settings.max_batch,
+        "cache_mib": round(cache_bytes_of(service.worker.engine) / 2**20),
+        "pid": os.getpid(),
+    }
+    LOG.info("serving", extra={"facts": facts})
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain) or 1,
+        server_header=False,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn raises it again when it has drained; the end is no failure
+    uvicorn.Server(config).run(sockets=[listening])
+    LOG.info("stopped")

@@ -1,0 +1,119 @@
+"""`Service`: all that the routes share: the model, the engine thread, and how a request becomes jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ..batch.row import new_row
+from ..errors import GlideCapeError
+from ..target.target import Target
+from .errors import ApiError, refused
+from .job import Job, Update
+from .metrics import Metrics
+from .replies import ModelCard, Reply
+from .schema import Request
+from .settings import ServeSettings
+from .worker import Worker
+
+
+@dataclass
+class Service:
+    """One model that is served.
+
+    Attributes:
+        name: of the model, as clients ask for it.
+        method: how it decodes, for logs.
+    """
+
+    target: Target
+    worker: Worker
+    metrics: Metrics
+    settings: ServeSettings
+    name: str
+    method: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        # One thread: fast tokenizers may not be called by two at once.
+        self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.numbers = itertools.count()
+        self.fingerprint = f"fp_{self.target.weights_digest[:12]}"
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer."""
+        return self.worker.engine.tokens
+
+    @property
+    def card(self) -> ModelCard:
+        return ModelCard(id=self.name, created=self.created, max_model_len=self.context)
+
+    def reply(self, kind: str, request_id: str) -> Reply:
+        """How the answer to a request begins."""
+        return Reply(
+            id=f"{kind}-{request_id}", created=int(time.time()), model=self.name, system_fingerprint=self.fingerprint
+        )
+
+    async def encode(self, make: Callable[[], list[int]], field: str) -> list[int]:
+        """Token ids, made on the encoder's thread; an error names the field.
+
+        Raises:
+            ApiError: there are none, or too many.
+        """
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self.encoder, make)
+        except GlideCapeError as error:
+            raise refused(error, field) from None
+        if len(ids) >= self.context:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens, and this server takes {self.context} tokens, prompt and answer "
+                "together: shorten the prompt",
+                field,
+                "context_length_exceeded",
+            )
+        return ids
+
+    def check_model(self, asked: str | None) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ApiError: it is not this one.
+        """
+        if asked not in (None, self.name):
+            raise ApiError(
+                404, f"the model '{asked}' is not served here: ask for '{self.name}'", "model", "model_not_found"
+            )
+
+    def jobs(self, body: Request, prompts: list[list[int]], request_id: str) -> list[Job]:
+        """The jobs of a request, `n` for each prompt, their rows checked.
+
+        Raises:
+            ApiError: options that cannot be used, or more tokens than the context holds.
+        """
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.settings.timeout
+        jobs: list[Job] = []
+        for ids in prompts:
+            room = self.context - len(ids)
+            asked = body.tokens_asked
+            if asked is not None and asked > room:
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(ids)} tokens and {asked} are asked for, and this server takes {self.context} tokens "
+                    f"together: ask for {room} at most, or shorten the prompt",
+                    "max_tokens",
+                    "context_length_exceeded",
+                )
+            try:
+                for params in body.sampling(room if asked is None else asked):
+                    row = new_row(next(self.numbers), ids, params, self.target)
+                    jobs.append(Job(request_id, len(jobs), row, loop, updates, deadline))
+            except GlideCapeError as error:
+                raise refused(error) from None
+        return jobs

@@ -1,0 +1,584 @@
+"""The server on the shipped pair: the official client, errors, limits, and that an answer is plain decoding's."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from glidecape import cli
+from glidecape.core.params import SamplingParams
+from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
+from glidecape.options import option_of
+from glidecape.serve.prompts import plain_chat
+from glidecape.serve.schema import ChatRequest, CompletionRequest
+from glidecape.serve.settings import ServeSettings
+from glidecape.target.target import Target
+from serving import PROMPTS, Process, Running, alone, wait_for
+
+MODELS = Path(__file__).parents[1] / "models" / "pysource"
+SAY = [{"role": "user", "content": "def add(a, b):"}]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
+
+
+@pytest.fixture(scope="module")
+def running(target, drafter):
+    made = Running(target, drafter)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server(target, drafter):
+    """Makes servers with settings of their own."""
+    made = []
+
+    def make(**settings):
+        made.append(Running(target, settings.pop("drafter", drafter), **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def client(running):
+    return openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+
+
+# --- what the official client sees
+
+
+def test_a_chat_is_plain_decoding_of_its_text(client, target) -> None:
+    answer = client.chat.completions.create(model="pysource", messages=SAY, max_tokens=40, temperature=0)
+    assert answer.choices[0].message.content == alone(target, plain_chat(SAY), max_new_tokens=40)
+    assert answer.choices[0].message.role == "assistant"
+    usage = answer.usage
+    assert usage.prompt_tokens == len(target.encode(plain_chat(SAY)))
+    assert usage.completion_tokens == 40
+    assert usage.total_tokens == usage.prompt_tokens + 40
+    details = usage.completion_tokens_details
+    assert 0 < details.accepted_prediction_tokens < 40
+    assert details.rejected_prediction_tokens > 0
+
+
+def test_the_same_seed_gives_plain_decoding_s_text_at_temperature_1(client, target) -> None:
+    options = {"temperature": 0.9, "top_p": 0.9, "seed": 11, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+    answer = client.completions.create(
+        model="pysource", prompt=PROMPTS[0], max_tokens=48, n=2, logit_bias={"17": 3, "18": -100}, **options
+    )
+    for i, choice in enumerate(answer.choices):
+        own = options | {"seed": 11 + i, "logit_bias": {17: 3.0, 18: -100.0}, "max_new_tokens": 48}
+        assert (choice.index, choice.text) == (i, alone(target, PROMPTS[0], **own))
+    assert answer.choices[0].text != answer.choices[1].text
+
+
+def test_the_extensions_of_local_servers_have_their_effect(client, target) -> None:
+    extra = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.2, "min_tokens": 4, "ignore_eos": True}
+    answer = client.completions.create(
+        model="pysource", prompt=PROMPTS[1], max_tokens=32, seed=3, temperature=0.8, extra_body=extra
+    )
+    own = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.2, "min_new_tokens": 4, "ignore_eos": True}
+    assert answer.choices[0].text == alone(target, PROMPTS[1], max_new_tokens=32, seed=3, temperature=0.8, **own)
+
+
+def test_a_stream_is_the_same_text_in_pieces_and_ends_with_usage(client, target) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="pysource",
+            messages=SAY,
+            max_tokens=40,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert sum(bool(piece) for piece in pieces) > 5
+    assert "".join(pieces) == alone(target, plain_chat(SAY), max_new_tokens=40)
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_the_stream_helper_and_streams_of_the_older_interface(client, target) -> None:
+    expected = alone(target, plain_chat(SAY), max_new_tokens=200, stop="\n\n")
+    with client.chat.completions.stream(
+        model="pysource", messages=SAY, max_tokens=200, temperature=0, stop=["\n\n"]
+    ) as stream:
+        kinds = {event.type for event in stream}
+        assert stream.get_final_completion().choices[0].message.content == expected
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    chunks = client.completions.create(
+        model="pysource", prompt=[PROMPTS[2], PROMPTS[3]], max_tokens=12, temperature=0, stream=True
+    )
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [alone(target, prompt, max_new_tokens=12) for prompt in PROMPTS[2:4]]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_strings_are_left_out_of_text_and_log_probabilities(client, target, streamed) -> None:
+    text = alone(target, PROMPTS[4], max_new_tokens=40)
+    stop = text[9:12]
+    answer = client.chat.completions.create(
+        model="pysource", messages=SAY, max_tokens=60, temperature=0, stop=stop, logprobs=True, stream=streamed
+    )
+    expected = alone(target, plain_chat(SAY), max_new_tokens=60, stop=stop)
+    choices = [chunk.choices[0] for chunk in answer] if streamed else answer.choices
+    said = "".join((c.delta.content or "") if streamed else c.message.content for c in choices)
+    entries = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
+    assert said == expected
+    assert stop not in said
+    assert "".join(entry.token for entry in entries).startswith(said)
+    assert len("".join(entry.token for entry in entries[:-1])) <= len(said)
+
+
+def test_log_probabilities_are_the_target_s(client, target) -> None:
+    answer = client.chat.completions.create(
+        model="pysource", messages=SAY, max_tokens=10, seed=5, temperature=0.7, logprobs=True, top_logprobs=3
+    )
+    prompt = target.encode(plain_chat(SAY))
+    tokens = generate(target, prompt, None, SamplingParams(0.7, seed=5, max_new_tokens=10))[0].tokens
+    ids = torch.tensor([[*prompt, *tokens]])
+    with torch.no_grad():
+        cache = target.new_cache(1, ids.shape[1])
+        logits = target.forward(ids, torch.arange(ids.shape[1])[None], cache).logits[0, len(prompt) - 1 : -1]
+    law = logits.log_softmax(-1)
+    for k, entry in enumerate(answer.choices[0].logprobs.content):
+        assert entry.logprob == pytest.approx(float(law[k, tokens[k]]), abs=1e-3)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(law[k].topk(3).values.tolist(), abs=1e-3)
+    old = client.completions.create(model="pysource", prompt=PROMPTS[0], max_tokens=4, temperature=0, logprobs=2)
+    found = old.choices[0].logprobs
+    assert "".join(found.tokens) == old.choices[0].text
+    assert found.text_offset[:2] == [0, len(found.tokens[0])]
+
+
+def test_models_health_version_and_metrics(client, running) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.max_model_len) == ("pysource", 512)
+    assert client.models.retrieve("pysource").id == "pysource"
+    assert running.ask("/health")[:2] == (200, "")
+    from importlib.metadata import version
+
+    assert running.ask("/version")[1] == {"version": version("glidecape")}
+    running.complete(PROMPTS[0], max_tokens=8)
+    text = running.ask("/metrics")[1]
+    for name in (
+        "spec_decode_num_drafts_total",
+        "spec_decode_num_draft_tokens_total",
+        "spec_decode_num_accepted_tokens_total",
+        "spec_decode_num_accepted_tokens_per_pos_total",
+        "time_to_first_token_seconds_bucket",
+        "inter_token_latency_seconds_bucket",
+        "num_requests_running",
+        "num_requests_waiting",
+    ):
+        assert f"glidecape:{name}{{" in text
+    assert running.metric("spec_decode_num_accepted_tokens_total") == sum(
+        running.metric("spec_decode_num_accepted_tokens_per_pos_total", position=str(k)) for k in range(8)
+    )
+
+
+def test_the_dashboard_shows_metrics_that_exist(running) -> None:
+    board = (Path(__file__).parents[1] / "docs" / "grafana.json").read_text()
+    text = running.ask("/metrics")[1]
+    names = set(re.findall(r"glidecape:[a-z0-9_]+", json.dumps(json.loads(board))))
+    assert len(names) > 8
+    assert all(name in text for name in names)
+
+
+def test_the_examples_of_the_documentation_run(running, capfd) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    marked = re.findall(r"<!-- run by tests/test_serve.py -->\n```(\w+)\n(.*?)```", text, re.S)
+    assert [kind for kind, _ in marked] == ["sh", "python"]
+    for kind, code in marked:
+        code = code.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}")
+        command = ["sh", "-e", "-c", code] if kind == "sh" else [sys.executable, "-c", code]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0, said.stderr
+        assert ("data: [DONE]" if kind == "sh" else "accepted_prediction_tokens=") in said.stdout
+
+
+def test_every_option_and_field_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    options = [option_of(one).parameter(one.name).replace("_", "-") for one in fields(ServeSettings)]
+    assert all(f"`--{name}`" in text for name in options)
+    assert all(f"`{name}" in text for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields})
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": []}, "tools", "does not support the field 'tools'"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "warm"}, "temperature", "number"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, None, ""),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, None, "differ"),
+        ({"top_logprobs": 2}, None, "logprobs to true"),
+        ({"stream_options": {"include_usage": True}}, None, "stream to true"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"5000": 1}}, None, "outside the vocabulary of 4096"),
+        ({"max_tokens": 600}, "max_tokens", "ask for 496 at most"),
+        ({"messages": [{"role": "user", "content": "x = 1\n" * 400}]}, "messages", "this server takes 512"),
+    ],
+)
+def test_what_is_not_supported_is_a_400_that_names_the_field(running, fields, param, words) -> None:
+    status, body, _ = running.ask("/v1/chat/completions", {"messages": SAY} | fields)
+    assert status == 400, body
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_fields_without_effect_are_accepted(running) -> None:
+    fields = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
+    assert running.ask("/v1/chat/completions", {"messages": SAY, "max_tokens": 1} | fields)[0] == 200
+
+
+def test_malformed_bodies_are_400_and_unknown_routes_404(running) -> None:
+    for body in (b"{", b"", b"[]", b"null", b'{"messages": NaN}', b"\xff\xfe", b"[" * 100_000, b'"\xed\xa0\x80"'):
+        status, answer, _ = running.ask("/v1/chat/completions", body)
+        assert status == 400, (body[:20], answer)
+        assert answer["error"]["type"] == "invalid_request_error"
+    lone = b'{"prompt": "\\ud800", "max_tokens": 1}'
+    assert running.ask("/v1/completions", lone)[0] == 400
+    assert running.ask("/v1/nothing")[0] == 404
+    assert running.ask("/v1/chat/completions")[0] == 405
+    assert running.complete(PROMPTS[0], max_tokens=2)
+
+
+def test_errors_are_the_client_s_exception_classes(client, server) -> None:
+    with pytest.raises(openai.BadRequestError, match="does not support the field 'tools'"):
+        client.chat.completions.create(model="pysource", messages=SAY, tools=[])
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' is not served here: ask for 'pysource'"):
+        client.chat.completions.create(model="gpt", messages=SAY)
+    closed = server(api_key=("right", "other"), max_body=2000)
+    for key in ("wrong", "righ", "right2"):
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=closed.url, api_key=key).models.list()
+    for key in ("right", "other"):
+        known = openai.OpenAI(base_url=closed.url, api_key=key, max_retries=0)
+        assert [model.id for model in known.models.list()] == ["pysource"]
+    with pytest.raises(openai.APIStatusError, match="at most 2000 are taken") as caught:
+        known.completions.create(model="pysource", prompt="x" * 3000)
+    assert caught.value.status_code == 413
+    assert closed.ask("/health")[0] == 200
+    assert closed.ask("/metrics")[0] == 401
+
+
+def test_a_chunked_body_cannot_pass_the_limit(server) -> None:
+    small = server(max_body=1000)
+    connection = http.client.HTTPConnection("127.0.0.1", small.port, timeout=20)
+    connection.request("POST", "/v1/completions", iter([b"x" * 600] * 5), {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 413
+
+
+# --- load, aborts, time
+
+
+def test_a_row_does_not_depend_on_its_neighbours(running, target) -> None:
+    options = [{"temperature": float(i % 2), "seed": 50 + i, "max_tokens": 24 + i} for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda i: running.complete(PROMPTS[i], **options[i]), range(16)))
+    for i, text in enumerate(together):
+        own = {"temperature": float(i % 2), "seed": 50 + i, "max_new_tokens": 24 + i}
+        assert text == alone(target, PROMPTS[i], **own), i
+
+
+def stream(one: Running | Process, prompt: str, **fields):
+    """An open stream: its connection and its answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=60)
+    body = {"prompt": prompt, "temperature": 0, "stream": True, "ignore_eos": True, **fields}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection, connection.getresponse()
+
+
+def is_empty(one: Running) -> bool:
+    return not one.service.worker.jobs and not one.engine.waiting and one.metric("num_requests_running") == 0
+
+
+def test_a_full_queue_is_a_429_with_retry_after_and_clients_that_go_away_make_room(server) -> None:
+    one = server(max_batch=1, max_queue=1)
+    first, answer = stream(one, PROMPTS[0], max_tokens=450)
+    answer.readline()
+    second, _ = stream(one, PROMPTS[1], max_tokens=450)  # it waits: its headers come, its tokens do not
+    client = openai.OpenAI(base_url=one.url, api_key="none", max_retries=0)
+    with pytest.raises(openai.RateLimitError, match="this server holds 2: try again in") as caught:
+        client.completions.create(model="pysource", prompt="x")
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    assert one.ask("/v1/completions", {"prompt": "x", "n": 3})[0] == 400
+    rounds = one.metric("generation_tokens_total")
+    first.close()
+    second.close()
+    wait_for(lambda: is_empty(one))
+    assert one.metric("generation_tokens_total") < rounds + 300
+    assert one.metric("request_success_total", finished_reason="abort") == 2
+    assert one.complete(PROMPTS[2], max_tokens=4)
+
+
+def test_a_client_that_stops_waiting_for_a_whole_answer_frees_its_row(server) -> None:
+    one = server()
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=20)
+    body = {"prompt": PROMPTS[0], "max_tokens": 450, "ignore_eos": True, "n": 4}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_for(lambda: len(one.engine.batch.slots) == 4)
+    connection.close()
+    wait_for(lambda: is_empty(one))
+    assert one.metric("request_success_total", finished_reason="abort") == 4
+
+
+def test_a_request_that_takes_too_long_ends_with_408(server) -> None:
+    one = server(timeout=0.4)
+    long = {"prompt": PROMPTS[0], "max_tokens": 480, "ignore_eos": True, "n": 8}
+    status, body, _ = one.ask("/v1/completions", long)
+    assert status == 408
+    assert "given up after 0." in body["error"]["message"]
+    _, answer = stream(one, PROMPTS[0], max_tokens=480, n=8)
+    events = answer.read().decode().strip().split("\n\n")
+    assert len(events) > 1
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+    wait_for(lambda: is_empty(one))
+
+
+def test_a_newcomer_s_long_prompt_does_not_hold_the_others_up(running, target) -> None:
+    """Between two rounds of the row that is decoding at most one chunk is read, and the two give what they give alone."""
+    long = "".join(PROMPTS) * 2
+    _, answer = stream(running, PROMPTS[0], max_tokens=200)
+    answer.readline()
+    seen = []
+    read, step = running.engine._read, running.engine.step
+
+    def counted_read(first, last, chunk):
+        seen.append(("read", chunk if first else 0))
+        read(first, last, chunk)
+
+    def counted_step(stats=None):
+        events = step(stats)
+        seen.extend([("round", 0)] * bool(events))
+        return events
+
+    running.engine._read, running.engine.step = counted_read, counted_step
+    try:
+        assert running.complete(long, max_tokens=8) == alone(target, long, max_new_tokens=8)
+    finally:
+        running.engine._read, running.engine.step = read, step
+    reads = [i for i, (what, chunk) in enumerate(seen) if what == "read" and chunk]
+    assert len(reads) > 1
+    assert all(seen[i + 1][0] == "round" for i in reads[:-1])
+    assert answer.read().decode().rstrip().endswith("data: [DONE]")
+
+
+# --- faults
+
+
+def texts_of(one: Running, count: int = 8, **fields) -> list:
+    """Of `count` requests at once: texts, or statuses of errors."""
+
+    def ask(i):
+        body = {"prompt": PROMPTS[i], "temperature": 0, "max_tokens": 24, **fields}
+        status, answer, _ = one.ask("/v1/completions", body)
+        return answer["choices"][0]["text"] if status == 200 else status
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(ask, range(count)))
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """Lets the rounds of the engine fail: `faults(when, error)`, with `when(rows, drafter)`."""
+    import glidecape.engine.steady as module
+
+    whole = module.run_round
+
+    def install(when, error):
+        def run_round(target, drafter, batch, stats=None):
+            if when(batch.rows, drafter):
+                raise error
+            return whole(target, drafter, batch, stats)
+
+        monkeypatch.setattr(module, "run_round", run_round)
+
+    return install
+
+
+def test_out_of_memory_sheds_load_and_every_answer_is_right(server, target, faults) -> None:
+    one = server()
+    faults(lambda rows, _: len(rows) > 2, torch.OutOfMemoryError("CUDA out of memory"))
+    assert texts_of(one) == [alone(target, prompt, max_new_tokens=24) for prompt in PROMPTS[:8]]
+    assert one.metric("out_of_memory_total") > 0
+    assert 0 < one.metric("rows_per_forward_limit") < 16
+    assert one.metric("draft_failures_total") == 0
+
+
+def test_a_request_that_never_fits_gets_a_503_and_the_next_one_succeeds(server, target, faults) -> None:
+    one = server()
+    big = target.encode(PROMPTS[3])
+    faults(lambda rows, _: any(row.tokens[: len(big)] == big for row in rows), torch.OutOfMemoryError("out of memory"))
+    expected = [alone(target, prompt, max_new_tokens=24) for prompt in PROMPTS[:8]]
+    assert texts_of(one) == [*expected[:3], 503, *expected[4:]]
+    assert one.complete(PROMPTS[0], max_tokens=24) == expected[0]
+
+
+def test_an_error_inside_one_request_ends_no_other(server, target, faults) -> None:
+    one = server()
+    bad = target.encode(PROMPTS[5])
+    faults(lambda rows, _: any(row.tokens[: len(bad)] == bad for row in rows), ValueError("secret details"))
+    expected = [alone(target, prompt, max_new_tokens=24) for prompt in PROMPTS[:8]]
+    assert texts_of(one) == [*expected[:5], 500, *expected[6:]]
+    _, answer, _ = one.ask("/v1/completions", {"prompt": PROMPTS[5]})
+    assert answer["error"]["message"] == "decoding failed (ValueError)"
+    assert is_empty(one)
+
+
+def test_a_drafting_error_falls_back_to_plain_decoding_of_that_row_and_is_counted(server, target, faults) -> None:
+    one = server()
+    bad, plain = target.encode(PROMPTS[2]), []
+
+    def when(rows, drafter):
+        drafts = drafter is one.engine.drafter
+        plain.append((len(rows), drafts))
+        return drafts and any(row.tokens[: len(bad)] == bad and row.emitted > 3 for row in rows)
+
+    faults(when, RuntimeError("a bug of a draft"))
+    assert texts_of(one) == [alone(target, prompt, max_new_tokens=24) for prompt in PROMPTS[:8]]
+    assert one.metric("draft_failures_total") == 1
+    assert (7, True) in plain or any(rows > 1 and drafts for rows, drafts in plain[-20:])
+
+
+def test_an_error_that_is_no_row_s_ends_the_answers_and_the_server_goes_on(server, monkeypatch) -> None:
+    one = server()
+    monkeypatch.setattr(one.engine, "_fill_slots", lambda: 1 / 0)
+    assert one.ask("/v1/completions", {"prompt": "x"})[0] == 500
+    monkeypatch.undo()
+    assert one.complete(PROMPTS[0], max_tokens=4)
+
+
+# --- the shadow check
+
+
+def test_the_shadow_check_finds_equal_answers_equal_and_a_wrong_one_different(server, monkeypatch) -> None:
+    one = server(shadow=1.0)
+    for i in range(4):
+        one.complete(PROMPTS[i], max_tokens=16, temperature=float(i % 2), seed=i)
+    wait_for(lambda: one.metric("shadow_requests_total", result="equal") == 4)
+    consider = one.service.worker.shadow.consider
+
+    def damaged(job):
+        job.row.tokens[-3] = (job.row.tokens[-3] + 1) % 4096
+        consider(job)
+
+    monkeypatch.setattr(one.service.worker.shadow, "consider", damaged)
+    one.complete(PROMPTS[5], max_tokens=16)
+    wait_for(lambda: one.metric("shadow_requests_total", result="different") == 1)
+    assert one.metric("shadow_requests_total", result="near_tie") == 0
+
+
+def test_a_request_interrupts_the_shadow_check(server) -> None:
+    one = server(shadow=1.0, max_batch=1)
+    one.complete(PROMPTS[0], max_tokens=200, ignore_eos=True)
+    wait_for(lambda: one.service.worker.shadow.row is not None)
+    began = time.monotonic()
+    assert one.complete(PROMPTS[1], max_tokens=2)
+    assert one.metric("shadow_requests_total", result="equal") == 0 or time.monotonic() - began < 1
+    wait_for(lambda: one.metric("shadow_requests_total", result="equal") == 2)
+
+
+# --- at start
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_both_numbers(target, drafter) -> None:
+    from glidecape.errors import InputError
+
+    with pytest.raises(InputError, match=r"needs 3[\d,]* MiB for 64 row.* more than the 100 MiB allowed"):
+        Running(target, drafter, max_batch=64, max_context=2048, cache_mib=100)
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capfd) -> None:
+    import importlib.util
+    import sys
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "fastapi" else find(name, *rest)
+    )
+    monkeypatch.setattr(sys, "argv", ["glidecape", "serve"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "error: the server needs fastapi: pip install 'glidecape[serve]'\n"
+
+
+def test_two_servers_cannot_have_one_port(running, target, drafter) -> None:
+    from glidecape.errors import InputError
+
+    with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1 port {running.port}"):
+        Running(target, drafter, port=running.port)
+
+
+def test_threads_are_gone_when_a_server_ends(target, drafter) -> None:
+    one = Running(target, drafter)
+    one.complete(PROMPTS[0], max_tokens=2)
+    one.close()
+    wait_for(lambda: one.service.worker not in threading.enumerate())
+
+
+# --- as a process
+
+
+def test_a_killed_server_starts_again_and_sigterm_drains() -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    with Process("--max-context", "512", "--shadow", "0.5") as one:
+        assert stream(one, PROMPTS[0], max_tokens=300)[1].readline().startswith(b"data: ")
+        one.process.kill()
+        one.process.wait(30)
+    began, answers = time.monotonic(), []
+    with Process("--port", str(one.port), "--max-context", "512") as two:
+        assert time.monotonic() - began < 60
+        asking = threading.Thread(target=lambda: answers.append(two.ask("/v1/completions", body)))
+        asking.start()
+        wait_for(lambda: 'num_requests_running{model_name="target"} 1.0' in two.ask("/metrics")[1])
+        two.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with pytest.raises(ConnectionError):
+            two.ask("/health")
+        asking.join(60)
+        assert answers[0][0] == 200
+        assert answers[0][1]["usage"]["completion_tokens"] == 300
+        assert two.process.wait(30) == 0
