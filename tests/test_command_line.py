@@ -129,7 +129,7 @@ BAD = {
     "bad min-p": (["--min-p", "2"], "min_p must be"),
     "more tokens than most": (["--min-new-tokens", "17"], "from 0 to max_new_tokens 16"),
     "no n-gram": (["--method", "lookup", "--lookup-ngram", "0"], "at least 1"),
-    "wrong kind of draft": (["--method", "vanilla"], "does not fit"),
+    "wrong kind of draft": (["--method", "vanilla"], "and this is a GliDe draft"),
     "empty prompt": (["--prompt", " "], "prompt 1 is empty"),
     "long prompt": (["--prompt", "def load(" * 200], "context of 192"),
     "unknown dtype": (["--dtype", "float12"], "unknown dtype"),
