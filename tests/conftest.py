@@ -25,6 +25,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 LONGEST = (
     "against_transformers",
     "compiled",
+    "kernels",
+    "serve",
+    "grammar",
     "families",
     "fake_cuda",
     "real_models",

@@ -216,7 +216,7 @@ def test_the_command_compiles_when_it_is_told_to(world, monkeypatch, capfd) -> N
 
 
 @COMPILER
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_a_node_has_the_same_bits_in_every_tree_and_batch(world, dtype: torch.dtype) -> None:
     target = Target.from_pretrained(world["target"], dtype=dtype)
     said: list[str] = []

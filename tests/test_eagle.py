@@ -99,10 +99,10 @@ def test_a_tree_s_nodes_read_the_guess_of_their_own_parent(target):
     found = []
     plain_step = draft.step
 
-    def recording(tokens, positions, own, mask, cache, scratch, parents=None):
-        logits = plain_step(tokens, positions, own, mask, cache, scratch, parents)
-        if parents is not None:
-            found.append((tokens.clone(), logits.detach().clone()))
+    def recording(queries, own, target_cache):
+        logits = plain_step(queries, own, target_cache)
+        if queries.parents is not None:
+            found.append((queries.tokens.clone(), logits.detach().clone()))
         return logits
 
     draft.step = recording

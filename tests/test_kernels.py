@@ -58,7 +58,12 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "exact", "bias"), [("float32", True, True), ("float32", False, False), ("bfloat16", True, True)]
+    ("x_dtype", "exact", "bias"),
+    [
+        ("float32", True, True),
+        pytest.param("float32", False, False, marks=pytest.mark.slow),
+        ("bfloat16", True, True),
+    ],
 )
 def test_a_linear_layer_is_the_obvious_product_with_equal_bits_for_any_number_of_rows(
     run, x_dtype, exact, bias
@@ -94,10 +99,10 @@ def random_tree(rows: int, nodes: int, scratch: int, lengths: Tensor) -> tuple[T
 @pytest.mark.parametrize(
     ("dtype", "heads", "kv_heads", "dim", "windowed", "cap"),
     [
-        ("float32", 6, 6, 64, False, 0.0),
+        pytest.param("float32", 6, 6, 64, False, 0.0, marks=pytest.mark.slow),
         ("float32", 4, 2, 80, True, 0.0),
         ("bfloat16", 8, 2, 128, False, 0.0),
-        ("float32", 2, 1, 16, True, 3.0),
+        pytest.param("float32", 2, 1, 16, True, 3.0, marks=pytest.mark.slow),
     ],
 )
 def test_attention_is_the_obvious_one_with_equal_bits_in_any_company(

@@ -93,7 +93,7 @@ def test_generate_offers_every_option(kind) -> None:
         if how is not None:
             assert offered[how.parameter(one.name)].default == how.write(getattr(start, one.name)), one.name
     alone = {one.name for one in fields(kind) if option_of(one) is None}
-    assert alone == ({"processor", "ends", "constraint"} if kind is SamplingParams else set())
+    assert alone == ({"processor", "ends", "constraint", "logprobs"} if kind is SamplingParams else set())
 
 
 def test_the_benchmark_offers_every_option_of_a_method() -> None:

@@ -146,8 +146,9 @@ def test_training_and_decoding_give_the_same_draft_logits(kind, variant):
     runs: dict[int, dict[int, list]] = {0: {}, 1: {}}  # row -> position -> its runs: visible, token, logits
     step = draft.step
 
-    def recording(tokens, positions, own, ancestors, target_cache, scratch, parents=None, **more):
-        logits = step(tokens, positions, own, ancestors, target_cache, scratch, parents, **more)
+    def recording(queries, own, target_cache, **more):
+        logits = step(queries, own, target_cache, **more)
+        tokens, positions = queries.tokens, queries.positions
         first = own.scratch == 0
         for row in range(2 if len(tokens) == 2 and not more else 0):  # while both rows run, row numbers are theirs
             length = target_cache.host_lengths[row]
