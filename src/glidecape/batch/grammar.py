@@ -23,6 +23,7 @@ STRICT = {"lenient": False, "coerce_one_of": False}
 # without end. A schema may say otherwise under "x-guidance".
 SPACED = {"whitespace_pattern": r" |\n[ \t]{0,16}"}
 
+KEPT = 32  # constraints that are kept as they were read
 Path = tuple[int, ...]
 
 
@@ -39,6 +40,7 @@ class Vocabulary:
 
     def __init__(self, tokens: Any, size: int, end: int) -> None:
         self.tokens, self.size, self.end = tokens, size, end
+        self._matchers: dict[Constraint, Any] = {}  # at the beginning; the newest one last
 
     @classmethod
     def of(cls, tokenizer: Any, size: int) -> Vocabulary:
@@ -77,11 +79,18 @@ class Vocabulary:
         return made
 
     def matcher(self, constraint: Constraint) -> Any:
-        """A matcher at the beginning of the text.
+        """A matcher at the beginning of the text; a constraint that was asked for lately is not read again.
 
         Raises:
             InputError: the constraint cannot be read, uses what llguidance does not support, or allows no text.
         """
+        made = self._matchers.pop(constraint, None) or self._compiled(constraint)
+        self._matchers[constraint] = made
+        for oldest in list(self._matchers)[:-KEPT]:
+            self._matchers.pop(oldest, None)
+        return made.deep_copy()
+
+    def _compiled(self, constraint: Constraint) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
         if constraint.kind == REGEX:
@@ -102,13 +111,17 @@ class Grammar:
 
     Args:
         vocabulary: of the row's tokenizer.
-        matcher: at the beginning of the row's text.
+        constraint: of the row.
         ends: tokens that end the row and are no text. They may follow where the text may end.
     """
 
-    def __init__(self, vocabulary: Vocabulary, matcher: Any, ends: Iterable[int]) -> None:
-        self.vocabulary, self.ends = vocabulary, tuple(ends)
-        self._matcher = matcher
+    def __init__(self, vocabulary: Vocabulary, constraint: Constraint, ends: Iterable[int]) -> None:
+        self.vocabulary, self.constraint, self.ends = vocabulary, constraint, tuple(ends)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the row's beginning: after an error a matcher is of no use any more."""
+        self._matcher = self.vocabulary.matcher(self.constraint)
         self._known = 0  # emitted tokens that the matcher has consumed
         self._at: Path = ()  # tokens that it has consumed besides
         self._allowed: dict[Path, bytes | None] = {}
@@ -180,11 +193,16 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UnsupportedError(f"the constraint is too complex for llguidance: {_reason(self._matcher)}")
+            raise InputError(f"the constraint is too complex for llguidance: {_reason(self._matcher)}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
-        made = Grammar(self.vocabulary, self._matcher.deep_copy(), self.ends)
-        made._known, made._at, made._allowed = self._known, self._at, dict(self._allowed)
+        made = Grammar(self.vocabulary, self.constraint, self.ends)
+        made._matcher, made._known, made._at, made._allowed = (
+            self._matcher.deep_copy(),
+            self._known,
+            self._at,
+            dict(self._allowed),
+        )
         return made
 
 
@@ -198,7 +216,7 @@ def new_grammar(params: SamplingParams, stop_ids: Iterable[int], target: Any) ->
         return None
     vocabulary = Vocabulary.of(target.tokenizer, target.vocab_size)
     no_text = {*target.eos_token_ids, *filter(vocabulary.tokens.is_special_token, stop_ids)}
-    made = Grammar(vocabulary, vocabulary.matcher(params.constraint), no_text.intersection(stop_ids))
+    made = Grammar(vocabulary, params.constraint, no_text.intersection(stop_ids))
     if made.allowed(()) == b"":
         raise InputError("the constraint allows no text but the empty one: there is nothing to decode")
     return made
