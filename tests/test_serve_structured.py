@@ -15,7 +15,6 @@ import pytest
 import torch
 from pydantic import BaseModel, Field
 
-from glidecape.batch.grammar import Vocabulary
 from glidecape.batch.row import new_row
 from glidecape.core.constraint import Constraint
 from glidecape.core.params import SamplingParams
@@ -158,9 +157,9 @@ def test_a_limit_of_the_grammar_library_ends_that_answer_alone(running, target, 
     """The limit is lower than usual, so that a small pattern, whose automaton grows with every letter, reaches it."""
     import llguidance
 
-    limits = functools.partial(llguidance.LLParserLimits, max_lexer_states=60)
+    limits = functools.partial(llguidance.LLParserLimits, max_lexer_states=100)
     monkeypatch.setattr(llguidance, "LLParserLimits", limits)
-    growing = {"structured_outputs": {"regex": r"[ab]{3}(a|b)*a(a|b){40}c"}}
+    growing = {"structured_outputs": {"regex": r"[a-z]{3}.*a.{30}b"}}
 
     def ask(i):
         body = {"prompt": PROMPTS[i], "max_tokens": 40, "temperature": 0, "stream": i == 2} | (
@@ -228,16 +227,3 @@ def test_rows_with_a_constraint_survive_faults_that_leave_their_matcher_in_error
     assert not engine.failed
     for row, prompt, own in zip(rows, ids, params, strict=True):
         assert row.new_tokens == generate(target, prompt, None, own)[0].tokens
-
-
-def test_a_constraint_is_read_once_and_the_oldest_are_forgotten(target, monkeypatch) -> None:
-    vocabulary = Vocabulary.of(target.tokenizer, target.vocab_size)
-    read, compiled = [], Vocabulary._compiled
-    monkeypatch.setattr(Vocabulary, "_compiled", lambda self, one: read.append(one) or compiled(self, one))
-    for i in [*range(40), 39, 39, 0]:
-        vocabulary.matcher(Constraint.regex(f"a{{{i + 1}}}"))
-    assert len(read) == 41
-    first = vocabulary.matcher(Constraint.regex("a{1}"))
-    first.consume_token(vocabulary.tokens.tokenize_str("a")[0])
-    assert not vocabulary.matcher(Constraint.regex("a{1}")).is_accepting()
-    assert len(vocabulary._matchers) == 32

@@ -23,7 +23,6 @@ STRICT = {"lenient": False, "coerce_one_of": False}
 # without end. A schema may say otherwise under "x-guidance".
 SPACED = {"whitespace_pattern": r" |\n[ \t]{0,16}"}
 
-KEPT = 32  # constraints that are kept as they were read
 Path = tuple[int, ...]
 
 
@@ -40,7 +39,6 @@ class Vocabulary:
 
     def __init__(self, tokens: Any, size: int, end: int) -> None:
         self.tokens, self.size, self.end = tokens, size, end
-        self._matchers: dict[Constraint, Any] = {}  # at the beginning; the newest one last
 
     @classmethod
     def of(cls, tokenizer: Any, size: int) -> Vocabulary:
@@ -79,18 +77,11 @@ class Vocabulary:
         return made
 
     def matcher(self, constraint: Constraint) -> Any:
-        """A matcher at the beginning of the text; a constraint that was asked for lately is not read again.
+        """A matcher at the beginning of the text. It is read each time: a copy of one would share its limits.
 
         Raises:
             InputError: the constraint cannot be read, uses what llguidance does not support, or allows no text.
         """
-        made = self._matchers.pop(constraint, None) or self._compiled(constraint)
-        self._matchers[constraint] = made
-        for oldest in list(self._matchers)[:-KEPT]:
-            self._matchers.pop(oldest, None)
-        return made.deep_copy()
-
-    def _compiled(self, constraint: Constraint) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
         if constraint.kind == REGEX:
@@ -130,8 +121,8 @@ class Grammar:
         """Go on to the end of the row's emitted tokens: paths begin there from now on."""
         new = tuple(emitted[self._known :])
         if new:
-            reached = self._walk(new)
-            assert reached, "`complete` let a token pass that the constraint forbids"
+            if not self._walk(new):
+                self._check(gave_up=True)  # `complete` has seen that they are allowed
             after = self._allowed.get(new)
             self._known, self._at = len(emitted), ()
             self._allowed = {} if after is None else {(): after}
@@ -176,8 +167,14 @@ class Grammar:
         if same < len(path):
             same += self._matcher.try_consume_tokens(list(path[same:]))
         self._at = path[:same]
-        self._check()
-        return same == len(path)
+        reached = same == len(path)
+        self._check(gave_up=not reached and self._may_follow(path[same]))
+        return reached
+
+    def _may_follow(self, token: int) -> bool:
+        """Does the mask of the place where the matcher is, if it is known, allow a token that is text?"""
+        mask = self._allowed.get(self._at)
+        return bool(mask and token not in self.ends and mask[token // 8] >> token % 8 & 1)
 
     def _mask(self) -> bytes:
         bits = bytearray(self._matcher.compute_bitmask())
@@ -191,9 +188,11 @@ class Grammar:
                 bits[token // 8] |= 1 << token % 8
         return bytes(bits)
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise InputError(f"the constraint is too complex for llguidance: {_reason(self._matcher)}")
+    def _check(self, gave_up: bool = False) -> None:
+        """`gave_up`: the matcher did not take a token that it had allowed. It does so at a limit, and tells no error."""
+        if gave_up or self._matcher.is_error():
+            reason = _reason(self._matcher) or "it does not take a token that it allowed"
+            raise InputError(f"the constraint is too complex for llguidance: {reason}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
         made = Grammar(self.vocabulary, self.constraint, self.ends)

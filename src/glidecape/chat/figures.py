@@ -49,4 +49,11 @@ class Figures:
             said.append(f"{self.tokens / self.seconds:.1f} tokens/s")
         if self.rounds:
             said.append(f"acceptance length {self.tokens / self.rounds:.2f}")
-        return ", ".join(said + [f"{name} {self.origins[name] / self.tokens:.0%}".replace("%", " %") for name in COLOURS if self.origins[name]])
+        return ", ".join(
+            said
+            + [
+                f"{name} {self.origins[name] / self.tokens:.0%}".replace("%", " %")
+                for name in COLOURS
+                if self.origins[name]
+            ]
+        )

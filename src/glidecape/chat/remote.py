@@ -102,7 +102,9 @@ class RemoteModel:
                 raise InputError(_told(error.read(), f"{self.url} answers with status {error.code}")) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise InputError(f"no answer from {self.url}: {first_line(reason) if isinstance(reason, Exception) else reason}") from None
+            raise InputError(
+                f"no answer from {self.url}: {first_line(reason) if isinstance(reason, Exception) else reason}"
+            ) from None
 
 
 def fields_of(params: SamplingParams) -> dict[str, Any]:
@@ -119,7 +121,9 @@ def fields_of(params: SamplingParams) -> dict[str, Any]:
         raise InputError("--sampling is the server's own: leave it out with --url")
     found: dict[str, Any] = {"temperature": params.temperature, "max_tokens": params.max_new_tokens}
     found |= {
-        theirs: getattr(params, ours) for ours, theirs in FIELDS.items() if getattr(params, ours) != getattr(usual, ours)
+        theirs: getattr(params, ours)
+        for ours, theirs in FIELDS.items()
+        if getattr(params, ours) != getattr(usual, ours)
     }
     lists = {
         "stop": list(params.stop),

@@ -1,4 +1,4 @@
-"""`Session`: reads messages, shows answers, keeps the conversation. Answers go to standard output, all else to standard error."""
+"""`Session`: reads messages, shows answers, keeps the conversation. Standard output gets answers, standard error all else."""
 
 from __future__ import annotations
 
