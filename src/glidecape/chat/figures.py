@@ -23,7 +23,7 @@ class Figures:
 
     Attributes:
         tokens: emitted.
-        seconds: in which they were, the reading of the prompt left out.
+        seconds: in which they came, without the reading of the prompt.
         rounds: of them; 0: unknown.
         origins: how many tokens are "chain", "sibling", "copied", "drafted" or "bonus".
     """
@@ -49,11 +49,5 @@ class Figures:
             said.append(f"{self.tokens / self.seconds:.1f} tokens/s")
         if self.rounds:
             said.append(f"acceptance length {self.tokens / self.rounds:.2f}")
-        return ", ".join(
-            said
-            + [
-                f"{name} {self.origins[name] / self.tokens:.0%}".replace("%", " %")
-                for name in COLOURS
-                if self.origins[name]
-            ]
-        )
+        said += [f"{name} {100 * self.origins[name] / self.tokens:.0f} %" for name in COLOURS if self.origins[name]]
+        return ", ".join(said)

@@ -76,16 +76,17 @@ class RemoteModel:
         body = {"model": self.model, "messages": list(turns), "stream": True, **self.options}
         with self._asked("/chat/completions", body | {"stream_options": {"include_usage": True}}) as reply:
             for event in _events(reply):
-                began = began or time.monotonic()
-                self._count(event.get("usage"), time.monotonic() - began)
-                for choice in event.get("choices", ()):
-                    if text := choice["delta"].get("content"):
+                now = time.monotonic()
+                self._count(event.get("usage") or {}, now - (began or now))
+                for choice in event.get("choices") or ():
+                    if text := choice.get("delta", {}).get("content"):
+                        began = began or now
                         yield Piece(text)
 
-    def _count(self, usage: Any, seconds: float) -> None:
-        if usage:
-            drafted = (usage.get("completion_tokens_details") or {}).get("accepted_prediction_tokens") or 0
-            tokens = usage["completion_tokens"]
+    def _count(self, usage: dict[str, Any], seconds: float) -> None:
+        tokens = usage.get("completion_tokens")
+        if tokens:
+            drafted = (usage.get("completion_tokens_details") or {}).get("accepted_prediction_tokens")
             self.figures = Figures(tokens, seconds)
             if drafted:
                 self.figures.origins.update(drafted=drafted, bonus=tokens - drafted)
@@ -146,7 +147,7 @@ def _events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         if data == b"[DONE]":
             return
         event = json.loads(data)
-        if "error" in event:
+        if not isinstance(event, dict) or "error" in event:
             raise InputError(_told(data, "the server failed"))
         yield event
     raise InputError("the server ended the answer half-way")

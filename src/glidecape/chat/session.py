@@ -47,10 +47,16 @@ class Session:
         self._start = [{"role": "system", "content": system}] if system else []
         self.turns = list(self._start)
         self.console = Console(highlight=False)
-        self.typed = sys.stdin is not None and sys.stdin.isatty()
+        self.typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
-        """Until /quit or the end of the input."""
+        """Until /quit or the end of the input.
+
+        Raises:
+            InputError: there is no standard input, or it is no text.
+        """
+        if sys.stdin is None:
+            raise InputError("there is no standard input to read messages from")
         if self.typed:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (lines can be edited, and come back)
@@ -111,7 +117,8 @@ class Session:
         shown = ", ".join(f"[{colour}]{name}[/]" for name, colour in COLOURS.items() if name != "drafted")
         if self.console.is_terminal:
             Console(stderr=True).print(f"Figures are on. Tokens: {shown}.")
-        _say(f"[all answers: {self.total}]")
+        if self.total.tokens:
+            _say(f"[all answers: {self.total}]")
 
     def _answer(self, text: str) -> None:
         """Show the answer to a message; the two become part of the conversation, unless there is none."""
@@ -125,7 +132,9 @@ class Session:
             with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being heeded
                 pieces.close()  # type: ignore[attr-defined]
         except GlideCapeError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if said and self.typed:
+                print(flush=True)
+            _say(f"error: {error}")
             if not said:
                 return
         print(flush=True)
