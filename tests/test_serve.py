@@ -464,7 +464,7 @@ def test_an_error_inside_one_request_ends_no_other(server, target, faults) -> No
     assert texts_of(one) == [*expected[:5], 500, *expected[6:]]
     _, answer, _ = one.ask("/v1/completions", {"prompt": PROMPTS[5]})
     assert answer["error"]["message"] == "decoding failed (ValueError)"
-    assert is_empty(one)
+    wait_for(lambda: is_empty(one))
 
 
 def test_a_drafting_error_falls_back_to_plain_decoding_of_that_row_and_is_counted(server, target, faults) -> None:
