@@ -13,6 +13,7 @@ import typer
 
 from .commands.bench import bench
 from .commands.certify import certify
+from .commands.chat import chat
 from .commands.data import app as data_app
 from .commands.generate import generate
 from .commands.measure import app as measure_app
@@ -76,6 +77,10 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     generate: (
         f'glidecape generate {_PAIR} --prompt "Once upon a time"',
         f"glidecape generate {_PAIR} --file prompts.jsonl --temperature 0.8 --max-tokens 64 --json --output answers.jsonl",
+    ),
+    chat: (
+        f"glidecape chat {_PAIR} --temperature 0.7",
+        "glidecape chat --url http://127.0.0.1:8000/v1",
     ),
     train: (
         "glidecape train path/to/model --data texts.jsonl --output draft --tokens 4e6",

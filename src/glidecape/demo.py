@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .batch.text import TextStream
+from .chat.figures import COLOURS
 from .core.params import SamplingParams
 from .core.stats import Stats
 from .drafting.drafter import Drafter
@@ -24,8 +25,6 @@ from .shipped import shipped_pair
 from .tables import TextTable
 from .target.packages import have_compiler
 from .target.target import Target
-
-COLOURS = {"chain": "green", "sibling": "magenta", "bonus": "default"}
 
 
 def _stream(

@@ -77,7 +77,7 @@ class Vocabulary:
         return made
 
     def matcher(self, constraint: Constraint) -> Any:
-        """A matcher at the beginning of the text.
+        """A matcher at the beginning of the text. It is read each time: a copy of one would share its limits.
 
         Raises:
             InputError: the constraint cannot be read, uses what llguidance does not support, or allows no text.
@@ -102,13 +102,17 @@ class Grammar:
 
     Args:
         vocabulary: of the row's tokenizer.
-        matcher: at the beginning of the row's text.
+        constraint: of the row.
         ends: tokens that end the row and are no text. They may follow where the text may end.
     """
 
-    def __init__(self, vocabulary: Vocabulary, matcher: Any, ends: Iterable[int]) -> None:
-        self.vocabulary, self.ends = vocabulary, tuple(ends)
-        self._matcher = matcher
+    def __init__(self, vocabulary: Vocabulary, constraint: Constraint, ends: Iterable[int]) -> None:
+        self.vocabulary, self.constraint, self.ends = vocabulary, constraint, tuple(ends)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the row's beginning: after an error a matcher is of no use any more."""
+        self._matcher = self.vocabulary.matcher(self.constraint)
         self._known = 0  # emitted tokens that the matcher has consumed
         self._at: Path = ()  # tokens that it has consumed besides
         self._allowed: dict[Path, bytes | None] = {}
@@ -117,8 +121,8 @@ class Grammar:
         """Go on to the end of the row's emitted tokens: paths begin there from now on."""
         new = tuple(emitted[self._known :])
         if new:
-            reached = self._walk(new)
-            assert reached, "`complete` let a token pass that the constraint forbids"
+            if not self._walk(new):
+                self._check(gave_up=True)  # `complete` has seen that they are allowed
             after = self._allowed.get(new)
             self._known, self._at = len(emitted), ()
             self._allowed = {} if after is None else {(): after}
@@ -163,8 +167,14 @@ class Grammar:
         if same < len(path):
             same += self._matcher.try_consume_tokens(list(path[same:]))
         self._at = path[:same]
-        self._check()
-        return same == len(path)
+        reached = same == len(path)
+        self._check(gave_up=not reached and self._may_follow(path[same]))
+        return reached
+
+    def _may_follow(self, token: int) -> bool:
+        """Does the mask of the place where the matcher is, if it is known, allow a token that is text?"""
+        mask = self._allowed.get(self._at)
+        return bool(mask and token not in self.ends and mask[token // 8] >> token % 8 & 1)
 
     def _mask(self) -> bytes:
         bits = bytearray(self._matcher.compute_bitmask())
@@ -178,13 +188,20 @@ class Grammar:
                 bits[token // 8] |= 1 << token % 8
         return bytes(bits)
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise UnsupportedError(f"the constraint is too complex for llguidance: {_reason(self._matcher)}")
+    def _check(self, gave_up: bool = False) -> None:
+        """`gave_up`: the matcher did not take a token that it had allowed. It does so at a limit, and tells no error."""
+        if gave_up or self._matcher.is_error():
+            reason = _reason(self._matcher) or "it does not take a token that it allowed"
+            raise InputError(f"the constraint is too complex for llguidance: {reason}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
-        made = Grammar(self.vocabulary, self._matcher.deep_copy(), self.ends)
-        made._known, made._at, made._allowed = self._known, self._at, dict(self._allowed)
+        made = Grammar(self.vocabulary, self.constraint, self.ends)
+        made._matcher, made._known, made._at, made._allowed = (
+            self._matcher.deep_copy(),
+            self._known,
+            self._at,
+            dict(self._allowed),
+        )
         return made
 
 
@@ -198,7 +215,7 @@ def new_grammar(params: SamplingParams, stop_ids: Iterable[int], target: Any) ->
         return None
     vocabulary = Vocabulary.of(target.tokenizer, target.vocab_size)
     no_text = {*target.eos_token_ids, *filter(vocabulary.tokens.is_special_token, stop_ids)}
-    made = Grammar(vocabulary, vocabulary.matcher(params.constraint), no_text.intersection(stop_ids))
+    made = Grammar(vocabulary, params.constraint, no_text.intersection(stop_ids))
     if made.allowed(()) == b"":
         raise InputError("the constraint allows no text but the empty one: there is nothing to decode")
     return made

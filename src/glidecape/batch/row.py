@@ -50,6 +50,8 @@ class Row:
         """Forget all but the first `tokens` tokens, and how the row ended."""
         del self.tokens[tokens:]
         self.finish = self.cut = self.history = None
+        if self.grammar is not None:
+            self.grammar.restart()
 
     @property
     def new_tokens(self) -> list[int]:

@@ -112,7 +112,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def answer(http: HttpRequest, body: Request, kind: str, prompts: list[list[int]]) -> Response:
         request_id = http.state.request_id
         form, reply = FORMS[kind](), service.reply(kind, request_id)
-        jobs = service.jobs(body, prompts, request_id)
+        jobs = await service.jobs(body, prompts, request_id)
         if body.stream:
             return Stream(service, form, reply, jobs, len(prompts), body.wants_usage)
         whole = await whole_answer(http, service, form, reply, jobs, len(prompts))

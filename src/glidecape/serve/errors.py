@@ -9,6 +9,17 @@ from pydantic import BaseModel
 
 from ..errors import GlideCapeError
 
+# Fields of other servers, and what to send here.
+INSTEAD = {
+    "guided_json": "write a response_format of type json_schema",
+    "guided_regex": 'write "structured_outputs": {"regex": …}',
+    "guided_choice": 'write "structured_outputs": {"regex": "yes|no"}',
+    "guided_grammar": "grammars are not supported",
+    "structured_outputs.json": "write a response_format of type json_schema",
+    "structured_outputs.json_object": "write a response_format of type json_object",
+    "structured_outputs.choice": 'write it as a regex, such as "yes|no"',
+}
+
 
 class ErrorDetail(BaseModel):
     message: str
@@ -73,7 +84,10 @@ def invalid(errors: Sequence[Any]) -> ApiError:
         )
     if first["type"] == "extra_forbidden":
         return ApiError(
-            400, f"this server does not support the field '{field}': leave it out", field, "unsupported_field"
+            400,
+            f"this server does not support the field '{field}': {INSTEAD.get(str(field), 'leave it out')}",
+            field,
+            "unsupported_field",
         )
     if first["type"] == "missing":
         return ApiError(

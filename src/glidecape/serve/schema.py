@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..core.constraint import Constraint
 from ..core.params import SamplingParams
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -24,6 +25,33 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+
+
+class JsonSchema(Strict):
+    """A schema that the answer follows. `name` is for the client alone; the schema is kept whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    text: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What the answer is: text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema: give both, or neither")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's extension, of which only this is taken: a pattern that the whole answer matches."""
+
+    regex: str
 
 
 class Request(Strict):
@@ -41,6 +69,7 @@ class Request(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: ResponseFormat | None = None
     # Beyond OpenAI's, as other local servers have them.
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="-1 and 0: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -48,6 +77,7 @@ class Request(Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Without effect on the output.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -68,6 +98,40 @@ class Request(Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options has no effect without stream: leave it out, or set stream to true")
         return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Request:
+        kinds = [
+            self.structured_outputs is not None,
+            self.response_format is not None and self.response_format.type != "text",
+        ]
+        if all(kinds):
+            raise ValueError("response_format and structured_outputs both constrain the answer: give one of them")
+        if any(kinds) and self.min_tokens:
+            raise ValueError("min_tokens cannot be kept beside response_format or structured_outputs: leave it out")
+        return self
+
+    @property
+    def constraint_field(self) -> str:
+        """The field that `constraint` is made of."""
+        if self.structured_outputs is not None:
+            return "structured_outputs.regex"
+        is_schema = self.response_format is not None and self.response_format.json_schema is not None
+        return "response_format.json_schema.schema" if is_schema else "response_format"
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must be.
+
+        Raises:
+            InputError: a schema is no JSON.
+        """
+        wanted = self.response_format
+        if self.structured_outputs is not None:
+            return Constraint.regex(self.structured_outputs.regex)
+        if wanted is not None and wanted.json_schema is not None:
+            return Constraint.json_schema(wanted.json_schema.text)
+        return Constraint.json_object() if wanted is not None and wanted.type == "json_object" else None
 
     @property
     def wants_usage(self) -> bool:
@@ -105,6 +169,7 @@ class Request(Strict):
             "min_new_tokens": self.min_tokens or 0,
             "max_new_tokens": max_new_tokens,
             "logprobs": self.top_logprobs_asked,
+            "constraint": self.constraint,
         }
         return [SamplingParams(seed=(seed + i + SEED) % 2**64 - SEED, **common) for i in range(self.n or 1)]
 
@@ -126,18 +191,11 @@ class Message(Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ResponseFormat(Strict):
-    """Plain text; nothing else yet."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ..batch.row import new_row
+from ..batch.grammar import new_grammar
+from ..batch.row import Row, new_row
+from ..core.params import SamplingParams
 from ..errors import GlideCapeError
 from ..target.target import Target
 from .errors import ApiError, refused
@@ -90,15 +92,22 @@ class Service:
                 404, f"the model '{asked}' is not served here: ask for '{self.name}'", "model", "model_not_found"
             )
 
-    def jobs(self, body: Request, prompts: list[list[int]], request_id: str) -> list[Job]:
+    async def jobs(self, body: Request, prompts: list[list[int]], request_id: str) -> list[Job]:
         """The jobs of a request, `n` for each prompt, their rows checked.
+
+        Rows are made on the encoder's thread, because reading a constraint takes time.
 
         Raises:
             ApiError: options that cannot be used, or more tokens than the context holds.
         """
         updates: asyncio.Queue[Update] = asyncio.Queue()
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.settings.timeout
-        jobs: list[Job] = []
+        rows = await loop.run_in_executor(self.encoder, self._rows, body, prompts)
+        return [Job(request_id, number, row, loop, updates, deadline) for number, row in enumerate(rows)]
+
+    def _rows(self, body: Request, prompts: list[list[int]]) -> list[Row]:
+        rows: list[Row] = []
+        self._check_constraint(body)
         for ids in prompts:
             room = self.context - len(ids)
             asked = body.tokens_asked
@@ -112,8 +121,14 @@ class Service:
                 )
             try:
                 for params in body.sampling(room if asked is None else asked):
-                    row = new_row(next(self.numbers), ids, params, self.target)
-                    jobs.append(Job(request_id, len(jobs), row, loop, updates, deadline))
+                    rows.append(new_row(next(self.numbers), ids, params, self.target))
             except GlideCapeError as error:
                 raise refused(error) from None
-        return jobs
+        return rows
+
+    def _check_constraint(self, body: Request) -> None:
+        """Refuse a constraint that cannot be used, by the name of its field."""
+        try:
+            new_grammar(SamplingParams(constraint=body.constraint), (), self.target)
+        except GlideCapeError as error:
+            raise refused(error, body.constraint_field) from None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..batch.row import Emitted
 from ..engine.steady import SteadyEngine
-from ..errors import GlideCapeError, first_line
+from ..errors import GlideCapeError, InputError, first_line
 from .errors import ApiError
 from .job import Job, Update
 from .metrics import Metrics
@@ -165,7 +165,7 @@ class Worker(threading.Thread):
     def _told(self, error: Exception) -> ApiError:
         """What a client hears of an error: ours in full, of others nothing but the kind."""
         if isinstance(error, GlideCapeError):
-            return ApiError(500, str(error))
+            return ApiError(400 if isinstance(error, InputError) else 500, str(error))
         if "memory" in first_line(error):
             return ApiError(503, "the device has not enough memory for this request", code="out_of_memory")
         LOG.error("an answer failed", exc_info=error)

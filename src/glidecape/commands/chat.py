@@ -1,0 +1,95 @@
+"""`glidecape chat`: talk to a local pair or to a server in the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.params import SamplingParams
+from ..drafting.options import SMALL_BINS, MethodOptions
+from ..errors import InputError
+from ..options import option_of
+from ..progress import note
+from .effects import note_unused, refuse_unused, typed
+from .shared import Draft, ServingMachine, TargetOrShipped, base_of, pair_or_shipped
+
+if TYPE_CHECKING:
+    from ..chat.session import Model
+
+TOKENS = 512  # of an answer
+
+
+def chat(
+    ctx: typer.Context,
+    target: TargetOrShipped = None,
+    draft: Draft = None,
+    method: Annotated[str, typer.Option(help="As for generate.")] = "auto",
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to a server, such as http://127.0.0.1:8000/v1; MODEL is then its name there."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key for the server; better in the variable.", envvar="GLIDECAPE_API_KEY")
+    ] = None,
+    system: Annotated[str, typer.Option(help="A first turn that tells the model how to answer.")] = "",
+    params: SamplingParams = SamplingParams(max_new_tokens=TOKENS),
+    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
+    machine: ServingMachine = ServingMachine(),
+) -> None:
+    """Talk to a model: a local pair, or a server. /help lists what can be typed."""
+    from ..chat.session import Session
+
+    model: Model
+    if url is not None:
+        from ..chat.remote import RemoteModel
+
+        _refuse_local_options(ctx)
+        model = RemoteModel(url, target, api_key, params)
+        note(f"{model.model} at {model.url}")
+    else:
+        if typed(ctx, "api_key"):
+            raise InputError("--api-key is for a server: name it with --url, or leave the key out")
+        model = _local_model(ctx, target, draft, method, params, options, machine)
+    Session(model, system).run()
+
+
+def _refuse_local_options(ctx: typer.Context) -> None:
+    """Raises InputError for an option that says how a local model runs."""
+    local = {"draft", "method"}
+    for form in (MethodOptions, ServingMachine):
+        local |= {how.parameter(one.name) for one in fields(form) if (how := option_of(one)) is not None}
+    for name in sorted(local):
+        if typed(ctx, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a local model: leave it out with --url")
+
+
+def _local_model(
+    ctx: typer.Context,
+    target: str | None,
+    draft: str | None,
+    method: str,
+    params: SamplingParams,
+    options: MethodOptions,
+    machine: ServingMachine,
+) -> Model:
+    from ..chat.local import LocalModel
+    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
+    from ..interface.load import with_draft
+
+    needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
+    if target is None or (draft is None and needs_draft):
+        target, found = pair_or_shipped(target, [] if draft is None else [draft])
+        draft = found[0] if found and needs_draft else draft
+    if method == "auto":
+        method = usual_method(None if draft is None else base_of(draft))
+    refuse_unused(ctx, [method])
+    note_unused(ctx, method, params.temperature)
+    lm = with_draft(machine.load(target), draft, method, options)
+    machine.compile_models(lm.target, [lm.drafter], tokens=0, noisy=not params.greedy)
+    if not getattr(lm.target.tokenizer, "chat_template", None):
+        note(
+            "this model has no chat template: it continues lines of User: and Assistant:, and --stop User: ends an answer"
+        )
+    return LocalModel(lm, params)

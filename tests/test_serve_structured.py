@@ -1,0 +1,229 @@
+"""Structured output of the server on the shipped pair, and what a constraint that fails half-way does to other rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import openai
+import pytest
+import torch
+from pydantic import BaseModel, Field
+
+from glidecape.batch.row import new_row
+from glidecape.core.constraint import Constraint
+from glidecape.core.params import SamplingParams
+from glidecape.drafting.methods import make_drafter
+from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
+from glidecape.engine.steady import SteadyEngine
+from glidecape.errors import InputError
+from glidecape.serve.prompts import plain_chat
+from glidecape.target.target import Target
+from serving import PROMPTS, Running, alone, wait_for
+
+MODELS = Path(__file__).parents[1] / "models" / "pysource"
+SAY = [{"role": "user", "content": "def add(a, b):"}]
+CALL = r"[a-z]{3,9}\([a-z]{1,8}\)"
+
+
+class Point(BaseModel):
+    kind: Literal["left", "right"]
+    x: int = Field(ge=0, le=99)
+    labels: list[Literal["a", "b"]] = Field(max_length=2)
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "point", "schema": Point.model_json_schema(), "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
+
+
+@pytest.fixture(scope="module")
+def running(target, drafter):
+    made = Running(target, drafter)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(running):
+    return openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_parse_helper_gives_a_pydantic_model(client, running, temperature) -> None:
+    options = {"model": "pysource", "messages": SAY, "temperature": temperature, "seed": 5, "response_format": Point}
+    choice = client.chat.completions.parse(max_tokens=200, **options).choices[0]
+    assert isinstance(choice.message.parsed, Point)
+    assert choice.finish_reason == "stop"
+    with client.chat.completions.stream(max_tokens=200, **options) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == choice.message.parsed
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(max_tokens=3, **options)
+    _, body, _ = running.ask(
+        "/v1/chat/completions", {"messages": SAY, "max_tokens": 3, "temperature": 0, "response_format": SCHEMA}
+    )
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Constraint.json_object()),
+        ({"response_format": SCHEMA}, Constraint.json_schema(Point.model_json_schema())),
+        ({"structured_outputs": {"regex": CALL}}, Constraint.regex(CALL)),
+    ],
+)
+def test_a_constrained_answer_is_plain_decoding_s_under_the_same_constraint(
+    running, target, fields, constraint
+) -> None:
+    greedy, drawn = {"temperature": 0.0}, {"temperature": 1.0, "seed": 3}
+    expected = alone(target, PROMPTS[0], max_new_tokens=24, constraint=constraint, **greedy)
+    assert running.complete(PROMPTS[0], max_tokens=24, **greedy, **fields) == expected
+    expected = alone(target, plain_chat(SAY), max_new_tokens=24, constraint=constraint, **drawn)
+    body = {"messages": SAY, "max_tokens": 24, **drawn, **fields}
+    assert running.ask("/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] == expected
+    if constraint is not None and constraint.kind == "regex":
+        assert re.fullmatch(CALL, expected)
+
+
+def test_the_shadow_check_knows_constraints(target, drafter) -> None:
+    one = Running(target, drafter, shadow=1.0)
+    one.complete(PROMPTS[0], max_tokens=32, temperature=1, seed=1, structured_outputs={"regex": CALL})
+    wait_for(lambda: one.metric("shadow_requests_total", result="equal") == 1)
+    one.close()
+
+
+def schema(text) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": text}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        (schema({"type": "nothing"}), "response_format.json_schema.schema", "the json schema cannot be used"),
+        (schema({"type": "object", "not": {}}), "response_format.json_schema.schema", "cannot be used"),
+        (schema({"const": 1, "enum": [2]}), "response_format.json_schema.schema", "cannot be used"),
+        (schema("{}"), "response_format.json_schema.schema", "dictionary"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "the regex cannot be used"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "no text but the empty one"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema belongs to"),
+        ({"response_format": schema({})["response_format"] | {"type": "text"}}, "response_format", "both"),
+        ({"guided_regex": "a"}, "guided_regex", 'write "structured_outputs": {"regex"'),
+        ({"guided_json": {}}, "guided_json", "response_format"),
+        ({"structured_outputs": {"choice": ["a"]}}, None, "regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice", '"yes|no"'),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, None, "give one of them"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, None, "min_tokens cannot be kept"),
+    ],
+)
+def test_a_constraint_that_cannot_be_used_is_a_400_that_names_the_field(running, fields, param, words) -> None:
+    for path, body in (("/v1/chat/completions", {"messages": SAY}), ("/v1/completions", {"prompt": "x"})):
+        status, answer, _ = running.ask(path, body | fields)
+        assert status == 400, answer
+        assert words in answer["error"]["message"]
+        assert param is None or answer["error"]["param"] == param
+
+
+def test_without_the_library_a_400_says_what_to_install(running, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    body = {"prompt": "x", "max_tokens": 2}
+    assert running.ask("/v1/completions", body)[0] == 200
+    status, answer, _ = running.ask("/v1/completions", body | {"response_format": {"type": "json_object"}})
+    assert status == 400
+    assert answer["error"]["message"] == "a constraint needs llguidance: pip install 'glidecape[grammar]'"
+    assert answer["error"]["param"] == "response_format"
+
+
+# --- a constraint that fails in the middle of a row
+
+
+def test_a_limit_of_the_grammar_library_ends_that_answer_alone(running, target, monkeypatch) -> None:
+    """The limit is lower than usual, so that a small pattern, whose automaton grows with every letter, reaches it."""
+    import llguidance
+
+    limits = functools.partial(llguidance.LLParserLimits, max_lexer_states=100)
+    monkeypatch.setattr(llguidance, "LLParserLimits", limits)
+    growing = {"structured_outputs": {"regex": r"[a-z]{3}.*a.{30}b"}}
+
+    def ask(i):
+        body = {"prompt": PROMPTS[i], "max_tokens": 40, "temperature": 0, "stream": i == 2} | (
+            growing if i == 2 else {}
+        )
+        return running.ask("/v1/completions", body)[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(4)))
+    *pieces, error = [json.loads(line.removeprefix("data: ")) for line in answers[2].strip().split("\n\n")]
+    assert "too complex for llguidance" in error["error"]["message"]
+    assert error["error"]["type"] == "invalid_request_error"
+    assert "".join(piece["choices"][0]["text"] for piece in pieces)
+    for i in (0, 1, 3):
+        assert answers[i]["choices"][0]["text"] == alone(target, PROMPTS[i], max_new_tokens=40)
+
+
+def run(target, drafter, rows) -> SteadyEngine:
+    engine = SteadyEngine(target, drafter, 3, 100, 60)
+    for row in rows:
+        engine.submit(row)
+    while not engine.idle:
+        engine.step()
+    return engine
+
+
+def work(count: int) -> list[SamplingParams]:
+    constraints = (Constraint.regex(CALL), Constraint.json_schema(Point.model_json_schema()), None)
+    return [
+        SamplingParams(float(i % 2), seed=i, max_new_tokens=24, constraint=constraints[i % 3]) for i in range(count)
+    ]
+
+
+def test_a_bias_that_leaves_no_token_ends_that_row_alone(target, drafter) -> None:
+    none_left = dict.fromkeys(range(target.vocab_size), -1e300)
+    params = [*work(4), SamplingParams(max_new_tokens=40, constraint=Constraint.regex(CALL), logit_bias=none_left)]
+    ids = [target.encode(prompt) for prompt in PROMPTS[:5]]
+    rows = [new_row(i, prompt, own, target) for i, (prompt, own) in enumerate(zip(ids, params, strict=True))]
+    engine = run(target, drafter, rows)
+    assert [(row.index, type(error)) for row, error in engine.failed] == [(4, InputError)]
+    for row, prompt, own in zip(rows[:4], ids, params, strict=False):
+        assert row.new_tokens == generate(target, prompt, None, own)[0].tokens
+
+
+def test_rows_with_a_constraint_survive_faults_that_leave_their_matcher_in_error(target, drafter, monkeypatch) -> None:
+    params, ids = work(4), [target.encode(prompt) for prompt in PROMPTS[:4]]
+    rows = [new_row(i, prompt, own, target) for i, (prompt, own) in enumerate(zip(ids, params, strict=True))]
+    whole, calls = drafter.propose, []
+
+    def propose(batch):
+        calls.append(len(batch.rows))
+        made = whole(batch)
+        if len(calls) % 3 == 0:
+            for row in batch.rows:
+                if row.grammar is not None:
+                    row.grammar._matcher.consume_token(row.grammar.vocabulary.end)
+                    assert row.grammar._matcher.is_error() or row.grammar._matcher.is_stopped()
+            raise RuntimeError("a bug of a draft")
+        return made
+
+    monkeypatch.setattr(drafter, "propose", propose)
+    engine = run(target, drafter, rows)
+    monkeypatch.undo()
+    assert engine.draft_failures > 0
+    assert not engine.failed
+    for row, prompt, own in zip(rows, ids, params, strict=True):
+        assert row.new_tokens == generate(target, prompt, None, own)[0].tokens
