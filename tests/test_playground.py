@@ -126,7 +126,6 @@ def test_a_client_that_goes_away_frees_the_row(running) -> None:
     answer = connection.getresponse()
     for _ in range(4):
         answer.readline()
-    connection.sock and connection.sock.close()
     answer.close()
     connection.close()
     wait_for(lambda: running.metric("request_success_total", finished_reason="abort") == before + 1)

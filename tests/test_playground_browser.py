@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.serve
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models" / "pysource"
 PICTURES = ROOT / "build" / "playground"
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,21 @@ def page_of(browser):
         contexts.append(browser.new_context(**{"viewport": {"width": 1180, "height": 1000}} | options))
         page = contexts[-1].new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda said: complaints.append(said.text) if said.type == "error" and not re.search(allowed or "^$", said.text) else None,
-        )
-        page.on("request", lambda asked: asked.url.startswith(f"http://127.0.0.1:{one.port}/") or complaints.append(asked.url))
-        page.goto(f"http://127.0.0.1:{one.port}/")
+        address = f"http://127.0.0.1:{one.port}/"
+
+        def console(said) -> None:
+            if said.type == "error" and not re.search(allowed or "^$", said.text):
+                complaints.append(said.text)
+
+        page.on("console", console)
+        page.on("request", lambda asked: asked.url.startswith((address, "data:")) or complaints.append(asked.url))
+        page.goto(address)
         return page
 
     yield make
     for context in contexts:
         context.close()
-    assert [one for one in complaints if not one.startswith("data:")] == []
+    assert complaints == []
 
 
 def ends(page, state: str = "done") -> None:
@@ -95,13 +98,14 @@ def shoot(page, name: str) -> None:
 
 def test_a_prompt_is_typed_and_coloured_tokens_and_rounds_arrive(running, target, page_of) -> None:
     page = page_of(running)
-    page.wait_for_function("document.querySelector('#model').textContent.includes('pysource')")
+    page.wait_for_function("() => document.querySelector('#model').textContent.includes('pysource')")
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Control+a")
     page.keyboard.insert_text(PROMPTS[1])
     page.get_by_label("Most tokens").fill("400")
+    page.get_by_label("Temperature").fill("0")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.querySelectorAll('.token[title]').length > 3")
+    page.wait_for_function("() => document.querySelectorAll('.token[title]').length > 3")
     assert page.evaluate("document.body.dataset.state") == "running"
     assert page.get_by_role("button", name="Complete").is_disabled()
     ends(page)
@@ -141,12 +145,17 @@ def test_rounds_are_looked_at_by_keyboard(running, page_of) -> None:
 
 def test_escape_stops_and_the_row_is_free(running, page_of) -> None:
     page = page_of(running)
-    step, slow = running.engine.step, page.wait_for_timeout
-    running.engine.step = lambda *given: (__import__("time").sleep(0.05), step(*given))[1]
+    step = running.engine.step
+
+    def slow_step(*given):
+        time.sleep(0.05)
+        return step(*given)
+
+    running.engine.step = slow_step
     try:
         page.get_by_label("Most tokens").fill("400")
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('.token[title]').length > 3")
+        page.wait_for_function("() => document.querySelectorAll('.token[title]').length > 3")
         page.keyboard.press("Escape")
         ends(page, "stopped")
         wait_for(lambda: not running.service.worker.jobs)
@@ -154,7 +163,7 @@ def test_escape_stops_and_the_row_is_free(running, page_of) -> None:
         running.engine.step = step
     assert re.fullmatch(r"Stopped after \d+ tokens\.", page.get_by_role("status").text_content())
     count = page.locator(".token[title]").count()
-    slow(300)
+    page.wait_for_timeout(300)
     assert page.locator(".token[title]").count() == count > 3
     page.keyboard.press("Control+Enter")
     ends(page)
@@ -174,7 +183,7 @@ def test_an_error_is_a_sentence(running, page_of) -> None:
     page.get_by_label("Most tokens").fill("20")
     page.route("**/stream", lambda route: route.abort())
     page.get_by_role("button", name="Complete").click()
-    page.wait_for_function("document.querySelector('#error').textContent.includes('cannot be reached')")
+    page.wait_for_function("() => document.querySelector('#error').textContent.includes('cannot be reached')")
     page.unroute("**/stream")
     page.get_by_role("button", name="Complete").click()
     ends(page)
@@ -183,13 +192,13 @@ def test_an_error_is_a_sentence(running, page_of) -> None:
 
 def test_a_race_ends_with_the_same_text_and_can_be_replayed(running, target, page_of) -> None:
     page = page_of(running)
-    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_label("Prompt").fill(PROMPTS[0])
     page.get_by_label("Temperature").fill("0.8")
     page.get_by_label("Seed").fill("11")
     page.get_by_role("button", name="Race").click()
     ends(page)
     assert page.evaluate("document.body.dataset.equal") == "true"
-    expected = alone(target, PROMPT, temperature=0.8, seed=11, max_new_tokens=120)
+    expected = alone(target, PROMPTS[0], temperature=0.8, seed=11, max_new_tokens=120)
     assert [text(page, 0), text(page, 1)] == [expected] * 2
     assert figure(page, "tau", 0) > 1 == figure(page, "tau", 1)
     status = page.get_by_role("status").text_content()
@@ -221,12 +230,12 @@ def test_a_server_with_a_key_asks_for_it(target, drafter, page_of) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "width"), [("light", "light", 1180), ("dark", "dark", 1180), ("phone", "dark", 390), ("phone-light", "light", 320)]
+    ("name", "scheme", "width"),
+    [("light", "light", 1180), ("dark", "dark", 1180), ("phone", "dark", 390), ("phone-light", "light", 320)],
 )
 def test_it_is_readable_in_light_and_dark_and_on_a_phone(running, page_of, name, scheme, width) -> None:
     options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "has_touch": width < 600}
     page = page_of(running, **options)
-    page.get_by_label("Prompt").fill(PROMPT)
     shoot(page, f"{name}-empty")
     page.keyboard.press("Control+Enter")
     ends(page)

@@ -171,6 +171,8 @@ function make(kind, attributes, parent) {
   return node;
 }
 
+const percent = (share) => (share < 0.01 ? "<1 %" : Math.round(100 * share) + " %");
+
 function depthsOf(tree) {
   const depths = [0];
   for (let n = 1; n < tree.parents.length; n++) depths.push(depths[tree.parents[n]] + 1);
@@ -219,7 +221,7 @@ function drawTree(which) {
   const bonus = round.tokens[round.tokens.length - 1];
   const nodes = tree.texts.map((text, n) => ({
     text, depth: depths[n], parent: tree.parents[n], yes: accepted.has(n), kind: tree.origins[n],
-    chance: tree.probabilities && n ? Math.round(100 * tree.probabilities[n]) + " %" : "",
+    chance: tree.probabilities && n ? percent(tree.probabilities[n]) : "",
   }));
   // Accepted nodes stay, others give way.
   const kept = nodes.map((node, n) => n).filter((n) => nodes[n].yes || n < MOST_NODES);
@@ -313,6 +315,7 @@ function begin(titles) {
   const body = fields();
   $("panes").replaceChildren();
   $("after-race").hidden = true;
+  $("results").className = titles.length === 1 ? "one" : "";
   shown = null;
   drawRounds(true);
   runs = titles.map((title) => new Run(title, body.chat ? "" : body.prompt));
