@@ -183,8 +183,9 @@ def test_the_page_loads_nothing_from_elsewhere_and_has_no_inline_code() -> None:
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
     page = (PAGE / "index.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src)", page)
-    labelled = set(re.findall(r'<label[^>]* for="(\w+)"', page)) | set(re.findall(r"<label[^>]*>[^<]*<input id=\"(\w+)\"", page))
-    labelled |= set(re.findall(r'<label class="check"><input id="(\w+)"', page))
+    labelled = set(re.findall(r'<label[^>]* for="(\w+)"', page)) | set(
+        re.findall(r'<label[^>]*>[^<]*<input id="(\w+)"', page)
+    )
     assert set(re.findall(r'<(?:input|textarea) id="(\w+)"', page)) <= labelled
 
 

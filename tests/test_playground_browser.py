@@ -102,14 +102,14 @@ def test_a_prompt_is_typed_and_coloured_tokens_and_rounds_arrive(running, target
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Control+a")
     page.keyboard.insert_text(PROMPTS[1])
-    page.get_by_label("Most tokens").fill("400")
+    page.get_by_label("Most tokens").fill("240")
     page.get_by_label("Temperature").fill("0")
     page.keyboard.press("Control+Enter")
     page.wait_for_function("() => document.querySelectorAll('.token[title]').length > 3")
     assert page.evaluate("document.body.dataset.state") == "running"
     assert page.get_by_role("button", name="Complete").is_disabled()
     ends(page)
-    assert text(page) == alone(target, PROMPTS[1], max_new_tokens=400)
+    assert text(page) == alone(target, PROMPTS[1], max_new_tokens=240)
     origins = set(page.locator(".pane .token").evaluate_all("all => all.map(one => one.title)"))
     assert origins == {"chain", "sibling", "bonus"}
     assert figure(page, "tau") > 1.2
@@ -202,7 +202,9 @@ def test_a_race_ends_with_the_same_text_and_can_be_replayed(running, target, pag
     assert [text(page, 0), text(page, 1)] == [expected] * 2
     assert figure(page, "tau", 0) > 1 == figure(page, "tau", 1)
     status = page.get_by_role("status").text_content()
-    assert re.fullmatch(r"Both wrote the same text, \d+ tokens\. glide\+cape was [\d.]+ times as fast as plain decoding\.", status)
+    assert re.fullmatch(
+        r"Both wrote the same text, \d+ tokens\. glide\+cape was [\d.]+ times as fast as plain .*\.", status
+    )
     page.get_by_role("button", name="Replay").click()
     ends(page, "running")
     ends(page)

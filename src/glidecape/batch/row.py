@@ -150,8 +150,8 @@ class Emitted:
 
     Where a stop string ended the row, `text` is the row's whole text, cut before it, and `cut` the number of tokens at the
     row's end, emitted in this round or earlier ones, that belong to the stop string and are not to be handed out.
-    `logprobs` are there where `SamplingParams.logprobs` asks for them, one a token (`engine.logprobs`); `proposal` is there where
-    the row is watched.
+    `logprobs` are there where `SamplingParams.logprobs` asks for them, one a token (`engine.logprobs`), `proposal` where the
+    row is watched.
     """
 
     row: int

@@ -79,14 +79,15 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
     reader, row = _Reader(service, job), job.row
     method = service.method if row.drafts else "plain"
     yield _event("start", model=service.name, method=method, prompt_tokens=row.prompt_length, seed=row.params.seed)
-    item: Emitted | ApiError | None = None
-    while item is None or item.finish is None:
+    finish = None
+    while finish is None:
         _, item = await job.updates.get()
         if isinstance(item, ApiError):
             yield f"data: {item.reply.model_dump_json()}\n\n"
             return
+        finish = item.finish
         yield _event("round", at=round(time.monotonic() - job.arrived, 5), **reader.read(item))
-    yield _event("end", finish=item.finish, usage=usage_of([job]).model_dump())
+    yield _event("end", finish=finish, usage=usage_of([job]).model_dump())
     yield "data: [DONE]\n\n"
 
 

@@ -94,6 +94,7 @@ class Run {
 
   async play(body, signal) {
     shown = this;
+    $("which").value = $("which").max;
     for await (const event of eventsOf(body, signal)) {
       if (event.type === "start") this.started(event);
       if (event.type === "round") {
@@ -157,7 +158,7 @@ class Run {
 function redraw() {
   if (dirty) return;
   dirty = true;
-  const draw = () => { dirty = false; for (const run of runs) run.draw(); drawRounds(true); };
+  const draw = () => { dirty = false; for (const run of runs) run.draw(); drawRounds(); };
   // A page in the background gets no frames.
   if (document.hidden) setTimeout(draw, 100); else requestAnimationFrame(draw);
 }
@@ -179,17 +180,18 @@ function depthsOf(tree) {
   return depths;
 }
 
-function drawRounds(follow) {
-  const count = shown ? shown.rounds.length : 0;
+// The newest round is followed, unless somebody looks at an older one.
+function drawRounds() {
+  const count = shown ? shown.rounds.length : 0, slider = $("which"), follow = slider.value === slider.max;
   $("rounds").hidden = count === 0;
+  slider.max = Math.max(1, count);
+  if (follow) slider.value = slider.max;
   if (!count) return;
-  $("which").max = count;
-  if (follow) $("which").value = count;
-  drawStrip(count, follow);
-  drawTree(Number($("which").value));
+  drawStrip(count, Number(slider.value));
+  drawTree(Number(slider.value));
 }
 
-function drawStrip(count, follow) {
+function drawStrip(count, which) {
   const strip = $("strip"), wide = 10, unit = 8;
   if (strip.run !== shown) { strip.replaceChildren(); strip.run = shown; strip.deepest = 0; }
   const added = shown.rounds.slice(strip.childElementCount);
@@ -206,10 +208,10 @@ function drawStrip(count, follow) {
   strip.setAttribute("width", count * wide);
   strip.setAttribute("height", high + 2);
   strip.setAttribute("viewBox", `0 ${-high} ${count * wide} ${high + 2}`);
-  if (follow) strip.parentElement.scrollLeft = count * wide;
+  strip.parentElement.scrollLeft = which * wide - strip.parentElement.clientWidth / 2;
   const chosen = strip.querySelector(".chosen");
   if (chosen) chosen.classList.remove("chosen");
-  const bar = strip.children[Number($("which").value) - 1];
+  const bar = strip.children[which - 1];
   if (bar) bar.classList.add("chosen");
 }
 
@@ -227,20 +229,19 @@ function drawTree(which) {
   const kept = nodes.map((node, n) => n).filter((n) => nodes[n].yes || n < MOST_NODES);
   const isBonus = bonus && bonus.origin === "bonus";
   if (isBonus) kept.push(nodes.push({ text: bonus.text, depth: depths[last] + 1, parent: last, yes: true, kind: "bonus", chance: "" }) - 1);
-  const wide = 92, gap = 34, step = wide + gap, high = 38, used = [], place = [];
+  const wide = 80, gap = 24, step = wide + gap, tall = 36, high = 44, used = [], place = [];
   for (const n of kept) {
     const depth = nodes[n].depth;
     used[depth] = used[depth] || 0;
     place[n] = { x: 4 + depth * step, y: 22 + used[depth]++ * high };
   }
   const columns = Math.max(...kept.map((n) => nodes[n].depth)) + 1, rows = Math.max(...used);
-  // Room for the words after the line where drafting stopped.
-  const size = { width: Math.max(columns * step, deepest * step + wide + 24 + 170), height: 26 + rows * high };
+  const size = { width: columns * step, height: 26 + rows * high };
   for (const [name, value] of Object.entries(size)) svg.setAttribute(name, value);
   for (const n of kept) {
     const { parent, yes, kind } = nodes[n];
     if (parent < 0) continue;
-    const from = place[parent], to = place[n], x = from.x + wide, y = from.y + 15, end = to.y + 15;
+    const from = place[parent], to = place[n], x = from.x + wide, y = from.y + tall / 2, end = to.y + tall / 2;
     const path = `M${x} ${y} C${x + gap / 2} ${y} ${to.x - gap / 2} ${end} ${to.x} ${end}`;
     make("path", { class: `edge ${yes ? "yes" : ""} ${kind}`, d: path }, svg);
   }
@@ -248,16 +249,16 @@ function drawTree(which) {
     const { text, yes, kind, chance } = nodes[n], { x, y } = place[n];
     const node = make("g", { class: `node ${kind} ${yes ? "yes" : ""}` }, svg);
     make("title", {}, node).textContent = `${JSON.stringify(text)}: ${kind}${kind === "bonus" || kind === "root" ? "" : yes ? ", accepted" : ", rejected"}`;
-    make("rect", { x, y, width: wide, height: 30, rx: 4 }, node);
+    make("rect", { x, y, width: wide, height: tall, rx: 4 }, node);
     const visible = text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
-    const room = chance ? 7 : 11;
-    make("text", { x: x + 6, y: y + 19 }, node).textContent = visible.length > room ? visible.slice(0, room - 1) + "…" : visible;
-    if (chance) make("text", { x: x + wide - 5, y: y + 19, "text-anchor": "end", class: "small" }, node).textContent = chance;
+    const label = visible.length > 9 ? visible.slice(0, 8) + "…" : visible;
+    make("text", { x: x + 6, y: y + (chance ? 15 : 22) }, node).textContent = label;
+    if (chance) make("text", { x: x + 6, y: y + 30, class: "small" }, node).textContent = chance;
   }
   if (deepest) {
     const x = 4 + deepest * step + wide + gap / 2;
     make("line", { class: "ended", x1: x, x2: x, y1: 4, y2: size.height - 4 }, svg);
-    make("text", { class: "why", x: x + 6, y: 14 }, svg).textContent = `drafting stopped at ${deepest}`;
+    make("text", { class: "why", x: x - 6, y: 14, "text-anchor": "end" }, svg).textContent = `drafting stopped at ${deepest}`;
   }
   const before = which > 1 ? shown.rounds[which - 2].at : null;
   const took = before === null ? "" : `, ${(1000 * (round.at - before)).toFixed(1)} ms`;
@@ -307,7 +308,7 @@ async function during(work) {
   }
   stop = null;
   for (const run of runs) run.draw();
-  drawRounds(state !== "done" || runs.length < 2);
+  drawRounds();
   setState(state);
 }
 
@@ -317,7 +318,7 @@ function begin(titles) {
   $("after-race").hidden = true;
   $("results").className = titles.length === 1 ? "one" : "";
   shown = null;
-  drawRounds(true);
+  drawRounds();
   runs = titles.map((title) => new Run(title, body.chat ? "" : body.prompt));
   return body;
 }
@@ -388,11 +389,11 @@ $("form").addEventListener("submit", (event) => { event.preventDefault(); comple
 $("race").addEventListener("click", race);
 $("replay").addEventListener("click", replay);
 $("stop-button").addEventListener("click", abort);
-$("which").addEventListener("input", () => drawRounds(false));
+$("which").addEventListener("input", () => drawRounds());
 $("strip").addEventListener("click", (event) => {
   if (!event.target.dataset.round) return;
   $("which").value = event.target.dataset.round;
-  drawRounds(false);
+  drawRounds();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") abort();
