@@ -24,10 +24,14 @@ from ..prompts import chat_ids, completion_ids
 from ..schema import CompletionRequest
 from ..service import Service
 
-FILES = {"/": ("index.html", "text/html"), "/playground/style.css": ("style.css", "text/css")}
-FILES["/playground/script.js"] = ("script.js", "text/javascript")
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/playground/style.css": ("style.css", "text/css"),
+    "/playground/script.js": ("script.js", "text/javascript"),
+    "/playground/rounds.js": ("rounds.js", "text/javascript"),
+}
 HEADERS = {
-    # Nothing but the page's own two files, and requests to this server.
+    # Nothing but the page's own files, and requests to this server.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

@@ -1,12 +1,9 @@
-"use strict";
+import { $, drawRounds, show } from "./rounds.js";
+
 // One page, no library. A run is one streamed answer in one pane; a race is two runs, one after the other.
 
-const $ = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
-const MOST_NODES = 80; // of a tree, drawn
 let stop = null; // aborts what is running
 let runs = []; // in the panes
-let shown = null; // the run whose rounds are drawn
 let dirty = false; // is a frame asked for?
 
 // --- what the server says
@@ -93,8 +90,7 @@ class Run {
   }
 
   async play(body, signal) {
-    shown = this;
-    $("which").value = $("which").max;
+    show(this);
     for await (const event of eventsOf(body, signal)) {
       if (event.type === "start") this.started(event);
       if (event.type === "round") {
@@ -163,112 +159,6 @@ function redraw() {
   if (document.hidden) setTimeout(draw, 100); else requestAnimationFrame(draw);
 }
 
-// --- rounds
-
-function make(kind, attributes, parent) {
-  const node = document.createElementNS(SVG, kind);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (parent) parent.append(node);
-  return node;
-}
-
-const percent = (share) => (share < 0.01 ? "<1 %" : Math.round(100 * share) + " %");
-
-function depthsOf(tree) {
-  const depths = [0];
-  for (let n = 1; n < tree.parents.length; n++) depths.push(depths[tree.parents[n]] + 1);
-  return depths;
-}
-
-// The newest round is followed, unless somebody looks at an older one.
-function drawRounds() {
-  const count = shown ? shown.rounds.length : 0, slider = $("which"), follow = slider.value === slider.max;
-  $("rounds").hidden = count === 0;
-  slider.max = Math.max(1, count);
-  if (follow) slider.value = slider.max;
-  if (!count) return;
-  drawStrip(count, Number(slider.value));
-  drawTree(Number(slider.value));
-}
-
-function drawStrip(count, which) {
-  const strip = $("strip"), wide = 10, unit = 8;
-  if (strip.run !== shown) { strip.replaceChildren(); strip.run = shown; strip.deepest = 0; }
-  const added = shown.rounds.slice(strip.childElementCount);
-  for (const round of added) {
-    const accepted = round.tree ? round.tree.path.length - 1 : 0, depth = round.tree ? Math.max(...depthsOf(round.tree)) : 0;
-    const bar = make("g", { class: "bar", transform: `translate(${strip.childElementCount * wide} 0) scale(1 -1)` }, strip);
-    if (depth) make("rect", { class: "drafted", x: 1.5, y: 0.5, width: 7, height: depth * unit }, bar);
-    if (accepted) make("rect", { class: "accepted", x: 2, y: 1, width: 6, height: accepted * unit - 1 }, bar);
-    make("rect", { class: "cap", x: 2, y: accepted * unit + 1, width: 6, height: 4 }, bar);
-    make("rect", { class: "hit", x: 0, y: 0, width: wide, height: 400 }, bar).dataset.round = strip.childElementCount;
-    strip.deepest = Math.max(strip.deepest, depth);
-  }
-  const high = (strip.deepest + 1) * unit;
-  strip.setAttribute("width", count * wide);
-  strip.setAttribute("height", high + 2);
-  strip.setAttribute("viewBox", `0 ${-high} ${count * wide} ${high + 2}`);
-  strip.parentElement.scrollLeft = which * wide - strip.parentElement.clientWidth / 2;
-  const chosen = strip.querySelector(".chosen");
-  if (chosen) chosen.classList.remove("chosen");
-  const bar = strip.children[which - 1];
-  if (bar) bar.classList.add("chosen");
-}
-
-function drawTree(which) {
-  const round = shown.rounds[which - 1], tree = round.tree, svg = $("tree");
-  svg.replaceChildren();
-  if (!tree) return;
-  const depths = depthsOf(tree), deepest = Math.max(...depths), accepted = new Set(tree.path), last = tree.path[tree.path.length - 1];
-  const bonus = round.tokens[round.tokens.length - 1];
-  const nodes = tree.texts.map((text, n) => ({
-    text, depth: depths[n], parent: tree.parents[n], yes: accepted.has(n), kind: tree.origins[n],
-    chance: tree.probabilities && n ? percent(tree.probabilities[n]) : "",
-  }));
-  // Accepted nodes stay, others give way.
-  const kept = nodes.map((node, n) => n).filter((n) => nodes[n].yes || n < MOST_NODES);
-  const isBonus = bonus && bonus.origin === "bonus";
-  if (isBonus) kept.push(nodes.push({ text: bonus.text, depth: depths[last] + 1, parent: last, yes: true, kind: "bonus", chance: "" }) - 1);
-  const wide = 80, gap = 24, step = wide + gap, tall = 36, high = 44, used = [], place = [];
-  for (const n of kept) {
-    const depth = nodes[n].depth;
-    used[depth] = used[depth] || 0;
-    place[n] = { x: 4 + depth * step, y: 22 + used[depth]++ * high };
-  }
-  const columns = Math.max(...kept.map((n) => nodes[n].depth)) + 1, rows = Math.max(...used);
-  const size = { width: columns * step, height: 26 + rows * high };
-  for (const [name, value] of Object.entries(size)) svg.setAttribute(name, value);
-  for (const n of kept) {
-    const { parent, yes, kind } = nodes[n];
-    if (parent < 0) continue;
-    const from = place[parent], to = place[n], x = from.x + wide, y = from.y + tall / 2, end = to.y + tall / 2;
-    const path = `M${x} ${y} C${x + gap / 2} ${y} ${to.x - gap / 2} ${end} ${to.x} ${end}`;
-    make("path", { class: `edge ${yes ? "yes" : ""} ${kind}`, d: path }, svg);
-  }
-  for (const n of kept) {
-    const { text, yes, kind, chance } = nodes[n], { x, y } = place[n];
-    const node = make("g", { class: `node ${kind} ${yes ? "yes" : ""}` }, svg);
-    make("title", {}, node).textContent = `${JSON.stringify(text)}: ${kind}${kind === "bonus" || kind === "root" ? "" : yes ? ", accepted" : ", rejected"}`;
-    make("rect", { x, y, width: wide, height: tall, rx: 4 }, node);
-    const visible = text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
-    const label = visible.length > 9 ? visible.slice(0, 8) + "…" : visible;
-    make("text", { x: x + 6, y: y + (chance ? 15 : 22) }, node).textContent = label;
-    if (chance) make("text", { x: x + 6, y: y + 30, class: "small" }, node).textContent = chance;
-  }
-  if (deepest) {
-    const x = 4 + deepest * step + wide + gap / 2;
-    make("line", { class: "ended", x1: x, x2: x, y1: 4, y2: size.height - 4 }, svg);
-    make("text", { class: "why", x: x - 6, y: 14, "text-anchor": "end" }, svg).textContent = `drafting stopped at ${deepest}`;
-  }
-  const before = which > 1 ? shown.rounds[which - 2].at : null;
-  const took = before === null ? "" : `, ${(1000 * (round.at - before)).toFixed(1)} ms`;
-  const drafted = tree.texts.length - 1, taken = tree.path.length - 1;
-  const told = `Round ${which} of ${shown.rounds.length}: ${drafted} drafted, ${taken} accepted, ${round.tokens.length} emitted${took}`;
-  $("which-label").textContent = told;
-  $("which").setAttribute("aria-valuetext", told);
-  svg.setAttribute("aria-label", `Tree of tokens. ${told}`);
-}
-
 // --- what the buttons do
 
 function fields() {
@@ -317,8 +207,7 @@ function begin(titles) {
   $("panes").replaceChildren();
   $("after-race").hidden = true;
   $("results").className = titles.length === 1 ? "one" : "";
-  shown = null;
-  drawRounds();
+  show(null);
   runs = titles.map((title) => new Run(title, body.chat ? "" : body.prompt));
   return body;
 }
@@ -342,7 +231,7 @@ function race() {
     await own.play(body, signal);
     say("Plain decoding with the same seed …");
     await plain.play({ ...body, drafts: false }, signal);
-    shown = own;
+    show(own);
     $("after-race").hidden = false;
     say(verdict(own, plain));
   });
@@ -389,12 +278,6 @@ $("form").addEventListener("submit", (event) => { event.preventDefault(); comple
 $("race").addEventListener("click", race);
 $("replay").addEventListener("click", replay);
 $("stop-button").addEventListener("click", abort);
-$("which").addEventListener("input", () => drawRounds());
-$("strip").addEventListener("click", (event) => {
-  if (!event.target.dataset.round) return;
-  $("which").value = event.target.dataset.round;
-  drawRounds();
-});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") abort();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); complete(); }
