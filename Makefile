@@ -41,8 +41,8 @@ test: $(VENV)/.installed-dev ## run the default test suite
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not serve"
 
-test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory; fifteen minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_serve_long.py
+test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory, the page in Chromium; fifteen minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_playground_browser.py tests/test_serve_long.py
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
@@ -73,7 +73,7 @@ fix: $(VENV)/.installed-dev ## repair what ruff can repair
 
 lock: $(BIN)/python ## write requirements.lock: exact versions for Python 3.11 to 3.13, Linux and macOS
 	$(PIP) install --upgrade uv
-	$(RESOLVE) --all-extras --group dev --group docs --group fuzz --group lock --universal --python-version 3.11 --upgrade \
+	$(RESOLVE) --all-extras --group dev --group docs --group fuzz --group browser --group lock --universal --python-version 3.11 --upgrade \
 		--custom-compile-command "make lock" -o $(LOCK)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
@@ -109,7 +109,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
-	$(LOCKED) --group fuzz
+	$(LOCKED) --group fuzz --group browser
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

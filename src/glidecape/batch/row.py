@@ -30,6 +30,7 @@ class Row:
         cut: where a stop string ended the row.
         grammar: its state under the constraint; None without one.
         drafts: False for a row that is to be decoded plainly, by an engine that looks at it (`SteadyEngine`).
+        watched: somebody wants to see what is proposed (`Emitted.proposal`), which costs a transfer a round.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Row:
     cut: Cut | None = None
     grammar: Grammar | None = None
     drafts: bool = True
+    watched: bool = False
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, and how the row ended."""
@@ -128,12 +130,30 @@ class Outcome:
 
 
 @dataclass
+class Proposal:
+    """What one row's round proposed and accepted, to be shown.
+
+    Attributes:
+        tokens: of the nodes, the root first.
+        parents: the place of each node's parent in these lists; -1 for the root's.
+        probabilities: the draft's, of each token given its path, at temperature 1.
+        path: places of the accepted nodes, the root first, before `Row.clip`.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    probabilities: list[float]
+    path: list[int]
+
+
+@dataclass
 class Emitted:
     """What one row got from one round: tokens with their origins ("chain", "sibling", "bonus"), and the round's counts.
 
     Where a stop string ended the row, `text` is the row's whole text, cut before it, and `cut` the number of tokens at the
     row's end, emitted in this round or earlier ones, that belong to the stop string and are not to be handed out.
-    `logprobs` are there where `SamplingParams.logprobs` asks for them, one a token (`engine.logprobs`).
+    `logprobs` are there where `SamplingParams.logprobs` asks for them, one a token (`engine.logprobs`), `proposal` where the
+    row is watched.
     """
 
     row: int
@@ -144,6 +164,7 @@ class Emitted:
     text: str | None = None
     cut: int = 0
     logprobs: list[Any] = field(default_factory=list)
+    proposal: Proposal | None = None
 
 
 def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) -> Row:

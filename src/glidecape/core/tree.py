@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .transfer import to_host
 
 
 class TokenTree:
@@ -198,6 +199,22 @@ class TokenTree:
         """Of each node after the root of `path`: "chain" if it is its parent's first child, else "sibling"."""
         children = self.children(row)
         return ["chain" if children[above][0] == node else "sibling" for above, node in pairwise(path)]
+
+    def listed(self, row: int) -> tuple[list[int], list[int], list[int], list[float]]:
+        """A row's nodes on the host, padding left out, to be shown: their numbers, their tokens, the place in these lists of
+        each one's parent (-1 for the root's), and the draft's probability of each token given its path."""
+        above = self.parents[row].clamp(min=0)
+        given = (self.score[row] - self.score[row, above]).exp()
+        numbers = torch.stack([*self.numbers[:2, row].double(), self.valid[row].double(), given.double()])
+        tokens, parents, valid, given = to_host(numbers)
+        nodes = [node for node in range(self.nodes) if valid[node]]
+        place = {-1: -1} | {node: k for k, node in enumerate(nodes)}
+        return (
+            nodes,
+            [int(tokens[node]) for node in nodes],
+            [place[int(parents[node])] for node in nodes],
+            [given[node] for node in nodes],
+        )
 
     def take(self, kept: Tensor) -> TokenTree:
         """The tree of these nodes `(batch, count)`: ascending numbers, the root first, each node's parent among them."""

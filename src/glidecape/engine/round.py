@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch.batch import Batch
 from ..batch.laws import refuse_no_number
-from ..batch.row import Emitted, Outcome, Row
+from ..batch.row import Emitted, Outcome, Proposal, Row
 from ..core.stats import RoundStats, Stats
 from ..core.transfer import to_host
 from ..core.tree import TokenTree
@@ -32,7 +32,10 @@ def run_round(target: Target, drafter: Drafter, batch: Batch, stats: Stats | Non
     output = target.forward(tree.tokens, tree.positions(batch.root_positions), batch.cache, tree.ancestors)
     outcomes = verify(batch, tree, output.logits, target.verdict)
     verified = seconds(batch, stats)
+    shown = {i: _shown(tree, i, outcomes[i].path) for i, row in enumerate(batch.rows) if row.watched}
     events = [_emit(row, outcome) for row, outcome in zip(batch.rows, outcomes, strict=True)]
+    for i, proposal in shown.items():
+        events[i].proposal = proposal
     _add_logprobs(batch, outcomes, events, output.logits)
     batch.cache.keep([outcome.path for outcome in outcomes])
     drafter.commit(batch, outcomes)
@@ -124,6 +127,11 @@ def _emit(row: Row, outcome: Outcome) -> Emitted:
     if row.cut is None:
         return Emitted(row.index, tokens, origins, round_stats, row.finish)
     return Emitted(row.index, tokens, origins, round_stats, row.finish, row.cut.text, row.cut.tokens - row.cut.kept)
+
+
+def _shown(tree: TokenTree, i: int, path: list[int]) -> Proposal:
+    nodes, tokens, parents, probabilities = tree.listed(i)
+    return Proposal(tokens, parents, probabilities, [nodes.index(node) for node in path])
 
 
 def _add_logprobs(batch: Batch, outcomes: list[Outcome], events: list[Emitted], logits: Tensor) -> None:

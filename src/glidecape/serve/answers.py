@@ -152,12 +152,9 @@ class Stream(StreamingResponse):
         ApiError: there is no room for the jobs.
     """
 
-    def __init__(
-        self, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool
-    ) -> None:
+    def __init__(self, service: Service, jobs: list[Job], events: AsyncIterator[str]) -> None:
         service.worker.submit(jobs)
         self.service, self.jobs = service, jobs
-        events = _events(service.target.tokenizer, form, reply, jobs, prompts, with_usage)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,7 +164,7 @@ class Stream(StreamingResponse):
             self.service.worker.abort(self.jobs)
 
 
-async def _events(
+async def stream_events(
     tokenizer: Any, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool
 ) -> AsyncIterator[str]:
     """The events of the stream; an error is the last one."""

@@ -16,9 +16,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
-from .answers import FORMS, Stream, whole_answer
+from .answers import FORMS, Stream, stream_events, whole_answer
 from .errors import ApiError, ErrorReply, invalid
 from .gate import Gate
+from .playground import add_playground
 from .prompts import chat_ids, completion_ids
 from .replies import ChatCompletion, Completion, ModelCard, ModelList, Version
 from .schema import ChatRequest, CompletionRequest, Request
@@ -71,6 +72,7 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_answers(app, service)
     _add_state(app, service)
+    add_playground(app, service, STREAMS)
     document = app.openapi
 
     def without_422() -> dict[str, Any]:
@@ -114,7 +116,8 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         form, reply = FORMS[kind](), service.reply(kind, request_id)
         jobs = await service.jobs(body, prompts, request_id)
         if body.stream:
-            return Stream(service, form, reply, jobs, len(prompts), body.wants_usage)
+            events = stream_events(service.target.tokenizer, form, reply, jobs, len(prompts), body.wants_usage)
+            return Stream(service, jobs, events)
         whole = await whole_answer(http, service, form, reply, jobs, len(prompts))
         return Response(status_code=CLIENT_CLOSED) if whole is None else JSONResponse(whole.model_dump())
 

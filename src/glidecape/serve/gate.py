@@ -15,7 +15,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)  # needs no key
+# These need no key: a browser sends none when it opens a page.
+OPEN = ("/health", "/", "/playground/style.css", "/playground/script.js", "/playground/rounds.js")
 SANE_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 
 
