@@ -20,6 +20,7 @@ class LocalModel:
     """Answers of a model in this process, each token with its origin.
 
     Attributes:
+        origins: that tokens may have.
         figures: of the last answer.
     """
 
@@ -27,6 +28,7 @@ class LocalModel:
         self.lm, self.params, self.figures = lm, params, Figures()
         # What prompt lookup calls its chain are tokens of the text itself.
         self._names = {"chain": "copied"} if parse_method(lm.method)[0] == "lookup" else {}
+        self.origins = (*self._names.values(), "bonus") if self._names else ("chain", "sibling", "bonus")
 
     def answer(self, turns: Sequence[dict[str, str]]) -> Iterator[Piece]:
         """The answer to a conversation, in pieces.

@@ -16,6 +16,7 @@ from ..core.params import SamplingParams
 from ..errors import InputError, first_line
 from .figures import Figures, Piece
 
+TIMEOUT = 600  # seconds without a word from the server
 # Fields of a request for options that are sent where they are not the usual ones.
 FIELDS = {
     "top_p": "top_p",
@@ -45,11 +46,14 @@ class RemoteModel:
         key: sent as bearer token; None: none.
 
     Attributes:
+        origins: none, because a server does not tell a token's.
         figures: of the last answer. A server tells how many tokens were drafted, not by what, and no rounds.
 
     Raises:
         InputError: there is no such server, it refuses the key, or it has no model.
     """
+
+    origins: tuple[str, ...] = ()
 
     def __init__(self, url: str, model: str | None, key: str | None, params: SamplingParams) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -96,7 +100,7 @@ class RemoteModel:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         data = None if body is None else json.dumps(body).encode()
         try:
-            with self._opener.open(Request(self.url + path, data, headers)) as reply:
+            with self._opener.open(Request(self.url + path, data, headers), timeout=TIMEOUT) as reply:
                 yield reply
         except HTTPError as error:
             with error:

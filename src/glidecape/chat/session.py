@@ -26,9 +26,11 @@ class Model(Protocol):
 
     Attributes:
         figures: of the last answer, whole or not.
+        origins: that tokens may have, as far as they are told.
     """
 
     figures: Figures
+    origins: tuple[str, ...]
 
     def answer(self, turns: Sequence[dict[str, str]]) -> Iterator[Piece]:
         """The answer to a conversation, in pieces."""
@@ -114,8 +116,8 @@ class Session:
         if not self.stats:
             _say("Figures are off.")
             return
-        shown = ", ".join(f"[{colour}]{name}[/]" for name, colour in COLOURS.items() if name != "drafted")
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.model.origins:
+            shown = ", ".join(f"[{COLOURS[name]}]{name}[/]" for name in self.model.origins)
             Console(stderr=True).print(f"Figures are on. Tokens: {shown}.")
         if self.total.tokens:
             _say(f"[all answers: {self.total}]")
