@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,35 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tinyworld import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+MODELS = Path(__file__).parents[1] / "models" / "pysource"
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    """The shipped target."""
+    from glidecape import Target
+
+    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Any) -> Any:
+    """GliDe with CaPE for the shipped target."""
+    from glidecape import load_draft, make_drafter
+
+    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
+
+
+@pytest.fixture(scope="module")
+def running(target: Any, drafter: Any) -> Iterator[Any]:
+    """A server of both."""
+    from serving import Running
+
+    made = Running(target, drafter)
+    yield made
+    made.close()
 
 
 # Files that take longest, the longest first: two workers then end at about the same time.

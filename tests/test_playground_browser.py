@@ -8,27 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from glidecape.drafting.methods import make_drafter
-from glidecape.drafts.checkpoint import load_draft
-from glidecape.target.target import Target
 from serving import PROMPTS, Running, alone, wait_for
 
 pytestmark = pytest.mark.serve
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models" / "pysource"
 PICTURES = ROOT / "build" / "playground"
-
-
-@pytest.fixture(scope="module")
-def target():
-    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def drafter(target):
-    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
 
 
 @pytest.fixture(scope="module")

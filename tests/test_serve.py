@@ -20,35 +20,15 @@ import torch
 
 from glidecape import cli
 from glidecape.core.params import SamplingParams
-from glidecape.drafting.methods import make_drafter
-from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
 from glidecape.options import option_of
 from glidecape.serve.prompts import plain_chat
 from glidecape.serve.schema import ChatRequest, CompletionRequest
 from glidecape.serve.settings import ServeSettings
-from glidecape.target.target import Target
 from serving import PROMPTS, Process, Running, alone, wait_for
 
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
 SAY = [{"role": "user", "content": "def add(a, b):"}]
-
-
-@pytest.fixture(scope="module")
-def target():
-    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def drafter(target):
-    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
-
-
-@pytest.fixture(scope="module")
-def running(target, drafter):
-    made = Running(target, drafter)
-    yield made
-    made.close()
 
 
 @pytest.fixture

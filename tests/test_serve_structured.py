@@ -12,19 +12,15 @@ from typing import Literal
 
 import openai
 import pytest
-import torch
 from pydantic import BaseModel, Field
 
 from glidecape.batch.row import new_row
 from glidecape.core.constraint import Constraint
 from glidecape.core.params import SamplingParams
-from glidecape.drafting.methods import make_drafter
-from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
 from glidecape.engine.steady import SteadyEngine
 from glidecape.errors import InputError
 from glidecape.serve.prompts import plain_chat
-from glidecape.target.target import Target
 from serving import PROMPTS, Running, alone, wait_for
 
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
@@ -39,23 +35,6 @@ class Point(BaseModel):
 
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "point", "schema": Point.model_json_schema(), "strict": True}}
-
-
-@pytest.fixture(scope="module")
-def target():
-    return Target.from_pretrained(MODELS / "target", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def drafter(target):
-    return make_drafter("glide+cape", load_draft(MODELS / "glide", target), length=4, bins=(2, 1))
-
-
-@pytest.fixture(scope="module")
-def running(target, drafter):
-    made = Running(target, drafter)
-    yield made
-    made.close()
 
 
 @pytest.fixture

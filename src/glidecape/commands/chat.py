@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..options import option_of
 from ..progress import note
 from .effects import note_unused, refuse_unused, typed
-from .shared import Draft, ServingMachine, TargetOrShipped, base_of, pair_or_shipped
+from .shared import Draft, ServingMachine, TargetOrShipped, choose
 
 if TYPE_CHECKING:
     from ..chat.session import Model
@@ -75,15 +75,9 @@ def _local_model(
     machine: ServingMachine,
 ) -> Model:
     from ..chat.local import LocalModel
-    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
     from ..interface.load import with_draft
 
-    needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
-    if target is None or (draft is None and needs_draft):
-        target, found = pair_or_shipped(target, [] if draft is None else [draft])
-        draft = found[0] if found and needs_draft else draft
-    if method == "auto":
-        method = usual_method(None if draft is None else base_of(draft))
+    target, draft, method = choose(target, draft, method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     lm = with_draft(machine.load(target), draft, method, options)

@@ -19,9 +19,8 @@ from .shared import (
     Output,
     ServingMachine,
     TargetOrShipped,
-    base_of,
+    choose,
     opened,
-    pair_or_shipped,
     read_prompts,
 )
 
@@ -62,17 +61,10 @@ def generate(
     machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
-    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
     from ..interface.load import with_draft
     from ..show import show
 
-    base = None if method == "auto" else parse_method(method)[0]
-    needs_draft = base not in DRAFTLESS
-    if target is None or (draft is None and needs_draft):
-        target, found = pair_or_shipped(target, [] if draft is None else [draft])
-        draft = found[0] if found and needs_draft else draft
-    if method == "auto":
-        method = usual_method(None if draft is None else base_of(draft))
+    target, draft, method = choose(target, draft, method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     params = replace(params, constraint=constraint.read())

@@ -128,6 +128,23 @@ def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[st
     return str(model_name), drafts or ([] if draft_name is None else [str(draft_name)])
 
 
+def choose(target: str | None, draft: str | None, method: str) -> tuple[str, str | None, str]:
+    """The target, the draft and the method that are meant: of the shipped pair where none is named, "auto" by the draft.
+
+    Raises:
+        CheckpointError, InputError: see `pair_or_shipped` and `parse_method`.
+    """
+    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
+
+    needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
+    if target is None or (draft is None and needs_draft):
+        target, found = pair_or_shipped(target, [] if draft is None else [draft])
+        draft = found[0] if found and needs_draft else draft
+    if method == "auto":
+        method = usual_method(None if draft is None else base_of(draft))
+    return target, draft, method
+
+
 @contextmanager
 def opened(path: Path | None) -> Iterator[TextIO | None]:
     """The file that is written to, which appears when it is whole; None for standard output.

@@ -7,6 +7,7 @@ they are accepted and forgotten.
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -143,9 +144,9 @@ class Request(Strict):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top_logprobs_asked(self) -> int | None:
         """How many most probable tokens are told of each emitted one; None: no log-probabilities."""
-        raise NotImplementedError
 
     def sampling(self, max_new_tokens: int) -> list[SamplingParams]:
         """The options of each of the `n` answers; they differ in seed.
