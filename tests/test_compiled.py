@@ -156,7 +156,7 @@ def compare(target: Target, drafts: dict[str, object], methods: list[str], resid
     said: list[str] = []
     assert target.compile("on", said.append), said
     for method, one in made.items():
-        done = one.compile("on", said.append, noisy=True)
+        done = one.compile("on", said.append)
         assert done or method.split("+")[0] in ("plain", "lookup", "medusa"), said
     for (method, one), expected in zip(made.items(), before, strict=True):
         for params, outputs in zip(cases, expected, strict=True):

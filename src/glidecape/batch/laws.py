@@ -48,16 +48,23 @@ class Laws:
             self.warp = Warp(params, device)
             self.greedy = self._mask([p.greedy for p in params])
             self.noisy = None if all(noisy) else self._mask(noisy)  # None: all rows are
+            self.sharpness = to_device([1 / (p.temperature or 1.0) for p in params], device)
 
-    def chain_noise(self, roots: list[int], positions: Tensor, length: int, vocab: int) -> Tensor | None:
-        """What is added to a draft's logits in a chain, `(batch, length, vocab)`: the noise times the temperature. None: all
-        rows are greedy. For `bare` laws only."""
+    def ranking(
+        self, roots: list[int], positions: Tensor, depth: int, depths: int, vocab: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """How a draft ranks tokens, for `bare` laws: by logits x sharpness `(batch,)` + noise `(batch, depths, vocab)`.
+
+        None: by the logits, since all rows are greedy. Else the temperature's inverse, and the noise of the tokens that follow
+        nodes of `depths` depths from `depth` on; arguments as in `scores`.
+        """
         if self.ahead is None:
             return None
-        depth = torch.arange(length, device=self.device)[None]
-        noise = self.ahead.at(roots, positions, depth, length - 1, vocab)
-        heat = to_device([0.0 if row.params.greedy else row.params.temperature for row in self.rows], self.device)
-        return noise * heat[:, None, None]
+        below = torch.arange(depth, depth + depths, device=self.device)[None]
+        noise = self.ahead.at(roots, positions, below, depth + depths - 1, vocab)
+        if self.noisy is not None:
+            noise = noise.masked_fill(~self.noisy, 0.0)
+        return self.sharpness, noise
 
     def _mask(self, rows: list[bool]) -> Tensor | None:
         """`(rows, 1, 1)`; None where it would be all False."""

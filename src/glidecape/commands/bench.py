@@ -94,8 +94,7 @@ def bench(
     model = machine.load(target)
     folders = named_folders(given)
     drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
-    noisy = settings.temperature > 0
-    machine.compile_models(model, [one.drafter(drafts) for one in chosen], noisy=noisy)
+    machine.compile_models(model, [one.drafter(drafts) for one in chosen])
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
     _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)

@@ -64,7 +64,7 @@ def certify(
     folders = named_folders(drafts)
     loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
     drafters = make_drafters(methods, loaded)
-    machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), temperature > 0)
+    machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
     reference = _reference(target, model.dtype, machine)
     with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
         findings = run(model, reference, drafters, texts, params, batch, done)

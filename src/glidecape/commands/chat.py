@@ -81,7 +81,7 @@ def _local_model(
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     lm = with_draft(machine.load(target), draft, method, options)
-    machine.compile_models(lm.target, [lm.drafter], tokens=0, noisy=not params.greedy)
+    machine.compile_models(lm.target, [lm.drafter], tokens=0)
     if not getattr(lm.target.tokenizer, "chat_template", None):
         note(
             "this model has no chat template: it continues lines of User: and Assistant:, and --stop User: ends an answer"

@@ -73,7 +73,7 @@ def generate(
     if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
         note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
     tokens = len(prompts) * params.max_new_tokens
-    machine.compile_models(lm.target, [lm.drafter], tokens, not params.greedy)
+    machine.compile_models(lm.target, [lm.drafter], tokens)
     if svip_fit is not None:
         from ..fit import with_fitted_threshold
 

@@ -121,7 +121,7 @@ def _drafters(ctx: typer.Context, methods: str, opened: _Opened, also: tuple[str
     chosen = read_methods(methods.split(","), opened.settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also)
     made = {one.name: one.drafter(opened.drafts) for one in chosen}
-    opened.run.machine.compile_models(opened.target, made.values(), noisy=max(opened.run.temperatures) > 0)
+    opened.run.machine.compile_models(opened.target, made.values())
     return made
 
 

@@ -47,6 +47,6 @@ def regenerate(
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     model = machine.load(target)
     drafter = make_drafter(method, fitting_draft(draft, method, model), options)
-    machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens, temperature > 0)
+    machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
     with only_writer(out, folder=False):
         run(model, data, out, plan, drafter, batch, command_line())

@@ -40,6 +40,6 @@ def serve(
         method = "plain" if draft is None else base_of(draft)
     refuse_unused(ctx, [method])
     lm = with_draft(machine.load(target), draft, method, options)
-    machine.compile_models(lm.target, [lm.drafter], tokens=0, noisy=True)  # auto: a start is to take seconds
+    machine.compile_models(lm.target, [lm.drafter], tokens=0)  # auto: a start is to take seconds
     name = settings.model_name or (Path(target).resolve().name if Path(target).exists() else target)
     run(lm.target, lm.drafter, settings, name, method)

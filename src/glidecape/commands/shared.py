@@ -98,14 +98,12 @@ class ServingMachine(Machine):
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
 
-    def compile_models(
-        self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, noisy: bool = False
-    ) -> None:
-        """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
+    def compile_models(self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf) -> None:
+        """Compile what decodes, if that was asked for or is worth it for so many tokens."""
         from ..interface.load import compile_models
 
         with bar("compiling"):
-            compile_models(target, drafters, self.compile, tokens, noisy)
+            compile_models(target, drafters, self.compile, tokens)
 
 
 def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[str]]:

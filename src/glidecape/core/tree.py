@@ -7,6 +7,7 @@ on what was drafted.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -69,18 +70,23 @@ class TokenTree:
         return self._numbers[:, :, : self.nodes]
 
     @classmethod
-    def chain(cls, roots: Tensor, tokens: Tensor, log_prob: Tensor, valid: Tensor | None = None) -> TokenTree:
-        """The tree of one chain a row, its `tokens (batch, count)` chosen deterministically; `valid` as in `add`, for all of
-        a row's nodes up to some depth."""
-        made = cls(roots, 1 + tokens.shape[1])
-        made.nodes, made.levels = made.capacity, tokens.shape[1]
-        number = torch.arange(made.capacity, device=roots.device)
-        made._numbers[0, :, 1:] = tokens
-        made._numbers[1] = number - 1
-        made._numbers[2] = number
-        made._valid[:, 1:] = True if valid is None else valid
-        made._score[:, 1:] = log_prob.cumsum(1)
-        made._ancestors[:] = number[:, None] >= number
+    def comb(cls, roots: Tensor, tokens: Tensor, log_prob: Tensor, valid: Tensor | None = None) -> TokenTree:
+        """The tree of one chain a row, each node of it with siblings, all chosen deterministically.
+
+        Args:
+            tokens, log_prob: `(batch, depths, width)`; the first of each depth is the chain's, the others are leaves.
+            valid: of the same shape, or of width 1 for all of a depth; False: padding. None: all are nodes.
+        """
+        _, depths, width = tokens.shape
+        parents, depth, ancestors = _comb(depths, width, roots.device)
+        made = cls(roots, 1 + depths * width)
+        made.nodes, made.levels = made.capacity, depths
+        made._numbers[0, :, 1:] = tokens.flatten(1)
+        made._numbers[1], made._numbers[2] = parents, depth
+        made._valid[:, 1:] = True if valid is None else valid.expand(-1, -1, width).flatten(1)
+        above = log_prob[:, :, 0].cumsum(1) - log_prob[:, :, 0]
+        made._score[:, 1:] = (above[..., None] + log_prob).flatten(1)
+        made._ancestors[:] = ancestors
         return made
 
     @property
@@ -256,3 +262,15 @@ class TokenTree:
         packed = self.take(order[:, :count])
         packed._numbers[1, :, 1:].clamp_(min=0)
         return packed
+
+
+@lru_cache(maxsize=64)
+def _comb(depths: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents and depths `(nodes,)` of the nodes of a comb, and who is whose ancestor `(nodes, nodes)`."""
+    number = torch.arange(1 + depths * width)
+    depth = (number + width - 1) // width
+    parents = (1 + (depth - 2) * width).clamp(min=0)
+    parents[0] = -1
+    chain = (number == 0) | ((number - 1) % width == 0)
+    ancestors = (chain & (depth < depth[:, None])) | (number == number[:, None])
+    return parents.to(device), depth.to(device), ancestors.to(device)

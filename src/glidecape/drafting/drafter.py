@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from ..batch.row import Outcome
 from ..core.cache import KVCache
 from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
-from ..drafts.base import DraftModel, Queries
+from ..drafts.base import DraftModel, Queries, Step
 from ..drafts.program import NetworkDraft
 from .expansions.base import Expansion
+from .expansions.cape import Cape
 from .expansions.chain import Chain
 from .law import draft_law
 from .stop import FixedLength, StopPolicy
@@ -45,8 +46,8 @@ class Drafter(Protocol):
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         """Learn which nodes were committed; the rows' tokens hold them already."""
 
-    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
-        """Draft by compiled programs from now on, see `Target.compile`; `noisy`: above temperature 0, too."""
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Draft by compiled programs from now on, see `Target.compile`."""
 
 
 class DrafterState(Protocol):
@@ -64,7 +65,7 @@ class NoDraft:
 
     reads_hidden = False
 
-    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """There is nothing to compile."""
         return False
 
@@ -97,8 +98,8 @@ class DrafterWrapper:
     def budget(self, tokens: int) -> int:
         return self.inner.budget(tokens)
 
-    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
-        return self.inner.compile(mode, say, noisy)
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        return self.inner.compile(mode, say)
 
     def begin(self, rows: int, capacity: int) -> DrafterState | None:
         return self.inner.begin(rows, capacity)
@@ -173,18 +174,18 @@ class ModelDrafter:
     def __repr__(self) -> str:
         return f"ModelDrafter({self.model!r}, {type(self.expansion).__name__}, {type(self.stop).__name__})"
 
-    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """See `Drafter`."""
         done = self.model.compile(mode, say)
-        if (
-            done
-            and isinstance(self.model, NetworkDraft)
-            and type(self.expansion) is Chain
-            and type(self.stop) is FixedLength
-        ):
-            for added in (False, True) if noisy else (False,):
-                self.model.compile_chain(self.cap, added, mode, say)
+        if done and self._whole is not None and isinstance(self.model, NetworkDraft):
+            self.model.compile_chain(self.cap, self._whole.width, mode, say)
         return done
+
+    @property
+    def _whole(self) -> Chain | None:
+        """The expansion, if a program may draft all depths at once: a chain, with siblings or not, of fixed length."""
+        fixed = type(self.expansion) in {Chain, Cape} and type(self.stop) is FixedLength
+        return cast("Chain", self.expansion) if fixed else None
 
     def propose(self, batch: Batch) -> TokenTree:
         own, rows = batch.draft.own, batch.rows
@@ -199,10 +200,10 @@ class ModelDrafter:
         tree = TokenTree(batch.roots, self.expansion.capacity(longest))
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
         row_caps = to_device(caps, batch.device) if shortest < longest else None
-        logits = self._first_step(batch, own)
+        step = self._first_step(batch, own)
         batch.draft.ran = [frontier]
         for depth in itertools.count(1):
-            law = draft_law(batch, tree, frontier, logits, depth - 1, self.expansion.draws)
+            law = draft_law(batch, tree, frontier, step, depth - 1, self.expansion.draws)
             frontier = self.expansion.grow(tree, frontier, law)
             more = depth < longest and self.stop.more(tree, depth, law)
             # Without a policy that looks at the law, the host knows that the row of the largest cap drafts on.
@@ -216,47 +217,58 @@ class ModelDrafter:
                 more = to_host((frontier >= 0).any())
             if more is False or frontier.shape[1] == 0:
                 break
-            logits = self._step(batch, own, tree, frontier)
+            step = self._step(batch, own, tree, frontier)
         tree = self.expansion.finish(tree)
         tree.memo = torch.cat(batch.draft.ran, 1)
         return tree
 
     def _compiled_chain(self, batch: Batch, own: KVCache, caps: list[int]) -> TokenTree | None:
         """The proposal of a whole chain by one program; None where there is none for it."""
-        laws, cache, length = batch.laws, batch.cache, max(caps)
-        fixed = type(self.expansion) is Chain and type(self.stop) is FixedLength
-        if not fixed or length < self.cap or not laws.bare or not isinstance(self.model, NetworkDraft):
+        laws, cache, length, expansion = batch.laws, batch.cache, max(caps), self._whole
+        if expansion is None or length < self.cap or not laws.bare or not isinstance(self.model, NetworkDraft):
             return None
-        if not self.model.has_chain(length, laws.ahead is not None):
+        if (length, expansion.width) not in self.model.chains:
             return None
-        noise = laws.chain_noise(cache.host_lengths, batch.root_positions, length, self.model.vocab_size)
+        ranking = laws.ranking(cache.host_lengths, batch.root_positions, 0, length, self.model.vocab_size)
         pieces = [row.tokens[have:] for row, have in zip(batch.rows, own.host_lengths, strict=True)]
         last = [len(piece) - 1 for piece in pieces]
-        found = self.model.draft_chain(_padded(pieces, own)[0], last, own, cache, length, noise)
-        if found is None:
+        ranked = self.model.draft_chain(_padded(pieces, own)[0], last, own, cache, (length, expansion.width), ranking)
+        if ranked is None:
             return None
-        number = torch.arange(1, length + 1, device=batch.device)
-        ends = min(caps) < length
-        tree = TokenTree.chain(batch.roots, *found, number <= to_device(caps, batch.device)[:, None] if ends else None)
-        tree.memo = (number - 1).expand(tree.batch, -1)
+        number = torch.arange(length, device=batch.device)
+        depths = number < to_device(caps, batch.device)[:, None] if min(caps) < length else None
+        tree = expansion.comb(batch.roots, ranked, depths)
+        # The node of each depth but the last was run, after the root.
+        tree.memo = ((number - 1) * expansion.width + 1).clamp(min=0).expand(tree.batch, -1)
         return tree
 
-    def _first_step(self, batch: Batch, own: KVCache) -> Tensor:
-        """Run every token that the draft has not run yet, up to the root; logits `(batch, 1, vocab)` at the root."""
+    def _run(self, batch: Batch, queries: Queries, own: KVCache, depth: int, kept: Tensor | None = None) -> Step:
+        """A step whose logits are of nodes of this depth; `kept`: of these queries alone."""
+        laws, model = batch.laws, self.model
+        if laws.bare and isinstance(model, NetworkDraft) and model.compiled:
+            cache, width = batch.cache, (queries.tokens if kept is None else kept).shape[1]
+            ranking = laws.ranking(cache.host_lengths, batch.root_positions, depth, 1, model.vocab_size)
+            if ranking is not None:
+                ranking = ranking[0], ranking[1].expand(-1, width, -1)
+            found = model.ranked_step(queries, own, cache, kept, ranking)
+            if found is not None:
+                return found
+        logits = model.step(queries, own, batch.cache)
+        return Step(logits if kept is None else logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[-1])))
+
+    def _first_step(self, batch: Batch, own: KVCache) -> Step:
+        """Run every token that the draft has not run yet, up to the root; what follows the root."""
         pieces = [row.tokens[length:] for row, length in zip(batch.rows, own.host_lengths, strict=True)]
         tokens, positions = _padded(pieces, own)
-        logits = self.model.step(Queries(tokens, positions, positions), own, batch.cache)
-        # The root stays scratch slot 0: it is the first token of this round's tree.
         counts = [len(piece) - 1 for piece in pieces]
+        step = self._run(batch, Queries(tokens, positions, positions), own, 0, to_device(counts, own.device)[:, None])
+        # The root stays scratch slot 0: it is the first token of this round's tree.
         own.commit(counts)
         own.scratch = 1
-        if min(counts) == tokens.shape[1] - 1:
-            return logits[:, -1:]
-        last = to_device(counts, own.device)[:, None, None]
-        return logits.gather(1, last.expand(-1, 1, logits.shape[-1]))
+        return step
 
-    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Tensor:
-        """Run the frontier; logits `(batch, width, vocab)`. Rows with no frontier node run a dummy."""
+    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Step:
+        """Run the frontier. Rows with no frontier node run a dummy."""
         at, roots = frontier.clamp(min=0), batch.root_positions
         ran = batch.draft.ran
         ran.append(frontier)
@@ -275,9 +287,9 @@ class ModelDrafter:
                 parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         positions = scratch[:, -at.shape[1] :]
         queries = Queries(tree.tokens.gather(1, at), positions, scratch, above, parents)
-        logits = self.model.step(queries, own, batch.cache)
+        step = self._run(batch, queries, own, tree.levels)
         own.scratch += at.shape[1]
-        return logits
+        return step
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         self._trust(batch.draft, outcomes)

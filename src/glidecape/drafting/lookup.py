@@ -78,7 +78,7 @@ class LookupDrafter:
             raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")
         self.length, self.ngram = length, ngram
 
-    def compile(self, mode: str = "on", say: Callable[[str], None] = print, noisy: bool = False) -> bool:
+    def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """There is nothing to compile."""
         return False
 

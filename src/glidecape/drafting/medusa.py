@@ -12,7 +12,7 @@ from ..batch.batch import Batch
 from ..batch.row import Outcome
 from ..core.cache import KVCache
 from ..core.tree import TokenTree
-from ..drafts.base import DepthModel
+from ..drafts.base import DepthModel, Step
 from .drafter import DraftState, ModelDrafter
 from .expansions.base import Expansion
 from .stop import StopPolicy
@@ -39,13 +39,13 @@ class MedusaDrafter(ModelDrafter):
     def read(self, batch: Batch, chunk: int = 512) -> None:
         """There is nothing to catch up with."""
 
-    def _first_step(self, batch: Batch, own: KVCache) -> Tensor:
+    def _first_step(self, batch: Batch, own: KVCache) -> Step:
         batch.draft.logits = self.model.all_depths(batch.cache)
-        return batch.draft.logits[:, :1]
+        return Step(batch.draft.logits[:, :1])
 
-    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Tensor:
-        """The law of the frontier's depth for each of its nodes, `(batch, width, vocab)`."""
-        return batch.draft.logits[:, tree.levels, None].expand(-1, frontier.shape[1], -1)
+    def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Step:
+        """The law of the frontier's depth for each of its nodes."""
+        return Step(batch.draft.logits[:, tree.levels, None].expand(-1, frontier.shape[1], -1))
 
     def _trust(self, draft: DraftState, outcomes: Sequence[Outcome]) -> None:
         """Nothing was written."""

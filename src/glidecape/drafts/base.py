@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,6 +48,38 @@ class Queries:
     scratch_positions: Tensor
     ancestors: Tensor | None = None
     parents: Tensor | None = None
+
+
+class Ranked(NamedTuple):
+    """The tokens that a draft ranks first after each query.
+
+    Attributes:
+        tokens: `(batch, queries, count)` int64, best first; scores: what they are ranked by; log_q: their log-probabilities at
+            temperature 1.
+        norm: `(batch, queries)` logsumexp of the scores of all tokens.
+        entropy, confidence: `(batch, queries)` of the law at temperature 1: nats, largest probability.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    log_q: Tensor
+    norm: Tensor
+    entropy: Tensor
+    confidence: Tensor
+
+
+@dataclass
+class Step:
+    """What a step of a draft gives.
+
+    Attributes:
+        logits: `(batch, queries, vocab)`.
+        scores: of the same shape, what tokens are ranked by, and `ranked`, the first of them: where a program made them.
+    """
+
+    logits: Tensor
+    scores: Tensor | None = None
+    ranked: Ranked | None = None
 
 
 class DraftModel(Protocol):

@@ -3,14 +3,18 @@ training and decoding do differently."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.cache import KVCache
+from ..core.cache import SlotCache
+from ..core.masks import slot_positions, tree_mask, window_mask
 from ..target.attention import attend
+from ..target.operators import no_mask, tree_attention
+from .base import Queries
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -88,9 +92,47 @@ class Cached:
         recent: where one query sees every slot, the newest slots that its window holds; 0: all.
     """
 
-    def __init__(self, cache: KVCache, mask: Tensor | None, recent: int = 0) -> None:
+    def __init__(self, cache: SlotCache, mask: Tensor | None, recent: int = 0) -> None:
         self.cache, self.mask, self.recent = cache, mask, recent
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = self.cache.write(layer, k, v)
         return attend(q, k[:, :, -self.recent :], v[:, :, -self.recent :], self.mask, scale)
+
+
+class ByPosition:
+    """The same in a compiled program: a query reads its own path by position.
+
+    Args:
+        queries: what is run, with their `ancestors`.
+        seen: `(batch, 1, queries, positions)` which positions a query may read; None: its whole path.
+    """
+
+    def __init__(self, cache: SlotCache, queries: Queries, seen: Tensor | None) -> None:
+        self.cache, self.queries, self.seen = cache, queries, no_mask() if seen is None else seen
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        k, v = self.cache.write(layer, k, v)
+        ancestors = self.queries.ancestors
+        assert ancestors is not None
+        where = self.cache.lengths, self.queries.scratch_positions, ancestors
+        return tree_attention(q, k, v, *where, self.seen, scale, 0.0).flatten(2)
+
+
+def decoding_attention(own: SlotCache, queries: Queries, window: int = 0) -> SelfAttention:
+    """The self-attention of a step that decodes. `window`: positions that a query looks back, itself included; 0: all."""
+    positions, scratch = queries.positions, queries.scratch_positions
+    count, keys = positions.shape[1], own.longest + scratch.shape[1]
+    if torch.compiler.is_exporting():
+        if queries.ancestors is None:
+            chain = torch.ones(count, scratch.shape[1], dtype=torch.bool).tril(scratch.shape[1] - count)
+            queries = replace(queries, ancestors=chain.repeat(positions.shape[0], 1, 1))
+        at = torch.arange(keys, device=positions.device)[None]
+        return ByPosition(own, queries, window_mask(positions, at, window) if window else None)
+    mask = tree_mask(own, queries.ancestors, count)
+    if not window or keys <= window:
+        return Cached(own, mask)
+    if mask is None and count == 1:
+        return Cached(own, None, window)
+    seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), window)
+    return Cached(own, seen if mask is None else seen & mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,14 +15,15 @@ from torch.export import Dim
 from ..core.cache import KVCache
 from ..core.transfer import to_device
 from ..target.packages import Program, Run, compiled
-from ..target.program import KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
-from .base import Queries
+from ..target.program import KEPT, KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
+from .base import Queries, Ranked, Step
 from .sharing import SharedDraft
 
 if TYPE_CHECKING:
     from ..target.target import Target
 
 COMMITTED = Dim("committed", min=1, max=2**31)
+TOP = 16  # tokens that a step ranks
 TARGET_KEYS, TARGET_SLOTS = Dim("target_keys", min=1, max=2**31), Dim("target_slots", min=2, max=2**31)
 
 
@@ -43,22 +45,46 @@ class NetworkDraft(SharedDraft, ABC):
 
     def __init__(self) -> None:
         self.compiled: dict[bool, Run] = {}  # by: is it a step below the root, where that makes a difference
-        self.chains: dict[tuple[int, bool], Run] = {}  # by: length, and whether noise is added
+        self.chains: dict[tuple[int, int], Run] = {}  # by length and ranked tokens
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `DraftModel`."""
 
     @abstractmethod
-    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
-        """`DraftModel.step`, eagerly, on a `KVCache` or a `TracedCache`."""
+    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+        """Last hidden states `(batch, queries, width)`, on a `KVCache` or a `TracedCache`; keys and values are written."""
+
+    def run(self, queries: Queries, own: Any, target_cache: Any, kept: Tensor | None = None) -> Tensor:
+        """Logits `(batch, kept, vocab)`, eagerly or in an export; `kept (batch, kept)`: of these queries, None: of all."""
+        hidden = self.hidden(queries, own, target_cache)
+        if kept is not None:
+            hidden = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))
+        return self.module.logits(hidden)
 
     def step(self, queries: Queries, own: KVCache, target_cache: KVCache) -> Tensor:
         """See `DraftModel`."""
+        found = self.ranked_step(queries, own, target_cache)
+        return self.run(queries, own, target_cache) if found is None else found.logits
+
+    def ranked_step(
+        self,
+        queries: Queries,
+        own: KVCache,
+        target_cache: KVCache,
+        kept: Tensor | None = None,
+        ranking: tuple[Tensor, Tensor] | None = None,
+    ) -> Step | None:
+        """A step by a compiled program, which also ranks tokens; None where there is none for it.
+
+        Args:
+            kept: `(batch, kept)`, see `run`.
+            ranking: see `Laws.ranking`; None: greedily.
+        """
         q = queries
         run = self.compiled.get(self.uses_parents and q.parents is not None)
         if run is None or target_cache.longest == 0:  # a program reads at least one key
-            return self.run(q, own, target_cache)
+            return None
         (rows, count), device = q.tokens.shape, q.tokens.device
         slots = torch.arange(max(own.end_of_write(count), target_cache.longest), device=device)
         scratch = own.scratch + count
@@ -69,26 +95,35 @@ class NetworkDraft(SharedDraft, ABC):
         inputs += self._stores(own, target_cache)
         if self.uses_parents and q.parents is not None:
             inputs.append(q.parents)
-        return run([one.contiguous() for one in inputs])[0]
+        kept = slots[:count].expand(rows, -1) if kept is None else kept
+        inputs += [kept, *(greedily(rows, kept.shape[1], self.vocab_size, device) if ranking is None else ranking)]
+        logits, scores, *ranked = run([one.contiguous() for one in inputs])
+        return Step(logits, scores, Ranked(*ranked))
 
     def draft_chain(
-        self, tokens: Tensor, last: list[int], own: KVCache, target_cache: KVCache, length: int, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        tokens: Tensor,
+        last: list[int],
+        own: KVCache,
+        target_cache: KVCache,
+        size: tuple[int, int],
+        ranking: tuple[Tensor, Tensor] | None,
+    ) -> Ranked | None:
         """All steps of a chain in one program; None where there is none for it.
 
         Args:
             tokens: `(batch, queries)` that were not run yet, padded; the root of row i is in column `last[i]`.
-            length: tokens to draft.
-            noise: `(batch, length, vocab)` to be added to the logits times the temperature; None: greedy.
+            size: tokens to draft, and tokens to rank at each depth.
+            ranking: see `Laws.ranking`, with noise for each depth; None: greedily.
 
         Returns:
-            Tokens `(batch, length)` and their log-probabilities at temperature 1. The root is in scratch slot 0 of `own`
-            then, and all nodes but the last in the slots after it.
+            What may follow each node of the chain, with depths for queries. The root is in scratch slot 0 of `own` then, and
+            all nodes but the last in the slots after it.
         """
-        run = self.chains.get((length, noise is not None))
+        run = self.chains.get(size)
         if run is None or target_cache.longest == 0:
             return None
-        (rows, queries), device = tokens.shape, tokens.device
+        (rows, queries), device, length = tokens.shape, tokens.device, size[0]
         committed = [n + count for n, count in zip(own.host_lengths, last, strict=True)]
         slots = torch.arange(max(own.end_of_write(queries + length), target_cache.longest), device=device)
         positions = own.lengths[:, None] + slots[:queries]
@@ -96,10 +131,11 @@ class NetworkDraft(SharedDraft, ABC):
         inputs += [positions, slots[: target_cache.longest], target_cache.lengths]
         inputs += self._stores(own, target_cache)
         inputs += [to_device(last, device), slots[: max(committed)]]
-        drafted, log_prob = run([one.contiguous() for one in (*inputs, *([] if noise is None else [noise]))])
+        inputs += greedily(rows, length, self.vocab_size, device) if ranking is None else ranking
+        found = run([one.contiguous() for one in inputs])
         own.commit(last)
         own.scratch = length
-        return drafted, log_prob
+        return Ranked(*found)
 
     def traced_target(self, step: StepInputs) -> TracedCache:
         """The target's cache inside a program."""
@@ -118,24 +154,24 @@ class NetworkDraft(SharedDraft, ABC):
     def vocab_size(self) -> int:
         return self.module.target_parts.target.vocab_size
 
-    def has_chain(self, length: int, noisy: bool) -> bool:
-        """Is there a program for chains of this length?"""
-        return (length, noisy) in self.chains
-
-    def compile_chain(self, length: int, noisy: bool, mode: str = "on", say: Callable[[str], None] = print) -> bool:
-        """Draft chains of this length by one program from now on, greedily or with noise; False where it cannot be."""
-        if (length, noisy) in self.chains:
+    def compile_chain(self, length: int, ranked: int, mode: str = "on", say: Callable[[str], None] = print) -> bool:
+        """Draft chains of this length, with so many tokens ranked at each depth, by one program from now on; False where it
+        cannot be."""
+        size = length, ranked
+        if size in self.chains:
             return True
-        name = f"a chain of {length} of the {self.module.kind} draft" + (" with noise" if noisy else "")
-        program = self._program(name, lambda: self._chain_example(length, noisy), chain=length, noisy=noisy)
+        name = f"a chain of {length} of the {self.module.kind} draft" + (
+            f", {ranked} tokens each" if ranked > 1 else ""
+        )
+        program = self._program(name, lambda: self._chain_example(length, ranked), chain=length, ranked=ranked)
         run = compiled(program, mode, say)
         if run is not None:
-            self.chains[length, noisy] = run
+            self.chains[size] = run
         return run is not None
 
-    def _chain_example(self, length: int, noisy: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
+    def _chain_example(self, length: int, ranked: int) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         _, *examples = self._example(False)
-        step, sizes = (StepInputs._make(one) for one, _ in examples)
+        step, sizes = (StepInputs._make(one[0]) for one in examples)
         (rows, queries), device, longest = step.tokens.shape, step.tokens.device, int(step.own_lengths.max())
         step = step._replace(
             own_slots=torch.arange(longest + queries, device=device),
@@ -144,12 +180,13 @@ class NetworkDraft(SharedDraft, ABC):
         )
         sizes = sizes._replace(ancestors={0: ROWS, 1: NODES, 2: NODES}, scratch_positions={0: ROWS, 1: NODES})
         last = torch.full((rows,), queries - 1, device=device)
-        noise = [torch.zeros(rows, length, self.vocab_size, device=device)] if noisy else []
-        inputs = (tuple(step), last, torch.arange(longest + queries - 1, device=device), noise)
+        slots = torch.arange(longest + queries - 1, device=device)
+        ranking = torch.ones(rows, device=device), torch.zeros(rows, length, self.vocab_size, device=device)
+        inputs = (tuple(step), last, slots, *ranking)
         return (
-            ChainProgram(self, length),
+            ChainProgram(self, length, ranked),
             inputs,
-            (tuple(sizes), {0: ROWS}, {0: COMMITTED}, [{0: ROWS}] if noisy else []),
+            (tuple(sizes), {0: ROWS}, {0: COMMITTED}, {0: ROWS}, {0: ROWS}),
         )
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
@@ -207,10 +244,13 @@ class NetworkDraft(SharedDraft, ABC):
         of_own = ({0: KEYS}, {0: ROWS, 1: NODES, 2: SCRATCH}, {0: ROWS}, {0: ROWS, 1: SCRATCH})
         of_target = ({0: TARGET_KEYS}, {0: ROWS})
         sizes = StepInputs._make((of_tokens, of_tokens, *of_own, *of_target, stores, stores, read, read, hidden))
+        parents = [torch.zeros_like(tokens)] if below_root else []  # a tensor of its own: no alias
+        kept = torch.arange(queries - 1, device=device).repeat(rows, 1)
+        ranking = torch.ones(rows, device=device), torch.zeros(rows, queries - 1, self.vocab_size, device=device)
         return (
             DraftProgram(self),
-            (tuple(inputs), [torch.zeros_like(tokens)] if below_root else []),  # a tensor of its own: no alias
-            (tuple(sizes), [of_tokens] if below_root else []),
+            (tuple(inputs), parents, kept, *ranking),
+            (tuple(sizes), [of_tokens] if below_root else [], {0: ROWS, 1: KEPT}, {0: ROWS}, {0: ROWS, 1: KEPT}),
         )
 
 
@@ -241,7 +281,7 @@ class StepInputs(NamedTuple):
 
 
 class DraftProgram(nn.Module):
-    """`NetworkDraft.run` of tensors alone; logits `(rows, queries, vocab)`."""
+    """`NetworkDraft.run` of tensors alone, and the ranking of its logits: all that `NetworkDraft.ranked_step` gives."""
 
     def __init__(self, draft: NetworkDraft) -> None:
         super().__init__()
@@ -250,43 +290,63 @@ class DraftProgram(nn.Module):
         self.shared = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
         self.draft = [draft]
 
-    def forward(self, inputs: tuple[Any, ...], parents: list[Tensor]) -> Tensor:
+    def forward(
+        self, inputs: tuple[Any, ...], parents: list[Tensor], kept: Tensor, sharpness: Tensor, noise: Tensor
+    ) -> tuple[Tensor, ...]:
         """`inputs`: the fields of `StepInputs`, a plain tuple, because a program's signature names no class of ours."""
-        (draft,), s = self.draft, StepInputs._make(inputs)
+        logits = self.logits(StepInputs._make(inputs), parents, kept)
+        scores, ranked = rank_first(logits, sharpness, noise, TOP)
+        return logits, scores, *ranked
+
+    def logits(self, s: StepInputs, parents: list[Tensor], kept: Tensor) -> Tensor:
+        """`(rows, kept, vocab)`."""
         of_own = s.hidden[0] if s.hidden else None
         scratch = s.ancestors.shape[2]
         own = traced(s.own_keys, s.own_values, s.own_lengths, s.own_slots, s.tokens.shape[1], scratch, of_own)
         queries = Queries(s.tokens, s.positions, s.scratch_positions, s.ancestors, parents[0] if parents else None)
-        return draft.run(queries, own, draft.traced_target(s))
+        return self.draft[0].run(queries, own, self.draft[0].traced_target(s), kept)
 
 
 class ChainProgram(DraftProgram):
-    """A whole chain: the step to the root, then each next token chosen and run; its tokens and their log-probabilities."""
+    """A whole chain: the step to the root, then each next token chosen and run, and what is ranked first at each depth."""
 
-    def __init__(self, draft: NetworkDraft, length: int) -> None:
+    def __init__(self, draft: NetworkDraft, length: int, ranked: int) -> None:
         super().__init__(draft)
-        self.length = length
+        self.length, self.ranked = length, ranked
 
     def forward(  # type: ignore[override]
-        self, inputs: tuple[Any, ...], last: Tensor, committed_slots: Tensor, noise: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: tuple[Any, ...], last: Tensor, committed_slots: Tensor, sharpness: Tensor, noise: Tensor
+    ) -> tuple[Tensor, ...]:
         """See `NetworkDraft.draft_chain`; `committed_slots`: as many as the longest row has when the root is committed to."""
         (draft,), step = self.draft, StepInputs._make(inputs)
-        logits = super().forward(step._replace(scratch_positions=step.positions), [])
-        logits = logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))
+        logits = self.logits(step._replace(scratch_positions=step.positions), [], last[:, None])
         of_own, target = step.hidden[0] if step.hidden else None, draft.traced_target(step)
         stores = [dict(enumerate(one)) for one in (step.own_keys, step.own_values)]
         roots, longest = step.own_lengths + last, committed_slots.shape[0]
-        chosen, log_probs = [], []
+        found: list[Ranked] = []
         for depth in range(self.length):
-            scores = logits[:, 0].float()
-            ranked = scores + noise[0][:, depth] if noise else scores
-            token = ranked.argmax(-1, keepdim=True)
-            chosen.append(token)
-            log_probs.append(scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))
+            found.append(rank_first(logits, sharpness, noise[:, depth : depth + 1], self.ranked)[1])
             if depth < self.length - 1:
+                token = found[-1].tokens[:, :, 0]
                 own = TracedCache(stores[0], stores[1], roots, longest, longest + depth + 2, depth + 1, of_own)
                 at = roots[:, None] + torch.arange(depth + 2, device=roots.device)
                 parents = torch.full_like(token, depth) if draft.uses_parents else None
                 logits = draft.run(Queries(token, at[:, -1:], at, parents=parents), own, target)
-        return torch.cat(chosen, 1), torch.cat(log_probs, 1)
+        return tuple(torch.cat(column, 1) for column in zip(*found, strict=True))
+
+
+def rank_first(logits: Tensor, sharpness: Tensor, noise: Tensor, count: int) -> tuple[Tensor, Ranked]:
+    """The scores `(batch, queries, vocab)` that tokens are ranked by, and the `count` first of them; see `Laws.ranking`."""
+    wide = logits.float()
+    scores = wide * sharpness[:, None, None] + noise
+    values, tokens = scores.max(-1, keepdim=True) if count == 1 else scores.topk(min(count, scores.shape[-1]))
+    log_q = wide.log_softmax(-1)
+    q = log_q.exp()
+    entropy = torch.special.entr(q).sum(-1)
+    return scores, Ranked(tokens, values, log_q.gather(2, tokens), scores.logsumexp(-1), entropy, q.amax(-1))
+
+
+@lru_cache(maxsize=8)
+def greedily(rows: int, queries: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ranking of greedy rows: logits as they are, and no noise."""
+    return torch.ones(rows, device=device), torch.zeros(rows, queries, vocab, device=device)

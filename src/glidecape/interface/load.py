@@ -73,7 +73,7 @@ def load(
         model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
     )
     lm = with_draft(target, draft, method, options)
-    compile_models(target, [lm.drafter], compile, tokens=0, noisy=True)
+    compile_models(target, [lm.drafter], compile, tokens=0)
     return lm
 
 
@@ -154,16 +154,15 @@ def compile_models(
     drafters: Iterable[Drafter],
     compile: str,
     tokens: float = math.inf,
-    noisy: bool = False,
     say: Callable[[str], None] = note,
 ) -> None:
-    """Compile what decodes, if that was asked for or is worth it for so many tokens; `noisy`: above temperature 0."""
+    """Compile what decodes, if that was asked for or is worth it for so many tokens."""
     if compile == "off":
         return
     mode = "on" if compile == "on" or (compile == "auto" and tokens >= WORTH) else "kept"
     target.compile(mode, say)
     for drafter in drafters:
-        drafter.compile(mode, say, noisy)
+        drafter.compile(mode, say)
 
 
 def _target_of_draft(name: str | Path) -> str | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..compat import causal_mask_function
 from ..core.masks import slot_positions
 from ..errors import UnsupportedError
-from .operators import tree_attention
+from .operators import no_mask, tree_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
@@ -69,7 +69,7 @@ def attention(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     layout, cap = LAYOUT.get(), kwargs.get("softcap")
     if layout is not None and layout.ancestors is not None:
-        seen = torch.zeros(0, 0, 0, 0, dtype=torch.bool) if attention_mask is None else attention_mask
+        seen = no_mask() if attention_mask is None else attention_mask
         where = (layout.lengths, layout.scratch, layout.ancestors, seen)
         return tree_attention(query, key, value, *where, scale, cap or 0.0), None
     if cap is not None:

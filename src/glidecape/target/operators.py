@@ -104,6 +104,11 @@ def tree_attention(
     return (weights[..., None] * values).sum(-2).to(q.dtype).transpose(1, 2).contiguous()
 
 
+def no_mask() -> Tensor:
+    """`tree_attention`'s `seen` where a node may read its whole path."""
+    return torch.zeros(0, 0, 0, 0, dtype=torch.bool)
+
+
 @tree_attention.register_fake
 def _(
     q: Tensor,

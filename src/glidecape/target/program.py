@@ -244,7 +244,7 @@ def verdict_program() -> Program:
     def make() -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         rows, nodes, vocab, levels, slots = 2, 5, 32, 4, 3
         drafted = torch.zeros(rows, nodes - 1)
-        tree = TokenTree.chain(torch.zeros(rows).long(), drafted.long(), drafted)
+        tree = TokenTree.comb(torch.zeros(rows).long(), drafted.long()[..., None], drafted[..., None])
         grown = torch.arange(nodes).repeat(rows, 1)
         inputs = (
             tree.numbers,

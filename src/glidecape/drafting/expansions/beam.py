@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...core.sampling import widen
 from ...core.tree import TokenTree
 from ...errors import InputError
 from ..law import DraftLaw
@@ -18,13 +17,14 @@ def continuations(tree: TokenTree, frontier: Tensor, law: DraftLaw, each: int) -
         Their parents, tokens, log-softmax of the ranks, and the sum of those along the path: -inf below no node, and for a
         token outside the draft's processed law, which has no rank. Ties go to the earlier parent and the better token.
     """
-    best = widen(law.rank).log_softmax(-1).topk(min(each, law.rank.shape[-1]), dim=-1)
+    best, ranks, _ = law.first(each)
+    own = (ranks - law.norm[..., None]).float()
     above = tree.score.gather(1, frontier.clamp(min=0))
-    total = (above[..., None] + best.values.float()).masked_fill((frontier < 0)[..., None], float("-inf")).flatten(1)
+    total = (above[..., None] + own).masked_fill((frontier < 0)[..., None], float("-inf")).flatten(1)
     order = total.sort(dim=1, descending=True, stable=True)
-    parents = frontier.gather(1, order.indices // best.values.shape[2])
-    tokens = best.indices.flatten(1).gather(1, order.indices)
-    return parents, tokens, best.values.flatten(1).gather(1, order.indices), order.values
+    parents = frontier.gather(1, order.indices // best.shape[2])
+    tokens = best.flatten(1).gather(1, order.indices)
+    return parents, tokens, own.flatten(1).gather(1, order.indices), order.values
 
 
 class Beam(Expansion):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.sampling import widen
 from ...core.tree import TokenTree
 from ..law import DraftLaw
 from .base import Expansion
@@ -44,9 +43,9 @@ class StaticTree(Expansion):
         """All of the shape's next depth; those of its nodes that have children, too, are the new frontier."""
         level, vocab = self.levels[tree.levels].to(frontier.device), law.rank.shape[-1]
         self.levels[tree.levels] = level  # stays on the device
-        best = widen(law.rank).log_softmax(-1).topk(min(level.most, vocab), dim=-1)
+        best, ranks, _ = law.first(level.most)
         at = level.choices.clamp(max=vocab - 1)
-        tokens, own = best.indices[:, level.parents, at], best.values[:, level.parents, at].float()
+        tokens, own = best[:, level.parents, at], (ranks - law.norm[..., None])[:, level.parents, at].float()
         # A token outside the draft's processed law has no rank: its score is -inf.
         added = tree.add(frontier[:, level.parents], tokens, own, own.isfinite() & (level.choices < vocab))
         return added[:, level.goes_on]

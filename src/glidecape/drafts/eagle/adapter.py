@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ...core.cache import KVCache
-from ...core.masks import tree_mask
 from ..base import Queries
-from ..layers import Cached
+from ..layers import decoding_attention
 from ..program import NetworkDraft
 from .network import EagleModel
 
@@ -35,14 +34,13 @@ class EagleDraft(NetworkDraft):
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         own.write(0, *self.module.keys_values(tokens, positions, target_cache.hidden_at(positions - 1)))
 
-    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
-        """Logits `(batch, queries, vocab)`; the first step of a round reads true features, later ones the draft's own."""
+    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+        """See `NetworkDraft`. The first step of a round reads true features, later ones the draft's own."""
         q = queries
         if q.parents is None:
             features = target_cache.hidden_at(q.positions - 1)
         else:
             features = own.hidden_at(own.lengths[:, None] + q.parents)
-        mask = tree_mask(own, q.ancestors, q.tokens.shape[1])
-        hidden = self.module.hidden(q.tokens, q.positions, features, Cached(own, mask))
+        hidden = self.module.hidden(q.tokens, q.positions, features, decoding_attention(own, q))
         own.write_hidden(hidden)
-        return self.module.logits(hidden)
+        return hidden

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core.cache import KVCache
-from ...core.masks import lag_one_visible, slot_positions, tree_mask, window_mask
+from ...core.masks import lag_one_visible
 from ..base import Queries
-from ..layers import Cached
+from ..layers import decoding_attention
 from ..program import NetworkDraft
 from .network import GlideModel
 
@@ -45,22 +45,17 @@ class GlideDraft(NetworkDraft):
         if self.config.layers == 1:
             own.write(0, *self.module.first_keys_values(tokens, positions))
         else:
-            self._hidden(Queries(tokens, positions, positions), own, target_cache)
+            self.hidden(Queries(tokens, positions, positions), own, target_cache)
 
-    def run(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
-        """Logits `(batch, queries, vocab)`. Every node of a round reads the keys that were committed at its start."""
-        return self.module.logits(self._hidden(queries, own, target_cache))
-
-    def _hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+        """See `NetworkDraft`. Every node of a round reads the keys that were committed at its start."""
         tokens, positions = queries.tokens, queries.positions
-        own_mask = tree_mask(own, queries.ancestors, tokens.shape[1])
-        mask, recent = self._window(own_mask, positions, own, queries.scratch_positions)
         hidden = self.module.hidden(
             tokens,
             positions,
             {layer: target_cache.committed(layer) for layer in self.config.layers_read},
             self._visible(positions, target_cache),
-            Cached(own, mask, recent),
+            decoding_attention(own, queries, self.config.window),
             self._glimpse(positions, own, target_cache, queries.parents) if self.config.glimpse else None,
         )
         if own.hidden is not None:
@@ -72,19 +67,7 @@ class GlideDraft(NetworkDraft):
         if self.config.layers > 1:
             # Tokens caught up with, even a single one, have lag 1: the second layer's keys and values depend on it.
             return torch.minimum(lag_one_visible(positions), lengths)
-        return lengths.expand_as(positions) if target_cache.ragged else None
-
-    def _window(
-        self, mask: Tensor | None, positions: Tensor, own: KVCache, scratch: Tensor
-    ) -> tuple[Tensor | None, int]:
-        """The window of the self-attention, as a mask, or where one query sees every slot as a number of slots."""
-        window, keys = self.config.window, own.longest + scratch.shape[1]
-        if not window or (not torch.compiler.is_exporting() and keys <= window):
-            return mask, 0
-        if mask is None and positions.shape[1] == 1:
-            return None, window
-        seen = window_mask(positions, slot_positions(own.lengths, scratch, keys), window)
-        return (seen if mask is None else seen & mask), 0
+        return lengths if target_cache.ragged else None
 
     def _glimpse(self, positions: Tensor, own: KVCache, target_cache: KVCache, parents: Tensor | None) -> Tensor:
         if parents is None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
+from ...target.operators import no_mask, tree_attention
 from ...target.packed import draft_products, pack
 from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
@@ -42,16 +43,27 @@ class CrossInputs:
 
     Args:
         layers: keys and values `(batch, kv_heads, keys, head_dim)` by the number of the target layer.
-        visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all keys.
+        visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1, or `(batch, 1)` for all queries of
+            a row; None: all keys.
     """
 
     def __init__(self, layers: dict[int, KV], visible: Tensor | None) -> None:
-        self.layers = layers
+        self.layers, self.visible = layers, visible
         keys = next(iter(layers.values()))[0].shape[2] if layers else 0
         self.empty = keys == 0  # the very beginning of a text
         # A query that sees nothing gets zero.
         self.mask = None if visible is None else visible_mask(visible, keys)
         self.sees = None if visible is None else (visible > 0)[..., None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of the queries `(batch, heads, queries, head_dim)`; `(batch, queries, heads x head_dim)`."""
+        if not torch.compiler.is_exporting() or self.visible is None:
+            return attend(q, k, v, self.mask, scale)
+        # A compiled program reads them as committed tokens, before which no query stands.
+        lengths = self.visible.amax(1).clamp(min=1)
+        nowhere = torch.zeros(q.shape[0], q.shape[2], 1, dtype=torch.bool)
+        seen = no_mask() if self.visible.shape[1] == 1 else self.mask
+        return tree_attention(q, k, v, lengths, lengths[:, None], nowhere, seen, scale, 0.0).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -85,7 +97,7 @@ class CrossAttention(nn.Module):
             queries = rotate(queries, *rotary)
         # A query takes the cache's dtype, never the other way round: that would copy the cache each step.
         each = queries.to(sources[0][0].dtype).chunk(len(sources), dim=1)
-        found = [attend(q, k, v, read.mask, self.scale) for q, (k, v) in zip(each, sources, strict=True)]
+        found = [read.attend(q, k, v, self.scale) for q, (k, v) in zip(each, sources, strict=True)]
         out = self.out((found[0] if len(found) == 1 else torch.cat(found, -1)).to(x.dtype))
         return out if read.sees is None else out * read.sees
 

@@ -113,15 +113,17 @@ class Reader {
   void read(int64_t row, int64_t kv_head, int64_t first, int64_t count, Value* y) {
     const int64_t heads = in.q.sizes[1], group = heads / in.k.sizes[1], nodes = in.q.sizes[2], length = in.lengths[row];
     Path paths[QUERIES];
-    int64_t shared = 0;
+    int64_t shared = 0, begin = in.seen ? length : 0;
     for (int64_t i = 0; i < count; i++) {
       const int64_t node = (first + i) / group, head = kv_head * group + (first + i) % group;
       paths[i] = i && node == (first + i - 1) / group ? paths[i - 1] : path_of(in, row, node);
       shared = std::max(shared, paths[i].own);
       const Value* from = in.q.template at<Value>(row, head, node);
       for (int64_t d = 0; d < dim; d++) q[i * dim + d] = number(from[d]) * in.scale;
+      if (in.seen) begin = std::find(seen_by(row, node), seen_by(row, node) + begin, true) - seen_by(row, node);
     }
-    for (int64_t at = 0; at < shared; at += BLOCK) {
+    begin -= begin % BLOCK;  // what nobody sees before this is left out
+    for (int64_t at = begin; at < shared; at += BLOCK) {
       const int64_t keys = std::min<int64_t>(BLOCK, shared - at);
       lay_keys(row, kv_head, keys, [&](int64_t j) { return at + j; });
       product<false>(count, q, dim, panel, BLOCK, scores + at, room, dim);
@@ -136,10 +138,10 @@ class Reader {
     float share[QUERIES];
     for (int64_t i = 0; i < count; i++) {
       const int64_t node = (first + i) / group, end = length + paths[i].slots.size();
-      const bool* seen = in.seen ? in.seen + ((in.seen_rows > 1 ? row : 0) * nodes + node) * in.keys : nullptr;
-      share[i] = weights_of(scores + i * room, seen, end, in.cap);
+      const bool* seen = in.seen ? seen_by(row, node) + begin : nullptr;
+      share[i] = weights_of(scores + i * room + begin, seen, end - begin, in.cap);
     }
-    mix_values(row, kv_head, count, shared, length, paths);
+    mix_values(row, kv_head, count, begin, shared, length, paths);
     for (int64_t i = 0; i < count; i++) {
       const int64_t node = (first + i) / group, head = kv_head * group + (first + i) % group;
       Value* to = y + ((row * nodes + node) * heads + head) * dim;
@@ -151,6 +153,10 @@ class Reader {
   const Inputs& in;
   const int64_t dim, panels, room;
   float *q, *scores, *out, *panel;  // (QUERIES, dim), (QUERIES, room), (QUERIES, panels x BLOCK), one panel
+
+  const bool* seen_by(int64_t row, int64_t node) const {
+    return in.seen + ((in.seen_rows > 1 ? row : 0) * in.q.sizes[2] + node) * in.keys;
+  }
 
   // The keys in slots as columns of the panel, (dim, BLOCK); slot(j) is that of column j.
   template <class Slot>
@@ -191,13 +197,14 @@ class Reader {
       visit(at, path.slots.data() + at - length, std::min<int64_t>(BLOCK, end - at));
   }
 
-  void mix_values(int64_t row, int64_t kv_head, int64_t count, int64_t shared, int64_t length, const Path* paths) {
+  void mix_values(int64_t row, int64_t kv_head, int64_t count, int64_t begin, int64_t shared, int64_t length,
+                  const Path* paths) {
     const int64_t width = panels * BLOCK;
     int64_t least = shared;
     for (int64_t i = 0; i < count; i++) least = std::min(least, paths[i].own);
     std::fill(out, out + count * width, 0.f);
     alignas(64) float weights[QUERIES * BLOCK];
-    for (int64_t at = 0; at < shared; at += BLOCK) {
+    for (int64_t at = begin; at < shared; at += BLOCK) {
       const int64_t keys = std::min<int64_t>(BLOCK, shared - at);
       lay_values(row, kv_head, keys, [&](int64_t j) { return at + j; });
       const float* share = scores + at;
