@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,84 @@ class RoundCosts:
     def of(self, depths: int, nodes: int) -> float:
         """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
         return (self.start if depths else 0.0) + self.draft * depths + self.verify(1 + nodes)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds that the parts of a round take on a machine, by rows and by tokens before them.
+
+    Attributes:
+        rows, contexts: where they were measured, ascending.
+        sizes: nodes a row, the root counted; the first is 1.
+        verify: `[rows][contexts][sizes]`, all of a round but drafting.
+        draft, start: `[rows][contexts]`, one more depth drafted, and what drafting takes besides, however deep.
+
+    >>> prices = Prices((1, 4), (100,), (1, 5), (((1.0, 1.4),), ((1.6, 3.2),)), ((0.1,), (0.4,)), ((0.0,), (0.0,)))
+    >>> costs = prices.at(4, 900)
+    >>> costs.draft, costs.verify(5), round(prices.at(2, 100).verify(5), 3)
+    (0.25, 2.0, 1.667)
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    verify: tuple[tuple[tuple[float, ...], ...], ...]
+    draft: tuple[tuple[float, ...], ...]
+    start: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def guess(cls, draft: float) -> Prices:
+        """Where nothing was measured: a depth takes this share of a plain step, a node a thirtieth."""
+        return cls((1,), (1,), (1, 31), (((1.0, 2.0),),), ((draft,),), ((0.1,),))
+
+    @classmethod
+    def of_json(cls, found: Any) -> Prices:
+        """What `dataclasses.asdict` made of one.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+        """
+        of_rows, of_contexts, of_sizes = ([int(n) for n in found[name]] for name in ("rows", "contexts", "sizes"))
+        verify, draft, start = (np.array(found[name], dtype=float) for name in ("verify", "draft", "start"))
+        shape = len(of_rows), len(of_contexts)
+        if (
+            verify.shape != (*shape, len(of_sizes))
+            or draft.shape != shape
+            or start.shape != shape
+            or of_sizes[:1] != [1]
+        ):
+            raise ValueError("prices of another shape")
+        if not (np.isfinite(verify).all() and (verify > 0).all() and (draft >= 0).all() and (start >= 0).all()):
+            raise ValueError("prices that are no times")
+        as_tuples = [tuple(map(tuple, one)) for one in (draft.tolist(), start.tolist())]
+        nested = tuple(tuple(map(tuple, one)) for one in verify.tolist())
+        return cls(tuple(of_rows), tuple(of_contexts), tuple(of_sizes), nested, *as_tuples)
+
+    def at(self, rows: int, context: int) -> RoundCosts:
+        """Costs of a round of so many rows and tokens before them, over a plain step of it: linear between what was measured,
+        and on with the last slope beyond it; before it, as at the first."""
+        (low, high, between), (near, far, on) = _place(self.rows, rows), _place(self.contexts, context)
+
+        def mean(table: Sequence[Sequence[float]]) -> float:
+            first, second = ((1 - on) * table[row][near] + on * table[row][far] for row in (low, high))
+            return (1 - between) * first + between * second
+
+        times = [mean([[one[k] for one in row] for row in self.verify]) for k in range(len(self.sizes))]
+        ratios = tuple(max(1e-9, time) / max(1e-9, times[0]) for time in times)
+        return RoundCosts(
+            max(0.0, mean(self.draft)) / max(1e-9, times[0]),
+            self.sizes,
+            ratios,
+            max(0.0, mean(self.start)) / max(1e-9, times[0]),
+        )
+
+
+def _place(points: Sequence[int], at: int) -> tuple[int, int, float]:
+    """The two points to take a mean of, and the share of the second; above 1 beyond the last."""
+    if len(points) == 1 or at <= points[0]:
+        return 0, 0, 0.0
+    high = next((k for k, point in enumerate(points) if at <= point), len(points) - 1)
+    return high - 1, high, (at - points[high - 1]) / (points[high] - points[high - 1])
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

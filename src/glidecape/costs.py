@@ -1,24 +1,36 @@
-"""What the parts of a round cost on this machine, timed in the loop itself: v(n), a plain step, and a step of a draft."""
+"""What the parts of a round cost on this machine, timed in the loop itself: v(n), a plain step, and a step of a draft.
+
+`prices_of` measures all that `auto` wants to know, once for each pair, and keeps it beside the compiled programs.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from .batch.batch import Batch
 from .core.params import SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
+from .costmodel import Prices
+from .drafting.auto.drafter import AutoDrafter
 from .drafting.drafter import ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
 from .drafting.stop import FixedLength
 from .drafts.base import DraftModel
-from .engine.decode import start
+from .engine.decode import new_rows, start
+from .engine.engine import Engine
 from .engine.round import run_round, seconds
 from .errors import InputError
+from .files import write_atomic
+from .target.packages import CompileError, cache_folder, environment
 from .target.target import Target
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 24, 33, 48)
@@ -105,3 +117,106 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
             times[length].append(seconds(batch, stats) - started)
             batch.draft.own.keep([[]])  # forget the proposal: the next one begins at the same root
     return max(0.0, statistics.median(times[LONG]) - statistics.median(times[SHORT])) / (LONG - SHORT)
+
+
+ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
+NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
+PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
+
+
+@torch.no_grad()
+def measured_prices(
+    target: Target, drafter: AutoDrafter, temperature: float = 0.0, rows: Sequence[int] = ROWS
+) -> Prices:
+    """Prices of this pair on this machine, by rows and tokens before them; medians of at least two. A few seconds.
+
+    The caches' content doesn't matter to time, so nothing is read before: the prompt's keys and values are zeros.
+    """
+    room = target.context - max(NODES) - 2
+    contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
+    cells = [[_priced(target, drafter, count, context, temperature) for context in contexts] for count in rows]
+    verify, draft, rest = (tuple(tuple(cell[k] for cell in row) for row in cells) for k in range(3))
+    return Prices(tuple(rows), tuple(contexts), NODES, verify, draft, rest)  # type: ignore[arg-type]
+
+
+def _priced(
+    target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float
+) -> tuple[tuple[float, ...], float, float]:
+    """Of so many rows with so many tokens before them: seconds by nodes, of a depth, and of the rest of drafting."""
+    params = SamplingParams(temperature, max_new_tokens=max(NODES) + 1, ignore_eos=True)
+    text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
+    engine = Engine(target, drafter, count, context + max(NODES) + 2, max(NODES) + 1)
+    batch, known = engine.batch, [context - 1] * count
+    for row in new_rows(target, [text] * count, params):
+        batch.admit(row)
+    batch.use(0, count)
+    batch.cache.commit(known)
+    batch.draft.own.commit(known)
+    sized = _Sized(max(NODES))
+
+    def verified(nodes: int) -> float:
+        sized.length, stats = nodes - 1, Stats()
+        run_round(target, sized, batch, stats)
+        for row in batch.rows:
+            del row.tokens[row.prompt_length :]
+        batch.cache.truncate(known)
+        return stats.total_s - stats.draft_s
+
+    def drafted(depths: int) -> float:
+        drafter.forced, began = (depths, depths), seconds(batch, Stats())
+        drafter.propose(batch)
+        took = seconds(batch, Stats()) - began
+        batch.draft.own.keep([[]] * count)
+        return took
+
+    kinds: list[tuple[Callable[[int], float], int]] = [(verified, nodes) for nodes in NODES]
+    deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
+    kinds += [(drafted, depths) for depths in (SHORT, deepest)] if deepest else []
+    try:
+        *of_nodes, short, long = _in_turn(kinds) + ([] if deepest else [0.0, 0.0])
+    finally:
+        drafter.forced = None
+    depth = (long - short) / (deepest - SHORT) if deepest > SHORT else short
+    # More nodes never take less time, whatever was measured.
+    rising = tuple(np.maximum.accumulate(of_nodes).tolist())
+    return rising, max(0.0, depth), max(0.0, short - depth)
+
+
+def _in_turn(kinds: Sequence[tuple[Callable[[int], float], int]]) -> list[float]:
+    """Median times of each kind, all kinds one after the other in each turn: a machine that drifts slows all of them."""
+    times: list[list[float]] = [[] for _ in kinds]
+    while len(times[0]) < 4 or (len(times[0]) < 40 and sum(map(sum, times)) < PATIENCE_S):
+        for column, (timed, size) in zip(times, kinds, strict=True):
+            column.append(timed(size))
+    return [statistics.median(column[1:]) for column in times]
+
+
+def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:
+    """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said."""
+    facts = {
+        "target": target.weights_digest,
+        "dtype": str(target.dtype),
+        "compiled": target.compiled is not None,
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "draft": None if drafter.runner is None else repr(drafter.runner.model),
+        "steps": bool(drafter.runner and getattr(drafter.runner.model, "compiled", False)),
+        **environment(),
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    try:
+        path = cache_folder() / f"prices-{name}.json"
+    except CompileError:
+        return [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
+    try:
+        greedy, sampled = (Prices.of_json(one) for one in json.loads(path.read_text()))
+        return [greedy, sampled]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError):
+        say(f"{path} is damaged, and is made anew")
+    say("measuring what a round costs on this machine, once for this pair: a few seconds")
+    prices = [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
+    with contextlib.suppress(OSError):
+        write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))
+    return prices

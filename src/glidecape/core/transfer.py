@@ -1,4 +1,4 @@
-"""Between host and device: the only two ways in which numbers cross during a round.
+"""Between host and device: the only ways in which numbers cross during a round.
 
 `to_host` waits for the device. A round calls it once for its outcome, and a stop policy that depends on the draft's law
 once a depth. Everything else runs without waiting, which tests/test_fake_cuda.py counts.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -20,3 +22,11 @@ def to_device(numbers: Any, device: torch.device) -> Tensor:
 def to_host(tensor: Tensor) -> Any:
     """The numbers of a tensor as (nested) lists: waits until the device has made them."""
     return tensor.tolist()
+
+
+def to_host_together(*tensors: Tensor) -> list[NDArray[np.float64]]:
+    """The numbers of several tensors `(batch, count)` as arrays: one wait."""
+    if tensors[0].device.type == "cpu":
+        return [one.numpy().astype(np.float64) for one in tensors]
+    found = np.array(to_host(torch.cat([one.double() for one in tensors], 1)))
+    return np.split(found, np.cumsum([one.shape[1] for one in tensors])[:-1], axis=1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,18 @@ class TokenTree:
         made._numbers, made._valid, made._ancestors, made._sampled = numbers, valid, ancestors, None
         made.capacity = made.nodes = numbers.shape[2]
         made.levels, made.grown_as, made.memo, made._laws = levels, None, None, {}
+        return made
+
+    @classmethod
+    def of_host(cls, roots: Tensor, numbers: Any, valid: Any, score: Any) -> TokenTree:
+        """A tree of numbers on the host, all nodes chosen deterministically: tokens, parents, depths `(3, batch, nodes)`, and
+        `valid` and `score` `(batch, nodes)`, arrays of numpy; the roots' tokens may be anything."""
+        device, ancestors = roots.device, np.stack([_ancestors(tuple(row)) for row in numbers[1].tolist()])
+        arrays = numbers, valid, ancestors, score
+        sent = [torch.from_numpy(one).to(device, non_blocking=True) for one in arrays]
+        made = cls.of(sent[0], sent[1], sent[2], int(numbers[2].max()))
+        made._numbers[0, :, 0] = roots
+        made._score = sent[3]
         return made
 
     @property
@@ -274,3 +288,12 @@ def _comb(depths: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
     chain = (number == 0) | ((number - 1) % width == 0)
     ancestors = (chain & (depth < depth[:, None])) | (number == number[:, None])
     return parents.to(device), depth.to(device), ancestors.to(device)
+
+
+@lru_cache(maxsize=4096)
+def _ancestors(parents: tuple[int, ...]) -> Any:
+    """Who is whose ancestor, `(nodes, nodes)` of numpy; a node is its own, the root's parent is -1."""
+    found = np.eye(len(parents), dtype=bool)
+    for node in range(1, len(parents)):
+        found[node] |= found[parents[node]]
+    return found

@@ -121,20 +121,26 @@ class DraftState:
     Attributes:
         ran: this round's tree nodes in the order they were run, `(rows, width)` a step, -1 for a dummy.
         lengths: next lengths of the row slots where the stop policy adapts them, else None; `first` is a new row's.
+        around: the state of a drafter that uses this one, if one does.
     """
 
     own: KVCache
     ran: list[Tensor] = field(default_factory=list)
     lengths: list[int] | None = None
     first: int = 0
+    around: Any = None
 
     def move(self, source: int, goal: int) -> None:
         self.own.move(source, goal)
+        if self.around is not None:
+            self.around.move(source, goal)
         if self.lengths is not None:
             self.lengths[goal] = self.lengths[source]
 
     def clear(self, slot: int) -> None:
         self.own.clear(slot)
+        if self.around is not None:
+            self.around.clear(slot)
         if self.lengths is not None:
             self.lengths[slot] = self.first
 
@@ -200,7 +206,7 @@ class ModelDrafter:
         tree = TokenTree(batch.roots, self.expansion.capacity(longest))
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
         row_caps = to_device(caps, batch.device) if shortest < longest else None
-        step = self._first_step(batch, own)
+        step = self.first_step(batch, own)
         batch.draft.ran = [frontier]
         for depth in itertools.count(1):
             law = draft_law(batch, tree, frontier, step, depth - 1, self.expansion.draws)
@@ -256,7 +262,7 @@ class ModelDrafter:
         logits = model.step(queries, own, batch.cache)
         return Step(logits if kept is None else logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[-1])))
 
-    def _first_step(self, batch: Batch, own: KVCache) -> Step:
+    def first_step(self, batch: Batch, own: KVCache) -> Step:
         """Run every token that the draft has not run yet, up to the root; what follows the root."""
         pieces = [row.tokens[length:] for row, length in zip(batch.rows, own.host_lengths, strict=True)]
         tokens, positions = _padded(pieces, own)
@@ -270,25 +276,30 @@ class ModelDrafter:
     def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Step:
         """Run the frontier. Rows with no frontier node run a dummy."""
         at, roots = frontier.clamp(min=0), batch.root_positions
-        ran = batch.draft.ran
+        ran, parents = batch.draft.ran, None
         ran.append(frontier)
-        above, parents = None, None
-        if own.scratch + at.shape[1] == len(ran):  # width 1 throughout: every slot is an ancestor
-            scratch = roots[:, None] + torch.arange(len(ran), device=roots.device)
-            if own.hidden is not None:
-                parents = at.new_full(at.shape, len(ran) - 2)
-        else:
-            slots = torch.cat(ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
-            nodes = slots.clamp(min=0)
-            scratch = roots[:, None] + tree.depth.gather(1, nodes)
-            above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
-            above = above.gather(2, nodes[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
-            if own.hidden is not None:  # a parent was run before its children, the root in slot 0
-                parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
+        if own.scratch + at.shape[1] == len(ran):  # width 1 throughout
+            return self.next_step(batch, own, tree.tokens.gather(1, at), tree.levels)
+        slots = torch.cat(ran, 1)  # (batch, slots): the node in each scratch slot, -1 for a dummy
+        nodes = slots.clamp(min=0)
+        scratch = roots[:, None] + tree.depth.gather(1, nodes)
+        above = tree.ancestors.gather(1, at[..., None].expand(-1, -1, tree.nodes))
+        above = above.gather(2, nodes[:, None].expand(-1, at.shape[1], -1)) & (slots >= 0)[:, None]
+        if own.hidden is not None:  # a parent was run before its children, the root in slot 0
+            parents = (slots[:, None] == tree.parents.gather(1, at)[..., None]).int().argmax(-1)
         positions = scratch[:, -at.shape[1] :]
         queries = Queries(tree.tokens.gather(1, at), positions, scratch, above, parents)
         step = self._run(batch, queries, own, tree.levels)
         own.scratch += at.shape[1]
+        return step
+
+    def next_step(self, batch: Batch, own: KVCache, tokens: Tensor, depth: int) -> Step:
+        """Run the next tokens `(batch, 1)` of a chain, at this depth; every slot that was run is their ancestor."""
+        roots = batch.root_positions
+        scratch = roots[:, None] + torch.arange(depth + 1, device=roots.device)
+        parents = None if own.hidden is None else tokens.new_full(tokens.shape, depth - 1)
+        step = self._run(batch, Queries(tokens, scratch[:, -1:], scratch, parents=parents), own, depth)
+        own.scratch += 1
         return step
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:

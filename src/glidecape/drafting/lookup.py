@@ -37,6 +37,11 @@ class NgramIndex:
 
     def propose(self, tokens: list[int], length: int) -> list[int]:
         """Up to `length` tokens that followed the longest n-gram which ends `tokens` and occurred before; [] for none."""
+        place = self.place(tokens)[0]
+        return tokens[place : place + length] if place else []
+
+    def place(self, tokens: list[int]) -> tuple[int, int]:
+        """Where that n-gram was followed last, and its length; (0, 0) for none."""
         for at in range(self.known, len(tokens)):
             for n in range(1, min(self.longest, at) + 1):
                 self.after[tuple(tokens[at - n : at])] = at
@@ -44,8 +49,21 @@ class NgramIndex:
         for n in range(min(self.longest, len(tokens)), 0, -1):
             place = self.after.get(tuple(tokens[-n:]))
             if place is not None:
-                return tokens[place : place + length]
-        return []
+                return place, n
+        return 0, 0
+
+    def match(self, tokens: list[int], length: int, longest: int = 32) -> tuple[int, list[int]]:
+        """How many tokens before the place agree with the end of `tokens`, `longest` at most, and what followed there.
+
+        >>> NgramIndex(1).match([5, 1, 2, 9, 1, 2], 1)
+        (2, [9])
+        """
+        place, n = self.place(tokens)
+        if not place:
+            return 0, []
+        while n < min(place, longest) and tokens[place - n - 1] == tokens[-n - 1]:
+            n += 1
+        return n, tokens[place : place + length]
 
 
 @dataclass

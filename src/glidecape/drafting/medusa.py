@@ -39,13 +39,16 @@ class MedusaDrafter(ModelDrafter):
     def read(self, batch: Batch, chunk: int = 512) -> None:
         """There is nothing to catch up with."""
 
-    def _first_step(self, batch: Batch, own: KVCache) -> Step:
+    def first_step(self, batch: Batch, own: KVCache) -> Step:
         batch.draft.logits = self.model.all_depths(batch.cache)
         return Step(batch.draft.logits[:, :1])
 
     def _step(self, batch: Batch, own: KVCache, tree: TokenTree, frontier: Tensor) -> Step:
         """The law of the frontier's depth for each of its nodes."""
         return Step(batch.draft.logits[:, tree.levels, None].expand(-1, frontier.shape[1], -1))
+
+    def next_step(self, batch: Batch, own: KVCache, tokens: Tensor, depth: int) -> Step:
+        return Step(batch.draft.logits[:, depth, None])
 
     def _trust(self, draft: DraftState, outcomes: Sequence[Outcome]) -> None:
         """Nothing was written."""

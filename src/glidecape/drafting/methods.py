@@ -1,8 +1,8 @@
 """Methods by name: a base, which says what drafts, and what is added to it, joined by "+".
 
 An addition is an expansion ("chain", "cape", "beam", "tree", "static") or a stop policy ("svip", "heuristic"; without one,
-a fixed length). Without an expansion a base has its usual one: EAGLE-2's dynamic "tree" for "eagle", the "static" tree for
-"medusa", a chain for the others. So EAGLE-1 is "eagle+static".
+a fixed length), or "auto", which takes the place of both. Without an expansion a base has its usual one: EAGLE-2's dynamic
+"tree" for "eagle", the "static" tree for "medusa", a chain for the others. So EAGLE-1 is "eagle+static".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
+from .auto.drafter import AutoDrafter
 from .drafter import Drafter, ModelDrafter, NoDraft
 from .expansions.base import Expansion
 from .expansions.beam import Beam
@@ -28,9 +29,11 @@ BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")
 DRAFTLESS = ("plain", "lookup")  # bases without a draft model
 EXPANSIONS = ("chain", "cape", "beam", "tree", "static")
 STOPS = ("svip", "heuristic")
+AUTO = "auto"
 USUAL = {"eagle": "tree", "medusa": "static"}  # expansions of bases that are no chain if none is named
 METHODS = (
     *DRAFTLESS,
+    *(f"{base}+{AUTO}" for base in BASES[1:]),
     *(
         base + added
         for base in ("vanilla", "glide")
@@ -61,11 +64,13 @@ def parse_method(method: str) -> tuple[str, set[str]]:
     ('glide', {'svip'})
     """
     base, *added = method.strip().lower().split("+")
-    if base not in BASES or not set(added) <= {*EXPANSIONS, *STOPS} or len(added) != len(set(added)):
+    if base not in BASES or not set(added) <= {*EXPANSIONS, *STOPS, AUTO} or len(added) != len(set(added)):
         raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
     if base == "plain" and added:
         raise InputError(f"'{method}': plain decoding drafts nothing, so there is nothing to expand or stop")
-    if base == "lookup" and added:
+    if AUTO in added and len(added) > 1:
+        raise InputError(f"'{method}': auto chooses nodes and length itself, so nothing is added to it")
+    if base == "lookup" and added and AUTO not in added:
         raise InputError(f"'{method}': prompt lookup copies tokens and has no draft law to expand or stop by")
     for part, names in (("expansion", EXPANSIONS), ("stop policy", STOPS)):
         if len(set(names) & set(added)) > 1:
@@ -118,7 +123,7 @@ def make_drafter(
     if base == "plain":
         return NoDraft()
     if base == "lookup":
-        return LookupDrafter(chosen.length, chosen.ngram)
+        return AutoDrafter(None) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     kind = getattr(draft, "kind", None)  # None: anything that can draft
@@ -128,6 +133,8 @@ def make_drafter(
             "name another draft"
         )
     stop = _stop_policy(added, chosen)
+    if AUTO in added:
+        return AutoDrafter(drafter_of(draft, Chain(), stop))
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
         "cape": lambda: Cape(chosen.bins),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..costs import prices_of
+from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import DRAFTLESS, make_drafter, parse_method, usual_method
 from ..drafting.options import SMALL_BINS, MethodOptions
@@ -156,13 +158,15 @@ def compile_models(
     tokens: float = math.inf,
     say: Callable[[str], None] = note,
 ) -> None:
-    """Compile what decodes, if that was asked for or is worth it for so many tokens."""
-    if compile == "off":
-        return
+    """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round costs."""
     mode = "on" if compile == "on" or (compile == "auto" and tokens >= WORTH) else "kept"
-    target.compile(mode, say)
+    if compile != "off":
+        target.compile(mode, say)
     for drafter in drafters:
-        drafter.compile(mode, say)
+        if compile != "off":
+            drafter.compile(mode, say)
+        if isinstance(drafter, AutoDrafter):
+            drafter.set_prices(prices_of(target, drafter, say))
 
 
 def _target_of_draft(name: str | Path) -> str | None:

@@ -69,8 +69,8 @@ def have_compiler() -> bool:
 
 
 @cache
-def _environment() -> dict[str, str]:
-    """What every package depends on besides its model."""
+def environment() -> dict[str, str]:
+    """What every package, and every measured time, depends on besides its model."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for source in SOURCES:
         for path in sorted((root / source).rglob("*.[pch]*")) or [root / source]:
@@ -137,7 +137,7 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
         say(f"{program.name} is not compiled: programs were never run on a device of type {device} yet")
         return None
     try:
-        facts = program.facts | _environment()
+        facts = program.facts | environment()
         folder, kind = cache_folder(), _name(facts)
         if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
             return None  # the weights, which take a while to read, need not be asked
@@ -187,7 +187,7 @@ def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[st
 
 def _load_kernels(folder: Path, make: bool) -> bool:
     """Load the functions of `operators` that programs call; False where they were not compiled yet and may not be."""
-    facts = _environment()
+    facts = environment()
     path = folder / f"kernels-{_name(facts)}.so"
     if not make and not _whole(path):
         return False

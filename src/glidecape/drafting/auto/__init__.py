@@ -1,0 +1,1 @@
+"""`auto`: proposals priced by measured cost and calibrated acceptance."""

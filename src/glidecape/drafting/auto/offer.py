@@ -1,0 +1,82 @@
+"""What may be proposed for one row, and the choice of what is: the nodes most probable to be accepted, as many as they are
+worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class Offer:
+    """Nodes that may be proposed below a root; a parent stands before its children.
+
+    Attributes:
+        tokens, parents: of each node; the root is node 0.
+        reach: probability that a node is accepted with all its ancestors; never above its parent's.
+        log_q: the draft's log-probability of the token, 0 for a copied one.
+        chain: the draft's first choices, depth by depth.
+    """
+
+    tokens: list[int] = field(default_factory=lambda: [-1])
+    parents: list[int] = field(default_factory=lambda: [-1])
+    reach: list[float] = field(default_factory=lambda: [1.0])
+    log_q: list[float] = field(default_factory=lambda: [0.0])
+    chain: list[int] = field(default_factory=list)
+
+    def add(self, parent: int, token: int, reach: float, log_q: float = 0.0) -> int:
+        """Add a node; its number."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.reach.append(min(reach, self.reach[parent]))
+        self.log_q.append(log_q)
+        return len(self.tokens) - 1
+
+    def copy(self, words: Sequence[int], probability: Sequence[float]) -> None:
+        """Add a chain of copied tokens, each with its probability given the one before. Where a node holds the token already,
+        the larger of the two probabilities counts."""
+        node = 0
+        for word, p in zip(words, probability, strict=True):
+            above, reach = node, self.reach[node] * p
+            pairs = range(above + 1, len(self.tokens))
+            node = next((n for n in pairs if self.parents[n] == above and self.tokens[n] == word), -1)
+            if node < 0:
+                node = self.add(above, word, reach)
+            self.reach[node] = max(self.reach[node], reach)
+
+    def best(self) -> list[int]:
+        """All nodes but the root, the most probable first; a parent stands before its children."""
+        return sorted(range(1, len(self.tokens)), key=lambda node: -self.reach[node])
+
+    def numbered(self, kept: Sequence[int]) -> list[int]:
+        """These nodes in the order in which they become nodes of the tree: the most probable path first, since slots of a path
+        that is accepted from the first on need not move; then the others, parents before their children."""
+        path, node = [], 0
+        while below := [one for one in kept if self.parents[one] == node]:
+            node = max(below, key=lambda one: self.reach[one])
+            path.append(node)
+        return path + sorted(set(kept) - set(path))
+
+
+def width_of(orders: Sequence[Sequence[float]], verify: NDArray[np.float64], rate: float) -> int:
+    """How many nodes a row to verify: the number that gains most, at this rate, over its cost.
+
+    Args:
+        orders: of each row, the reach of its nodes, descending.
+        verify: costs of verifying 1, 2, … nodes a row, the root counted.
+        rate: tokens that a unit of cost is worth.
+
+    The target runs as many nodes for each row as the widest row has, so all rows get the same number.
+    """
+    most = min(max(map(len, orders), default=0), len(verify) - 1)
+    if most == 0:
+        return 0
+    gain = np.zeros(most + 1)
+    for order in orders:
+        own = np.cumsum(order[:most])
+        gain[1 : len(own) + 1] += own
+        gain[len(own) + 1 :] += own[-1] if len(own) else 0.0
+    return int((gain - rate * verify[: most + 1]).argmax())

@@ -1,0 +1,61 @@
+"""What the time of a round is worth, and whether drafting is: running means that decide for the next round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SLOW, FAST = 1 / 32, 1 / 4
+LONGEST = 24  # rounds between two probes, at most
+
+
+class Rate:
+    """Tokens for the cost of a plain step of a row, now; one value a kind of law.
+
+    The best policy of a process that renews itself each round spends time where it brings more tokens than the rate that the
+    whole process runs at. The rate is its own outcome, so it is a running mean. Plain decoding has rate 1, and is always there.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.tokens, self.cost = [1.0] * kinds, [1.0] * kinds
+
+    def of(self, kinds: Sequence[int]) -> float:
+        """Mean over the rows of a batch."""
+        return sum(max(1.0, self.tokens[kind] / self.cost[kind]) for kind in kinds) / len(kinds)
+
+    def learn(self, kind: int, tokens: float, cost: float) -> None:
+        """A row's tokens of a round and their expected cost, in plain steps."""
+        self.tokens[kind] += SLOW * (tokens - self.tokens[kind])
+        self.cost[kind] += SLOW * (cost - self.cost[kind])
+
+
+class Worth:
+    """Is it worth to run the draft? It is while what it gained lately is above what it cost; else it is asked rarely.
+
+    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds, and end with the first that
+    succeeds: so a hopeless draft costs about a hundredth, and a text that has become easy is noticed within 24 rounds.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.gain = [1.0] * kinds  # expected tokens a round and row over a plain round, before their cost
+        self.cost = [0.0] * kinds  # in tokens at the rate of then
+        self.pause = [1] * kinds
+        self.waited = [0] * kinds
+
+    def drafts(self, kinds: Sequence[int], missing: Sequence[float]) -> bool:
+        """Draft in this round? `missing`: of each row, the part of the gain that copied tokens do not bring already."""
+        expected = sum(self.gain[kind] * part for kind, part in zip(kinds, missing, strict=True))
+        if expected >= sum(self.cost[kind] for kind in kinds):
+            return True
+        for kind in set(kinds):
+            self.waited[kind] += 1
+        return all(self.waited[kind] >= self.pause[kind] for kind in kinds)
+
+    def learn(self, kind: int, gain: float, cost: float) -> None:
+        """What a row's draft was expected to bring in a round in which it ran, and its cost, both in tokens."""
+        paused = self.gain[kind] < self.cost[kind]
+        part = FAST if not paused else 0.5
+        self.gain[kind] += part * (gain - self.gain[kind])
+        self.cost[kind] += part * (cost - self.cost[kind])
+        self.waited[kind] = 0
+        worth = self.gain[kind] >= self.cost[kind]
+        self.pause[kind] = 1 if worth else min(LONGEST, 2 * self.pause[kind]) if paused else 1
