@@ -1,53 +1,45 @@
-"""docs/speed.svg from folders of `glidecape bench`: tokens a second of each method, greedy and at T=1.
+"""The README's picture from the README's table of figures: bars of tokens a second, greedily and at T=1.
 
-.venv/bin/python runs/picture.py runs/out/results/t0 runs/out/results/t1 docs/speed.svg
+.venv/bin/python runs/picture.py [README.md docs/images/speed.svg]
+
+So the two cannot differ; tests/test_site.py compares them.
 """
 
+import re
 import sys
 from pathlib import Path
 
-from glidecape.bench.metrics import summarise
-from glidecape.bench.records import RunFolder
+from drawings import Picture
 
-WIDTH, ROW, LEFT, TOP = 720, 26, 190, 34
-COLOURS = {"plain": "#8a8f98", "transformers": "#c9ccd1", "llama.cpp": "#c9ccd1"}
-
-
-def panel(title: str, rows: list[dict], top: int) -> tuple[str, int]:
-    """One group of bars; returns its markup and the y below it."""
-    most = max(row["tokens_per_s"] for row in rows)
-    parts = [f'<text x="8" y="{top + 16}" font-weight="bold">{title}</text>']
-    y = top + TOP
-    rows = [row for row in rows if len(row["method"]) < 32]  # variants with many options are left to the tables
-    for row in sorted(rows, key=lambda r: r["tokens_per_s"]):
-        length = (WIDTH - LEFT - 150) * row["tokens_per_s"] / most
-        colour = COLOURS.get(row["method"].split("+")[0], "#2f7d4f")
-        over = row["over"].get("plain", {"ratio": 1.0})["ratio"]
-        note = f"{row['tokens_per_s']:.0f} tokens/s, {over:.2f}x"
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{row["method"]}</text>')
-        parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.0f}" height="{ROW - 8}" fill="{colour}"/>')
-        parts.append(f'<text x="{LEFT + length + 6:.0f}" y="{y + 14}">{note}</text>')
-        y += ROW
-    return "\n".join(parts), y + 10
+LEFT, TOP, ROW, SPAN = 150, 58, 30, 190
+OTHERS = ("llama.cpp", "transformers")
 
 
-def main(greedy: str, sampled: str, out: str) -> None:
-    top, body = 4, []
-    for name, path in (("greedy", greedy), ("temperature 1", sampled)):
-        summary = summarise(RunFolder(Path(path)))
-        where = summary["circumstances"]
-        for group in (group for group in summary["groups"] if group["category"] == "all"):
-            what = "" if group["kind"] == "steady" else ", continuations that loop"
-            machine = f"{where['dtype']}, {where['threads']} CPU threads, batch {summary['settings']['batch']}"
-            markup, top = panel(f"{name}{what}: {group['prompts']} prompts, {machine}", group["rows"], top)
-            body.append(markup)
-    style = 'font-family="system-ui, sans-serif" font-size="13" fill="#24292f"'
-    background = f'<rect width="{WIDTH}" height="{top}" fill="#ffffff"/>'
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" {style}>'
-    )
-    Path(out).write_text("\n".join([head, background, *body, "</svg>"]) + "\n")
+def figures(readme: Path) -> list[tuple[str, list[float], list[str]]]:
+    """Of each row its method, tokens a second (greedily, at T=1), and how many times plain decoding that is."""
+    table = re.search(r"<!-- figures.*?-->\n(.*?)<!-- end of figures -->", readme.read_text(), re.S)
+    assert table, f"{readme} has no table of figures"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].strip().splitlines()[2:]]
+    return [(row[0], [float(row[1]), float(row[3])], [row[2], row[4]]) for row in rows]
+
+
+def draw(rows: list[tuple[str, list[float], list[str]]]) -> Picture:
+    picture = Picture("Tokens a second of each method", 720, TOP + ROW * len(rows) + 20)
+    for panel, title in enumerate(("greedy", "T=1")):
+        left = LEFT + panel * (SPAN + 95)
+        picture.text(left, 32, f"{title}, tokens/s", "bold")
+        most = max(speeds[panel] for _, speeds, _ in rows)
+        for k, (name, speeds, over) in enumerate(rows):
+            y = TOP + ROW * k
+            kind = "box" if name in OTHERS else "target" if k == 0 else "yes"
+            length = SPAN * speeds[panel] / most
+            picture.box(left, y, length, ROW - 8, kind, 3)
+            picture.text(left + length + 7, y + 16, f"{speeds[panel]:.0f}  {over[panel]}", "small")
+            if panel == 0:
+                picture.text(LEFT - 10, y + 16, name, "end")
+    return picture
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    readme, out = sys.argv[1:3] or ("README.md", "docs/images/speed.svg")
+    draw(figures(Path(readme))).write(Path(out))

@@ -20,5 +20,5 @@ bench t0 --temperature 0 --looping 4
 bench t1 --temperature 1
 
 "$bin"/python runs/tables.py runs/out/results/t0 runs/out/results/t1 > runs/out/results/tables.md
-"$bin"/python runs/picture.py runs/out/results/t0 runs/out/results/t1 docs/speed.svg
+echo "copy the figures that count into the table of README.md, then: $bin/python runs/picture.py"
 "$bin"/glidecape report runs/out/results/t0 runs/out/results/t1 --output runs/out/results

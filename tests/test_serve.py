@@ -198,10 +198,10 @@ def test_the_examples_of_the_documentation_run(running, capfd) -> None:
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     marked = re.findall(r"<!-- run by tests/test_serve.py -->\n```(\w+)\n(.*?)```", text, re.S)
     said_by = ["data: [DONE]", "accepted_prediction_tokens=", "kind="]
-    assert [kind for kind, _ in marked] == ["sh", "python", "python"]
+    assert [kind for kind, _ in marked] == ["bash", "python", "python"]
     for (kind, code), words in zip(marked, said_by, strict=True):
         code = code.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}")
-        command = ["sh", "-e", "-c", code] if kind == "sh" else [sys.executable, "-c", code]
+        command = ["bash", "-e", "-c", code] if kind == "bash" else [sys.executable, "-c", code]
         said = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert said.returncode == 0, said.stderr
         assert words in said.stdout

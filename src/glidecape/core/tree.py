@@ -167,7 +167,8 @@ class TokenTree:
 
         Args:
             parents: `(batch, k)` node numbers; -1 makes the child padding.
-            tokens, log_prob: `(batch, k)`; the draft's log-probability of the token given its path.
+            tokens: `(batch, k)`.
+            log_prob: `(batch, k)`; the draft's log-probability of the token given its path.
             valid: `(batch, k)`; None: wherever the parent is a node.
             sampled_from: `(batch, k, vocab)` log-law each token was drawn from; None: chosen deterministically.
         """

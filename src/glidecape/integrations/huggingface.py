@@ -57,9 +57,11 @@ def glidecape_generate(
     Greedily they are the same tokens; with `do_sample` they have the same law, and `seed` decides them.
 
     Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from `generate`. Processors
-            see each node of a tree with its own path, criteria each row after every token; both see the row's padding. Both
-            must depend on their arguments alone.
+        model: from `generate`, as the next four.
+        input_ids: `(batch, tokens)`, padded on the left.
+        logits_processor: sees each node of a tree with its own path, and the row's padding; it must depend on its arguments alone.
+        stopping_criteria: judge each row after every token; they must depend on their arguments alone.
+        generation_config: what the call and the model's own configuration ask for.
         draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
         method: by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or prompt lookup without a draft.
         options: of the method, such as `MethodOptions(length=4)`; None: the defaults.
@@ -67,6 +69,7 @@ def glidecape_generate(
         sampling: "noise" or "residual", see `SamplingParams`.
         glide_streamer: a transformers streamer, for one row. transformers keeps `streamer=` to itself.
         glide_stats: counts and times are added to it.
+        **model_kwargs: from `generate`: the attention mask. What cannot be used is refused.
 
     Returns:
         Sequences `(batch, tokens)`, prompt and output, padded on the right; or, as asked for, transformers' output class.

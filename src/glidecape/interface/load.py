@@ -53,7 +53,8 @@ def load(
         device: such as "cpu" or "cuda".
         threads: on a CPU; 0: PyTorch's choice.
         quantize: "int8": weights in 8 bits, by torchao.
-        revision, trust_remote_code: as in transformers.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run model code that comes with the weights.
 
     Raises:
         InputError: an unknown method, dtype or device, or a draft of another kind than the method's.

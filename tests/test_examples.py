@@ -1,0 +1,63 @@
+"""The scripts in examples/ run, on a tiny model; and the examples of CONTRIBUTING.md keep the target's law."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_docs
+
+from glidecape.core.params import RESIDUAL, SamplingParams
+from glidecape.drafting.drafter import ModelDrafter
+from glidecape.drafting.expansions.chain import Chain
+from toys import ToyDraft, ToyTarget, exact_law, random_rule, run_checked, total_variation
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+if not EXAMPLES.is_dir():
+    pytest.skip("the examples are not in this checkout", allow_module_level=True)
+
+
+def output_of(name: str, world: Any, monkeypatch: Any, capfd: Any, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", [name, str(world["target"]), str(world["glide"]), *words])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capfd.readouterr().out
+
+
+def test_writing_with_and_without_a_draft(world, monkeypatch, capfd) -> None:
+    out = output_of("generate.py", world, monkeypatch, capfd, "12")
+    assert out.count("tokens/s") == 4
+    assert out.count("def read_lines(path):") == 2
+
+
+def test_a_stop_policy_beside_the_built_in_ones(world, monkeypatch, capfd) -> None:
+    out = output_of("stop_policy.py", world, monkeypatch, capfd, "24")
+    assert out.count("equal") == 4
+    assert "DIFFERENT" not in out
+    drafted = {line[:22].strip(): float(line[22:].split()[1]) for line in out.splitlines()[1:]}
+    assert drafted["stop after a newline"] < drafted["fixed length 8"]
+
+
+def test_a_server_and_its_client(world, monkeypatch, capfd) -> None:
+    out = output_of("serve_openai.py", world, monkeypatch, capfd)
+    whole, streamed, _ = (line.split(": ", 1)[1] for line in out.splitlines())
+    assert whole == streamed
+
+
+def test_there_are_three_and_each_is_tested() -> None:
+    text = Path(__file__).read_text()
+    assert all(path.name in text for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def contributed() -> dict[str, Any]:
+    """The classes of CONTRIBUTING.md, without the lines that use a model."""
+    names: dict[str, Any] = {"__name__": "page"}
+    code = "".join(block.code for block in test_docs.blocks(ROOT / "CONTRIBUTING.md") if block.language == "python")
+    for piece in code.split("\n\n\n"):
+        if piece.lstrip().startswith(("class ", "from ", "import ")):
+            exec(piece, names)
+    return names
