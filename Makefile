@@ -23,7 +23,7 @@ LOCKED = $(PIP) install -c $(LOCK)
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
 # llama.cpp is built by its own recipe into its own environment, .venv-peers.
-.PHONY: peers help venv install demo test test-all test-serve test-oldest test-newest test-versions check fix lock docs bench bench-all clean
+.PHONY: peers help venv install demo test test-all test-serve test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,9 @@ lock: $(BIN)/python ## write requirements.lock: exact versions for Python 3.11 t
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+docs-check: $(VENV)/.installed-docs $(VENV)/.installed-fuzz ## look at every page of the site in Chromium; screenshots in build/site
+	$(BIN)/python -m pytest tests/test_site.py
 
 bench: $(VENV)/.installed-plots ## measure the shipped pair, ten minutes on four cores; report in runs/out/bench
 	runs/bench.sh

@@ -23,7 +23,7 @@ def main(model: str | Path = SHIPPED / "target", draft: str | Path = SHIPPED / "
             assert server.stderr is not None
             logged = (json.loads(line) for line in server.stderr if line.startswith("{"))
             url = next(entry["url"] for entry in logged if entry["event"] == "serving")
-            ask(openai.OpenAI(base_url=f"{url}/v1", api_key="none"))
+            ask(openai.OpenAI(base_url=url, api_key="none"))
         finally:
             server.terminate()  # answers that are being made may end
 

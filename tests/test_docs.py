@@ -39,7 +39,8 @@ BLOCK = re.compile(r"(?:^<!-- ([^\n]*?) -->\n)?^```(\w*)[^\n]*\n(.*?)^```$", re.
 LANGUAGES = {"bash", "python", "yaml", "json", "text"}
 
 # These take a second or more even on tiny models: their options are checked, and the slow suite runs them.
-LONG = {"bench", "measure", "study", "train-target", "data", "regenerate", "plan", "report"}
+LONG = {"bench", "measure", "study", "train", "train-target", "data", "regenerate", "plan", "report"}
+TRAINS = ROOT / "docs" / "tutorials" / "train.md"  # the page whose trainings run always
 ELSEWHERE = {"serve"}  # does not end: tests/test_serve.py runs it, and tests/test_chat.py what has a --url
 # Budgets that suit a tiny model; all else is run as it is written.
 FEWER = {
@@ -139,7 +140,7 @@ def folder(world, chatty, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "dumb")
     places = {"path/to/model": "target", "path/to/draft": "glide", "path/to/small-model": "lm", "draft": "glide"}
-    places |= {"corpus": "corpus"}
+    places |= {name: name for name in ("corpus", "eagle", "medusa")}
     for place in ("models/pysource", "runs/out/pysource", "runs/out/general"):
         places |= {f"{place}/{name}": name for name in ("target", "glide", "lm", "eagle", "medusa")}
         places |= {f"{place}/glide-last": "glide", f"{place}/glide-no-cross": "glide"}
@@ -164,7 +165,7 @@ class Runner:
     """Runs the blocks of a page in a folder."""
 
     def __init__(self, folder: Path, monkeypatch: Any, slow: bool) -> None:
-        self.folder, self.monkeypatch, self.slow = folder, monkeypatch, slow
+        self.folder, self.monkeypatch, self.slow, self.long = folder, monkeypatch, slow, LONG
         self.names: dict[str, Any] = {"__name__": "page"}
 
     def run(self, block: Block) -> None:
@@ -203,7 +204,7 @@ class Runner:
         command, name, rest = command_of(words)
         known = {option for one in command.params for option in one.opts} | {"--help", "-h"}
         assert {word for word in rest if re.match("--?[a-z]", word)} <= known, words
-        if not name or name[0] in ELSEWHERE or "--url" in rest or (name[0] in LONG and not self.slow):
+        if not name or name[0] in ELSEWHERE or "--url" in rest or (name[0] in self.long and not self.slow):
             return
         chosen = smaller(name, rest)
         if "--output" in chosen:  # what a page makes itself is not there before
@@ -242,6 +243,8 @@ def title(page: Path) -> str:
 
 def run_page(page: Path, folder: Path, monkeypatch: Any, slow: bool) -> None:
     runner = Runner(folder, monkeypatch, slow)
+    if page == TRAINS:
+        runner.long = LONG - {"train"}
     threads = torch.get_num_threads()
     for block in blocks(page):
         if here(block) and (slow or block.mark != "slow"):

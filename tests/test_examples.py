@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import test_docs
 
-from glidecape.core.params import RESIDUAL, SamplingParams
 from glidecape.drafting.drafter import ModelDrafter
 from glidecape.drafting.expansions.chain import Chain
-from toys import ToyDraft, ToyTarget, exact_law, random_rule, run_checked, total_variation
+from test_exact_law import DRAFT, PARAMS, distance
+from toys import ToyDraft
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -52,12 +53,13 @@ def test_there_are_three_and_each_is_tested() -> None:
     assert all(path.name in text for path in EXAMPLES.glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def contributed() -> dict[str, Any]:
-    """The classes of CONTRIBUTING.md, without the lines that use a model."""
-    names: dict[str, Any] = {"__name__": "page"}
+@pytest.mark.parametrize("params", ["temperature 1", "greedy", "penalties"])
+def test_what_contributing_md_adds_keeps_the_targets_law(params) -> None:
+    """Its classes under the exact enumeration; its lines with a model are run by tests/test_docs.py."""
     code = "".join(block.code for block in test_docs.blocks(ROOT / "CONTRIBUTING.md") if block.language == "python")
-    for piece in code.split("\n\n\n"):
-        if piece.lstrip().startswith(("class ", "from ", "import ")):
-            exec(piece, names)
-    return names
+    wanted = (ast.ClassDef, ast.Import, ast.ImportFrom)
+    body = [statement for statement in ast.parse(code).body if isinstance(statement, wanted)]
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(ast.Module(body, []), "CONTRIBUTING.md", "exec"), names)
+    for expansion, stop in ((Chain(), names["Confident"](0.6, cap=2)), (names["RunnerUp"](), names["Confident"](0.4, cap=2))):
+        assert distance(ModelDrafter(ToyDraft(DRAFT), expansion, stop), PARAMS[params]) <= 1e-12
