@@ -2,8 +2,8 @@
 
 .venv/bin/python runs/drawings.py [FOLDER]        # docs/images unless told otherwise
 
-The tree and the mask are those of a real `TokenTree`, and `verify_points` decides what is accepted. The same input gives the same
-bytes; tests/test_site.py compares them. Colours follow the reader's light or dark mode.
+The tree and the mask are those of a real `TokenTree`, and `verify_points` decides what is accepted. The same input gives the
+same bytes; tests/test_site.py compares them. Colours follow the reader's light or dark mode.
 """
 
 import sys
@@ -16,15 +16,17 @@ from glidecape.core.tree import TokenTree
 from glidecape.core.verify import verify_points
 
 STYLE = """
-text { font: 14px system-ui, sans-serif; fill: var(--ink) } .small { font-size: 12px; fill: var(--faint) } .bold { font-weight: 600 }
-.mid { text-anchor: middle } .end { text-anchor: end } .white { fill: var(--paper) }
-.paper { fill: var(--paper) } .box { fill: var(--soft); stroke: var(--faint) } .edge { stroke: var(--faint); stroke-width: 1.5; fill: none }
-.draft { fill: var(--draft) } .target { fill: var(--target) } .yes { fill: var(--yes) } .no { fill: none; stroke: var(--grid) }
-.taken { stroke: var(--yes); stroke-width: 3.5; fill: none } .bonus { fill: none; stroke: var(--target); stroke-width: 2; stroke-dasharray: 4 3 }
+text { font: 14px system-ui, sans-serif; fill: var(--ink) } .small { font-size: 12px; fill: var(--faint) }
+.bold { font-weight: 600 } .mid { text-anchor: middle } .end { text-anchor: end } .white { fill: var(--paper) }
+.paper { fill: var(--paper) } .box { fill: var(--soft); stroke: var(--faint) }
+.edge { stroke: var(--faint); stroke-width: 1.5; fill: none } .taken { stroke: var(--yes); stroke-width: 3.5; fill: none }
 .read { stroke: var(--target); stroke-width: 1.5; fill: none }
-svg { --paper: #ffffff; --ink: #1f2328; --faint: #636c76; --soft: #eef1f4; --grid: #d0d7de; --draft: #4f74c9; --target: #b3541e; --yes: #2f7d4f }
-@media (prefers-color-scheme: dark) { svg { --paper: #1e2129; --ink: #e6e8eb; --faint: #9aa4af; --soft: #2b303b; --grid: #434b57;
---draft: #8aa6ee; --target: #f0965a; --yes: #6cc48f } }
+.draft { fill: var(--draft) } .target { fill: var(--target) } .yes { fill: var(--yes) }
+.no { fill: none; stroke: var(--grid) } .bonus { fill: none; stroke: var(--target); stroke-width: 2; stroke-dasharray: 4 3 }
+svg { --paper: #ffffff; --ink: #1f2328; --faint: #636c76; --soft: #eef1f4; --grid: #d0d7de;
+  --draft: #4f74c9; --target: #b3541e; --yes: #2f7d4f }
+@media (prefers-color-scheme: dark) { svg { --paper: #1e2129; --ink: #e6e8eb; --faint: #9aa4af; --soft: #2b303b;
+  --grid: #434b57; --draft: #8aa6ee; --target: #f0965a; --yes: #6cc48f } }
 """
 
 
@@ -53,7 +55,7 @@ class Picture:
         path.write_text("\n".join(lines) + "\n")
 
 
-# What CaPE drafts after "def add(a, b): return": for each depth the chain's token and its siblings, with the draft's probability.
+# What CaPE drafts after "def add(a, b): return": of each depth the chain's token and its siblings, with their probabilities.
 DRAFTED = [[("a", 0.93)], [("+", 0.41), ("-", 0.33), ("*", 0.12)], [("b", 0.88)], [("\\n", 0.62), (")", 0.17)]]
 CHOSEN = {"return": "a", "a": "-", "-": "b"}  # what the target says after each token
 WORDS = ["return", *(word for depth in DRAFTED for word, _ in depth)]
@@ -172,7 +174,9 @@ def draw_cross_attention() -> Picture:
     for k in range(8):
         y, read = 292 - 32 * k, k == 5
         picture.box(30, y, 150, 26, "target" if read else "box")
-        picture.text(105, y + 18, f"layer {k}" + (" keys, values" if read else ""), "mid white" if read else "mid small")
+        picture.text(
+            105, y + 18, f"layer {k}" + (" keys, values" if read else ""), "mid white" if read else "mid small"
+        )
     picture.text(30, 338, "its cache: the committed", "small")
     picture.text(30, 354, "tokens, before the root", "small")
     picture.text(480, 32, "draft (one layer)", "bold")

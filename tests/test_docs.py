@@ -1,4 +1,4 @@
-"""Every command and snippet of the README, of CONTRIBUTING.md and of docs/ runs, on tiny models in the places that they name.
+"""Every command and snippet of the README, CONTRIBUTING.md and docs/ runs, on tiny models in the places that they name.
 
 Blocks of a page run one after the other in one folder; Python blocks of a page share their names. What a page says about itself:
 
@@ -26,7 +26,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-import yaml
 
 from glidecape import cli
 
@@ -58,8 +57,10 @@ FEWER = {
     "--max-bytes": "2e5",
     "--max-row-tokens": "64",
 }
-USUAL = dict.fromkeys(("generate", "certify"), ["--max-new-tokens", "8"])
-USUAL |= dict.fromkeys(("train", "study", "plan"), ["--length", "48", "--rows", "2"])
+SHORT, NARROW = ["--max-new-tokens", "8"], ["--length", "48", "--rows", "2"]
+FEW = [*SHORT, "--prompt-tokens", "24", "--limit", "1"]
+USUAL = {"generate": SHORT, "certify": SHORT, "train": NARROW, "study": NARROW, "plan": NARROW, "measure": FEW}
+USUAL["bench"] = [*FEW, "--looping", "1", "--repeats", "1", "--watch", "0", "--peers", ""]
 LESS_OF = {"measure svip --lengths": "1-2", "measure context --lengths": "16,32", "measure long --max-new-tokens": "16"}
 
 
@@ -139,7 +140,13 @@ def folder(world, chatty, tmp_path, monkeypatch) -> Path:
     """A folder in which every path of the documentation leads to something tiny."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "dumb")
-    places = {"path/to/model": "target", "path/to/draft": "glide", "path/to/small-model": "lm", "draft": "glide"}
+    places = {
+        "path/to/model": "target",
+        "path/to/draft": "glide",
+        "path/to/small-model": "lm",
+        "draft": "glide",
+        "target": "target",
+    }
     places |= {name: name for name in ("corpus", "eagle", "medusa")}
     for place in ("models/pysource", "runs/out/pysource", "runs/out/general"):
         places |= {f"{place}/{name}": name for name in ("target", "glide", "lm", "eagle", "medusa")}
@@ -184,7 +191,9 @@ class Runner:
             self.glidecape(words)
         elif program == "make":
             subprocess.run([*words, "-n"], cwd=ROOT, check=True, capture_output=True)
-        elif program.startswith("runs/") or (program.endswith("python") and words[1].startswith(("runs/", "examples/"))):
+        elif program.startswith("runs/") or (
+            program.endswith("python") and words[1].startswith(("runs/", "examples/"))
+        ):
             script = ROOT / (program if program.startswith("runs/") else words[1])
             assert script.is_file(), script
             if script.suffix == ".sh":
@@ -214,17 +223,19 @@ class Runner:
         chosen = [*USUAL.get(name[0], []), *chosen]
         self.monkeypatch.setattr(sys, "argv", ["glidecape", *name, *chosen])
         self.monkeypatch.setattr(sys, "stdin", io.StringIO("def load(\n"))
+        code: Any = 0
         try:
             cli.main()
         except SystemExit as stop:
-            assert not stop.code, f"exit code {stop.code}: {chosen}"
+            code = stop.code
+        assert not code, f"exit code {code}: {chosen}"
 
 
 KNOWN = [[".", ".venv/bin/activate"], ["python3", "-m", "venv", ".venv"]]
 
 
 def marked_slow(block: Block) -> bool:
-    return block.mark == "slow" or block.language == "bash" and any(name in LONG for name in commands_named(block))
+    return block.mark == "slow" or (block.language == "bash" and any(name in LONG for name in commands_named(block)))
 
 
 def commands_named(block: Block) -> set[str]:
@@ -259,7 +270,9 @@ def test_what_a_page_shows_runs(page, folder, monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(marked_slow, filter(here, blocks(page))))], ids=title)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(map(marked_slow, filter(here, blocks(page))))], ids=title
+)
 def test_what_takes_long_runs_too(page, folder, monkeypatch) -> None:
     run_page(page, folder, monkeypatch, slow=True)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_docs
 
+import test_docs
 from glidecape.drafting.drafter import ModelDrafter
 from glidecape.drafting.expansions.chain import Chain
 from test_exact_law import DRAFT, PARAMS, distance
@@ -61,5 +61,8 @@ def test_what_contributing_md_adds_keeps_the_targets_law(params) -> None:
     body = [statement for statement in ast.parse(code).body if isinstance(statement, wanted)]
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile(ast.Module(body, []), "CONTRIBUTING.md", "exec"), names)
-    for expansion, stop in ((Chain(), names["Confident"](0.6, cap=2)), (names["RunnerUp"](), names["Confident"](0.4, cap=2))):
+    for expansion, stop in (
+        (Chain(), names["Confident"](0.6, cap=2)),
+        (names["RunnerUp"](), names["Confident"](0.4, cap=2)),
+    ):
         assert distance(ModelDrafter(ToyDraft(DRAFT), expansion, stop), PARAMS[params]) <= 1e-12

@@ -82,7 +82,9 @@ def test_pages_fit_and_load_nothing_from_elsewhere(site: Path, name: str, width:
         for path in sorted(site.rglob("index.html")):
             page.goto(path.as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} is wider than its page"
-            broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.src)"
+            broken = (
+                "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.src)"
+            )
             assert page.evaluate(broken) == []
             shown = str(path.parent.relative_to(site)).replace("/", "-").replace(".", "home")
             page.screenshot(path=pictures / f"{shown}-{name}.png", full_page=False)

@@ -59,7 +59,8 @@ def glidecape_generate(
     Args:
         model: from `generate`, as the next four.
         input_ids: `(batch, tokens)`, padded on the left.
-        logits_processor: sees each node of a tree with its own path, and the row's padding; it must depend on its arguments alone.
+        logits_processor: sees each node of a tree with its own path, and the row's padding; it must depend on its
+            arguments alone.
         stopping_criteria: judge each row after every token; they must depend on their arguments alone.
         generation_config: what the call and the model's own configuration ask for.
         draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
