@@ -1,4 +1,4 @@
-"""Every command and snippet of the README, CONTRIBUTING.md and docs/ runs, on tiny models in the places that they name.
+"""Every command and snippet of the README, CONTRIBUTING.md and docs/ runs, on tiny models where it names some.
 
 Blocks of a page run one after the other in one folder; Python blocks of a page share their names. What a page says about itself:
 
@@ -59,7 +59,15 @@ FEWER = {
 }
 SHORT, NARROW = ["--max-new-tokens", "8"], ["--length", "48", "--rows", "2"]
 FEW = [*SHORT, "--prompt-tokens", "24", "--limit", "1"]
-USUAL = {"generate": SHORT, "certify": SHORT, "train": NARROW, "study": NARROW, "plan": NARROW, "measure": FEW}
+USUAL = {
+    "generate": SHORT,
+    "certify": SHORT,
+    "train": NARROW,
+    "study": NARROW,
+    "plan": NARROW,
+    "measure": FEW,
+    "regenerate": FEW,
+}
 USUAL["bench"] = [*FEW, "--looping", "1", "--repeats", "1", "--watch", "0", "--peers", ""]
 LESS_OF = {"measure svip --lengths": "1-2", "measure context --lengths": "16,32", "measure long --max-new-tokens": "16"}
 
@@ -98,6 +106,14 @@ def command_of(words: list[str]) -> tuple[Any, list[str], list[str]]:
         name.append(rest.pop(0))
         command = command.commands[name[-1]]
     return command, name, rest
+
+
+def checked(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command's name and the words after it, once every option is one that the command has."""
+    command, name, rest = command_of(words)
+    known = {option for one in command.params for option in one.opts} | {"--help", "-h"}
+    assert {word for word in rest if re.match("--?[a-z]", word)} <= known, words
+    return name, rest
 
 
 def smaller(name: list[str], rest: list[str]) -> list[str]:
@@ -210,9 +226,7 @@ class Runner:
             assert words in KNOWN, f"nothing runs this: {words}"
 
     def glidecape(self, words: list[str]) -> None:
-        command, name, rest = command_of(words)
-        known = {option for one in command.params for option in one.opts} | {"--help", "-h"}
-        assert {word for word in rest if re.match("--?[a-z]", word)} <= known, words
+        name, rest = checked(words)
         if not name or name[0] in ELSEWHERE or "--url" in rest or (name[0] in self.long and not self.slow):
             return
         chosen = smaller(name, rest)
@@ -286,6 +300,10 @@ def test_every_block_says_what_it_is_and_who_runs_it(page) -> None:
             assert page.name in (ROOT / found[1]).read_text()
         else:
             assert block.mark in ("", "slow") or block.mark.startswith("not run: ")
+        if block.language == "bash" and not here(block):
+            for words in commands(block.code):
+                if words[0].endswith("glidecape"):
+                    checked(words)
 
 
 def test_links_between_files_lead_somewhere() -> None:
