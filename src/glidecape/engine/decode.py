@@ -190,7 +190,7 @@ def generate(
     Args:
         prompts: one, or a list.
         params: for all prompts, of which prompt i then gets the seed + i; or one a prompt.
-        batch: prompts decoded together, at most. Drafts help less the more rows share a forward (docs/results.md).
+        batch: prompts decoded together, at most. Drafts help less the more rows share a forward (docs/choose.md).
 
     Raises:
         InputError: see `new_rows`; or the drafter is none.
