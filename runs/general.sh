@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The general target: another architecture than the shipped pair's (Qwen3's normalised queries and keys, grouped-query, windows),
 # on chat, maths, SQL, code, summaries and German-English. Restartable: every step goes on where it stopped.
-# Then its tables for docs/results.md. About two hours on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and SHARED (the folder that holds data/) may be set.
+# Then its tables for docs/results-0.1.md. About two hours on four quiet cores. THREADS, MINUTES, DRAFT_TOKENS and SHARED (the folder that holds data/) may be set.
 # Its rows have mixed licences, some non-commercial (runs/general_licences.json): the weights stay in runs/out/general.
 set -euo pipefail
 cd "$(dirname "$0")/.."

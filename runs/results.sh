@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of docs/results.md: every method on the shipped pair, greedy and at T=1, other libraries in the same run. A quarter of
+# The tables of docs/results-0.1.md: every method on the shipped pair, greedy and at T=1, other libraries in the same run. A quarter of
 # an hour on four quiet cores. Each run has a folder in runs/out/results. llama.cpp takes part where `make peers` was run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""Markdown tables of docs/results.md from folders of `glidecape bench`.
+"""Markdown tables of docs/results-0.1.md from folders of `glidecape bench`.
 
 .venv/bin/python runs/tables.py [--by-category] runs/out/results/g5-t0 ...
 """

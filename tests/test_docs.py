@@ -1,6 +1,6 @@
 """Every command and snippet of the README, CONTRIBUTING.md and docs/ runs, on tiny models where it names some.
 
-Blocks of a page run one after the other in one folder; Python blocks of a page share their names. What a page says about itself:
+Blocks of a page run one after the other in one folder; Python blocks of a page share their names. Marks of a page:
 
 <!-- slow -->                       the next block takes long: it runs in the slow suite
 <!-- run by tests/test_serve.py --> that test runs it, since it needs a server

@@ -1,4 +1,4 @@
-"""Counts of a generation and the figures made of them; words as in docs/design.md."""
+"""Counts of a generation and the figures made of them; words as in docs/words.md."""
 
 from __future__ import annotations
 
