@@ -66,10 +66,11 @@ USUAL = {
     "study": NARROW,
     "plan": NARROW,
     "measure": FEW,
-    "regenerate": FEW,
+    "regenerate": ["--max-new-tokens", "24", "--prompt-tokens", "24"],
 }
 USUAL["bench"] = [*FEW, "--looping", "1", "--repeats", "1", "--watch", "0", "--peers", ""]
 LESS_OF = {"measure svip --lengths": "1-2", "measure context --lengths": "16,32", "measure long --max-new-tokens": "16"}
+LESS_OF |= {"measure batch --sizes": "1,2", "regenerate --limit": "240"}
 
 
 @dataclass
@@ -174,7 +175,7 @@ def folder(world, chatty, tmp_path, monkeypatch) -> Path:
     for name in ("prompts.jsonl", "more-prompts.jsonl"):
         (tmp_path / name).write_text(lines.replace("load", "save") if name.startswith("more") else lines)
     text = "def load_table(table, size=3):\\n    for item in table:\\n        size += item\\n    return size\\n"
-    (tmp_path / "texts.jsonl").write_text(f'{{"text": "{text * 6}"}}\n' * 60)
+    (tmp_path / "texts.jsonl").write_text(f'{{"text": "{text * 6}"}}\n' * 240)
     chat = '{"messages": [{"role": "user", "content": "What is %d?"}, {"role": "assistant", "content": "A number."}]}\n'
     (tmp_path / "chats.jsonl").write_text("".join(chat % number for number in range(400)))
     (tmp_path / "notes.txt").write_text("A comet is a ball of ice. It has a tail.\n" * 200)
