@@ -63,9 +63,10 @@ USUAL = {
     "generate": SHORT,
     "certify": SHORT,
     "train": NARROW,
-    "study": NARROW,
+    "study": [*NARROW, "--new-tokens", "16"],
     "plan": NARROW,
     "measure": FEW,
+    "measure batch": [*FEW, "--sizes", "1,2"],
     "regenerate": ["--max-new-tokens", "24", "--prompt-tokens", "24"],
 }
 USUAL["bench"] = [*FEW, "--looping", "1", "--repeats", "1", "--watch", "0", "--peers", ""]
@@ -235,7 +236,7 @@ class Runner:
             made = self.folder / chosen[chosen.index("--output") + 1]
             if made.is_symlink() or made.is_file():
                 made.unlink()
-        chosen = [*USUAL.get(name[0], []), *chosen]
+        chosen = [*USUAL.get(" ".join(name), USUAL.get(name[0], [])), *chosen]
         self.monkeypatch.setattr(sys, "argv", ["glidecape", *name, *chosen])
         self.monkeypatch.setattr(sys, "stdin", io.StringIO("def load(\n"))
         code: Any = 0
