@@ -16,9 +16,21 @@ from .law import DraftLaw
 
 
 class StopPolicy(Protocol):
+    """When drafting ends.
+
+    Attributes:
+        cap: tokens at most, whatever `more` says; the drafter lowers it to the draft's max lag.
+    """
+
     cap: int
 
-    def more(self, tree: TokenTree, depth: int, law: DraftLaw) -> Tensor | bool: ...
+    def more(self, tree: TokenTree, depth: int, law: DraftLaw) -> Tensor | bool:
+        """Should rows draft on, `(batch,)` bool, or one answer for all? Asked after the nodes of `depth` were added.
+
+        Args:
+            tree: what was drafted so far. In a chain the newest tokens are `tree.tokens[:, -1]`.
+            law: the draft's law at the nodes above them. It may be looked at; a drawn token must never be dropped.
+        """
 
 
 class AdaptiveStop(StopPolicy, Protocol):
