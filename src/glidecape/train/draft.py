@@ -278,8 +278,22 @@ def finish_draft(
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)
-    say(f"wrote {out}: {figures}")
+    say(f"wrote {out}: {summary(figures)}")
     return figures
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """What a person wants to know of a trained draft.
+
+    >>> summary({"tokens": 4000, "alpha_greedy": 0.8, "acceptance_length_greedy": 3.5})
+    '4,000 tokens learned; greedily alpha 0.80, acceptance length 3.50; all figures are in card.json'
+    """
+    parts = [f"{figures['tokens']:,} tokens learned"]
+    for mode, name in (("greedy", "greedily"), ("t1", "at T=1")):
+        if f"alpha_{mode}" in figures:
+            alpha, length = figures[f"alpha_{mode}"], figures[f"acceptance_length_{mode}"]
+            parts.append(f"{name} alpha {alpha:.2f}, acceptance length {length:.2f}")
+    return "; ".join([*parts, "all figures are in card.json"])
 
 
 def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
