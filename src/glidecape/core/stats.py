@@ -61,7 +61,7 @@ class Stats:
 
     @property
     def acceptance_length(self) -> float:
-        """tau: emitted tokens a round, bonus included (>= 1)."""
+        """Emitted tokens a round, bonus included (>= 1)."""
         return self.emitted / self.rounds if self.rounds else 0.0
 
     @property

@@ -14,13 +14,13 @@ COLUMNS = {
     "alpha_greedy": "alpha",
     "difference_greedy": "difference",
     "p_greedy": "p",
-    "length_greedy": "tau",
-    "cape_greedy": "tau CaPE",
+    "length_greedy": "acceptance length",
+    "cape_greedy": "with CaPE",
     "alpha_t1": "alpha T=1",
     "difference_t1": "difference",
     "p_t1": "p",
-    "length_t1": "tau T=1",
-    "cape_t1": "tau CaPE T=1",
+    "length_t1": "acceptance length T=1",
+    "cape_t1": "with CaPE T=1",
     "parameters": "parameters",
     "tokens_per_s": "tokens/s",
     "seeds": "seeds",
@@ -30,7 +30,7 @@ COLUMNS = {
 def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """A line a row, of its figures by seed.
 
-    alpha and acceptance length (tau) are those of a chain of 5, means over seeds; `spread` is the standard deviation of
+    alpha and acceptance length are those of a chain of 5, means over seeds; `spread` is the standard deviation of
     alpha over seeds. `difference` is that of alpha to the first row, p the paired permutation test over prompts, each
     prompt's alpha being its mean over seeds.
     """
@@ -87,5 +87,5 @@ def _cells(line: dict[str, Any]) -> list[str]:
 
 def table_of(lines: list[dict[str, Any]]) -> TextTable:
     """The lines as text."""
-    title = "alpha and tau of a chain of 5 on held-out text; differences to the first row"
+    title = "alpha and acceptance length of a chain of 5 on held-out text; differences to the first row"
     return TextTable(title, list(COLUMNS.values()), [_cells(line) for line in lines])
