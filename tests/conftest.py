@@ -59,6 +59,7 @@ LONGEST = (
     "kernels",
     "serve",
     "grammar",
+    "docs",
     "families",
     "fake_cuda",
     "real_models",
