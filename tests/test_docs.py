@@ -67,6 +67,8 @@ USUAL = {
     "plan": NARROW,
     "measure": FEW,
     "measure batch": [*FEW, "--sizes", "1,2"],
+    "measure context": [*SHORT, "--limit", "1", "--lengths", "16,32"],
+    "measure long": ["--max-new-tokens", "16", "--prompt-tokens", "24"],
     "regenerate": ["--max-new-tokens", "24", "--prompt-tokens", "24"],
 }
 USUAL["bench"] = [*FEW, "--looping", "1", "--repeats", "1", "--watch", "0", "--peers", ""]
