@@ -67,8 +67,8 @@ def _policies(watched: Mapping[str, Any]) -> Iterable[TextTable]:
                 p["policy"],
                 f"{p['value']:g}",
                 *(f"{p[name]:.2f}" for name in ("drafted", "accepted", "acceptance_length")),
+                f"{p['expected']:.2f}" if "expected" in p else "",
             ]
-            + [f"{p['expected']:.2f}" if "expected" in p else ""]
             for p in one["policies"]
         ]
         yield TextTable(f"Stop policies replayed, {draft} ({one['prompts']} prompts, chains)", heads, rows)

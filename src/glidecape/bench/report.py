@@ -55,12 +55,14 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path, str]:
 def html(summaries: Sequence[Summary], names: Sequence[str], title: str = "GlideCape benchmark") -> str:
     """The page; without matplotlib it has no plots but the first picture, and says so."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     there = have_matplotlib()
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     made = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     return made.render(
         title=title,
+        soft=Markup("<wbr>"),  # where a long name may break
         sentence=headline(summaries, names),
         panels=panels_of(summaries, names),
         runs=_sections(summaries, names, there),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..errors import DataError
 from ..fit import Fit
@@ -51,6 +52,18 @@ class Identity(_Form):
     compiled: bool
     circumstances: Circumstances
 
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _whole(cls, settings: Any) -> Any:
+        """Raises ValueError where one is missing: a default would be a guess at what was run."""
+        wanted = asdict(Settings())
+        if not isinstance(settings, dict) or not isinstance(settings.get("options"), dict):
+            raise ValueError("no settings")
+        for known, held in ((wanted, settings), (wanted["options"], settings["options"])):
+            if missing := known.keys() - held.keys():
+                raise ValueError(f"no {min(missing)}")
+        return settings
+
 
 class SuiteFacts(_Form):
     name: str
@@ -67,6 +80,12 @@ class Costs(_Form):
     draft_step_s: dict[str, float]
     v: dict[int, float]
     c: dict[str, float]
+
+    @model_validator(mode="after")
+    def _ratios_of_all(self) -> Costs:
+        if self.verify_s.keys() != self.v.keys() or self.draft_step_s.keys() != self.c.keys():
+            raise ValueError("times and ratios of different things")
+        return self
 
 
 class Header(_Form):

@@ -90,7 +90,7 @@ def title_of(group: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         f"batch {settings['batch']}",
         *([] if repeated is None else [f"{repeated:.0%} repeated spans of 4"]),
     ]
-    return f"{group['category']}: " + ", ".join(parts)
+    return ("" if group["category"] == "all" else f"{group['category']}: ") + ", ".join(parts)
 
 
 def markdown(rows: list[Row], wanted: tuple[str, ...] = tuple(COLUMNS)) -> str:
