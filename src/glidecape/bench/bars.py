@@ -71,9 +71,9 @@ def panels_of(summaries: Sequence[Summary], names: Sequence[str]) -> list[Panel]
         for row in sorted(group["rows"], key=speed, reverse=True):
             low, high = _interval(row)
             told = f"{speed(row):.2f} times plain decoding" + (f", {low:.2f} to {high:.2f}" if high > low else "")
-            sizes = [round(share * value, 2) for value in (speed(row), low, high)]
+            at, start, end = (round(share * value, 2) for value in (speed(row), low, high))
             name = row["method"]
-            bars.append(Bar(name, f"{speed(row):.2f}", told, colours[name], *sizes, row["peer"]))
+            bars.append(Bar(name, f"{speed(row):.2f}", told, colours[name], at, start, end, row["peer"]))
         kind = " that loop" if group["kind"] == "looping" else ""
         made.append(Panel(label, f"{group['prompts']} prompts{kind}", round(share, 2), bars))
     return made
