@@ -135,7 +135,7 @@ def test_greedy_tokens_with_processors_equal_transformers(family):
     stopping = {"min_new_tokens": 15, "eos_token_id": end, "pad_token_id": 0}
     settings = [
         (
-            {"repetition_penalty": 1.3, "logit_bias": {7: 1.5, end: -200.0}},
+            {"repetition_penalty": 1.3, "logit_bias": {7: 1.5, end: -100.0}},
             {"repetition_penalty": 1.3, "sequence_bias": {(7,): 1.5, (end,): -200.0}},
         ),
         (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from browsing import SHADES, chromium, contrast
 from serving import PROMPTS, Running, alone, wait_for
 
 pytestmark = pytest.mark.serve
@@ -27,14 +27,8 @@ def running(target, drafter):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make test-serve")
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    with playwright.sync_playwright() as play:
-        made = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
@@ -240,23 +234,3 @@ def test_it_is_readable_in_light_and_dark_and_on_a_phone(running, page_of, name,
         assert contrast(*colours) >= 4.5, token
     for place in ("#status", ".quiet", "dt", ".prompt", "button.main"):
         assert contrast(*page.locator(place).first.evaluate(SHADES)) >= 4.5, place
-
-
-# A text's colour, and that of the ground behind it.
-SHADES = """one => {
-    let behind = one;
-    while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
-    return [getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
-}"""
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG's contrast of two colours, from 1 to 21."""
-
-    def light(colour: str) -> float:
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    lights = sorted((light(one), light(other)))
-    return (lights[1] + 0.05) / (lights[0] + 0.05)

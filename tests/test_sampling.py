@@ -180,6 +180,7 @@ def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float)
         ({"frequency_penalty": float("inf")}, r"frequency_penalty must be a number \(0 is off\), not inf"),
         ({"logit_bias": {3: float("-inf")}}, r"logit_bias takes token ids and finite numbers, not 3: -inf"),
         ({"logit_bias": {"7": 1.0}}, r"logit_bias takes token ids and finite numbers, not '7': 1.0"),
+        ({"logit_bias": {3: -1e300}}, r"logit_bias takes numbers from -100 to 100, not 3: -1e\+300"),
         ({"logit_bias": {-1: 2.0}}, r"logit_bias takes token ids and finite numbers, not -1: 2.0"),
         ({"logit_bias": ((3, 1.0), (3, 2.0))}, r"logit_bias names a token id twice: \[3, 3\]"),
         ({"stop": ("a", "")}, r"stop takes strings of at least one character, not \['a', ''\]"),

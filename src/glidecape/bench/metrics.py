@@ -305,4 +305,5 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "costs": header.get("costs"),
         "fits": header.get("fits", {}),
         "watched": watched,
+        "drafts": drafts,
     }

@@ -15,10 +15,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from ..errors import DataError, InputError
 from ..files import write_atomic
+from .schema import EXACT, HEADER, checked, unreadable
 
 FORMAT = 2
 
@@ -48,13 +51,17 @@ class Item:
 
 @dataclass
 class Counts:
-    """One prompt's rounds, a list entry each; see `RoundStats`."""
+    """One prompt's rounds, a list entry each; see `RoundStats`. Of a peer only `emitted` is known."""
 
     drafted: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     tested: list[int] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len({len(one) for one in (self.drafted, self.depth, self.accepted, self.tested)}) > 1:
+            raise ValueError("lists of different lengths")
 
 
 @dataclass(frozen=True)
@@ -101,15 +108,37 @@ class Record:
     def seconds(self) -> float:
         return sum(self.round_us) / 1e6
 
-    @classmethod
-    def of(cls, line: Mapping[str, Any]) -> Record:
-        return cls(
-            **{
-                **line,
-                "rows": [Counts(**row) for row in line["rows"]],
-                "differs": [Difference(**one) for one in line["differs"]],
-            }
-        )
+
+@dataclass(frozen=True)
+class WatchedLine:
+    """What `watch` saw of an item with a draft; see `watch.Watched`."""
+
+    item: int
+    draft: str
+    matches: list[int]
+    entropy: list[Annotated[list[float], Field(min_length=1)]]
+    confidence: list[list[float]]
+    overlap: list[float]
+    overlap_1: list[float]
+
+    def __post_init__(self) -> None:
+        lists = (self.matches, self.entropy, self.confidence, self.overlap, self.overlap_1)
+        if len({len(one) for one in lists}) > 1:
+            raise ValueError("lists of different lengths")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Plain decoding's tokens of an item."""
+
+    item: int
+    tokens: list[int]
+
+
+ITEMS = TypeAdapter(list[Item], config=EXACT)
+OUTPUTS = TypeAdapter(list[Output], config=EXACT)
+RECORDS = TypeAdapter(list[Record], config=EXACT)
+WATCHED = TypeAdapter(list[WatchedLine], config=EXACT)
 
 
 class JsonLines:
@@ -128,7 +157,7 @@ class JsonLines:
             for number, line in enumerate(whole.splitlines(), 1):
                 try:
                     self.lines.append(json.loads(line))
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):  # bytes that are no text, too
                     raise DataError(
                         f"{path}, line {number} is not JSON: the file was changed by hand; use another --output"
                     ) from None
@@ -173,13 +202,17 @@ class RunFolder:
         header = path / "run.json"
         if header.is_file():
             try:
-                self.header: dict[str, Any] = json.loads(header.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
+                self.header: dict[str, Any] = json.loads(header.read_bytes())
+            except (ValueError, RecursionError):
                 raise DataError(f"{header} is not JSON: the folder is torn; use another --output") from None
             if not isinstance(self.header, dict) or not {"format", "identity", "sessions"} <= self.header.keys():
                 raise DataError(f"{header} is no benchmark's: the folder is torn; use another --output")
             if self.header.get("format") != FORMAT:
-                raise DataError(f"{header} is of format {self.header.get('format')}; this version reads {FORMAT}")
+                raise DataError(
+                    f"{header} is of format {self.header.get('format')}, and this version reads {FORMAT}: run the benchmark "
+                    "again with another --output"
+                )
+            checked(HEADER, self.header, header)
             if identity is not None:
                 _refuse_other(path, self.header["identity"], json.loads(json.dumps(identity)))
         elif identity is None:
@@ -191,6 +224,21 @@ class RunFolder:
             self.header = {"format": FORMAT, "identity": json.loads(json.dumps(identity)), "sessions": []}
         self.prompts, self.outputs = JsonLines(path / "prompts.jsonl"), JsonLines(path / "outputs.jsonl")
         self.measured, self.watched = JsonLines(path / "records.jsonl"), JsonLines(path / "watched.jsonl")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises DataError for lines that no run of this version writes."""
+        identity = self.header["identity"]
+        checked(OUTPUTS, self.outputs.lines, self.outputs.path)
+        checked(WATCHED, self.watched.lines, self.watched.path)
+        jobs, names = {item.job for item in self.items}, {*identity["methods"], *identity["peers"]}
+        for number, record in enumerate(self.records, 1):
+            if record.job not in jobs or record.method not in names:
+                raise unreadable(self.measured.path, f"line {number}: a job or a method that is not of this run")
+            if not record.peer and not len(record.draft_us) == len(record.verify_us) == len(record.round_us):
+                raise unreadable(self.measured.path, f"line {number}: lists of different lengths")
+            if not record.peer and record.seconds <= 0:
+                raise unreadable(self.measured.path, f"line {number}: no time was taken")
 
     def save(self) -> None:
         write_json(self.path / "run.json", self.header)
@@ -205,11 +253,11 @@ class RunFolder:
 
     @property
     def items(self) -> list[Item]:
-        return [Item(**{**line, "ids": tuple(line["ids"])}) for line in self.prompts.lines]
+        return checked(ITEMS, self.prompts.lines, self.prompts.path)
 
     @property
     def records(self) -> list[Record]:
-        return [Record.of(line) for line in self.measured.lines]
+        return checked(RECORDS, self.measured.lines, self.measured.path)
 
     @property
     def tokens(self) -> dict[int, list[int]]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..core.params import NOISE, SamplingParams
 from ..drafting.options import MethodOptions
 from ..errors import InputError
@@ -74,6 +76,4 @@ class Settings:
     @classmethod
     def of_record(cls, recorded: Mapping[str, Any]) -> Settings:
         """The settings that a run folder holds."""
-        options = recorded["options"]
-        own = MethodOptions(**(options | {"bins": tuple(options["bins"])}))
-        return cls(**{**recorded, "options": own})
+        return TypeAdapter(cls).validate_python(recorded)

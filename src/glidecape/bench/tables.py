@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tables import TextTable, wide_console
@@ -28,6 +28,7 @@ COLUMNS = {
     "peak": "peak, MiB",
     "equal": "tokens equal plain's",
 }
+MAIN = ("method", "tokens_per_s", "over_plain", "interval", "acceptance_length", "equal")  # what most readers need
 SHORT = ("method", "tokens_per_s", "over_plain", "interval", "acceptance_length", "alpha", "nodes", "share", "equal")
 
 
@@ -62,9 +63,12 @@ def cells(row: Row) -> dict[str, str]:
     return made
 
 
-def columns_of(rows: list[Row], wanted: tuple[str, ...] = tuple(COLUMNS)) -> dict[str, str]:
-    """Heads of the columns that hold anything, by name; a column for each peer after "over plain"."""
-    peers = dict.fromkeys(other for row in rows for other in row["over"] if other != "plain")
+def columns_of(
+    rows: list[Row], wanted: tuple[str, ...] = tuple(COLUMNS), peers: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Heads of the columns that hold anything, by name; a column for each peer (all, if None) after "over plain"."""
+    if peers is None:
+        peers = list(dict.fromkeys(other for row in rows for other in row["over"] if other != "plain"))
     heads: dict[str, str] = {}
     for name in wanted:
         heads[name] = COLUMNS[name]
@@ -86,7 +90,7 @@ def title_of(group: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         f"batch {settings['batch']}",
         *([] if repeated is None else [f"{repeated:.0%} repeated spans of 4"]),
     ]
-    return f"{group['category']}: " + ", ".join(parts)
+    return ("" if group["category"] == "all" else f"{group['category']}: ") + ", ".join(parts)
 
 
 def markdown(rows: list[Row], wanted: tuple[str, ...] = tuple(COLUMNS)) -> str:
@@ -106,6 +110,18 @@ def circumstances_line(summary: Mapping[str, Any]) -> str:
     )
 
 
+def sheet(
+    group: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    wanted: tuple[str, ...] = tuple(COLUMNS),
+    peers: Sequence[str] | None = None,
+) -> TextTable:
+    """The rows of a group as a table, see `columns_of`."""
+    heads, texts = columns_of(group["rows"], wanted, peers), [cells(row) for row in group["rows"]]
+    rows = [[text.get(name, "") for name in heads] for text in texts]
+    return TextTable(title_of(group, settings), list(heads.values()), rows)
+
+
 def by_category(summary: Mapping[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
     """Speed-up over plain of each method in each category: heads and rows of text; no rows for a single category."""
     groups = [group for group in summary["groups"] if group["kind"] == kind and group["category"] != "all"]
@@ -119,12 +135,7 @@ def show(summary: Mapping[str, Any]) -> None:
     """Print the tables."""
     console = wide_console()
     for group in (group for group in summary["groups"] if group["category"] == "all"):
-        heads = columns_of(group["rows"], SHORT)
-        texts = [cells(row) for row in group["rows"]]
-        title = title_of(group, summary["settings"])
-        TextTable(title, list(heads.values()), [[text.get(name, "") for name in heads] for text in texts]).print(
-            console
-        )
+        sheet(group, summary["settings"], SHORT).print(console)
         over, rows = by_category(summary, group["kind"])
         if rows:
             TextTable(f"{group['kind']}: speed-up over plain by category (prompts)", over, rows).print(console)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..errors import GlideCapeError, InputError
 from .figures import COLOURS, Figures, Piece
+from .interrupt import until_interrupted
 
 HELP = """/stats  show figures after each answer, and colour its tokens by origin; again: no more
 /reset  begin a new conversation
@@ -66,15 +67,14 @@ class Session:
         while True:
             try:
                 text = self._read()
+                if text == "/quit":
+                    return
+                if text.strip():
+                    self._take(text)
             except EOFError:
                 break
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or a moment after an answer
                 _say("\n/quit or Ctrl-D ends the program.")
-                continue
-            if text == "/quit":
-                return
-            if text.strip():
-                self._take(text)
         if self.typed:
             _say("")
 
@@ -125,14 +125,10 @@ class Session:
     def _answer(self, text: str) -> None:
         """Show the answer to a message; the two become part of the conversation, unless there is none."""
         turns, said = [*self.turns, {"role": "user", "content": text}], ""
-        pieces = self.model.answer(turns)
         try:
-            for piece in pieces:
+            for piece in until_interrupted(self.model.answer(turns)):
                 said += piece.text
                 self._show(piece)
-        except KeyboardInterrupt:
-            with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being heeded
-                pieces.close()  # type: ignore[attr-defined]
         except GlideCapeError as error:
             if said and self.typed:
                 print(flush=True)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..progress import note
+
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --output, finished or not.")],
@@ -19,8 +21,9 @@ def report(
     from ..bench.plots import have_matplotlib
     from ..bench.report import write_report
 
-    page, text = write_report(folders, out or folders[0])
+    page, text, sentence = write_report(folders, out or folders[0])
     if not have_matplotlib():
-        print("no plots: they need matplotlib, pip install 'glidecape[plots]'")
+        note("the page has no plots but the first: they need matplotlib, pip install 'glidecape[plots]'")
+    print(sentence)
     print(page)
     print(text)

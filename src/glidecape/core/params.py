@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOISE, RESIDUAL = "noise", "residual"
+MOST_BIAS = 100  # as in OpenAI's API: enough to force or to forbid a token, and no float overflows
 
 
 class Processor(Protocol):
@@ -63,7 +64,7 @@ class SamplingParams:
             multiplied; 1 is off. As in transformers.
         presence_penalty, frequency_penalty: taken off the logit of a token that was emitted: once, and once for each
             occurrence; the prompt does not count; 0 is off. As in the OpenAI and vLLM interfaces.
-        logit_bias: {token id: number added to its logit}; stored as sorted pairs.
+        logit_bias: {token id: number from -100 to 100, added to its logit}; stored as sorted pairs.
         stop: one string or several that end the row; stored as a tuple. The text ends before them, and so do the ids where a
             token boundary allows.
         min_new_tokens: before so many tokens nothing may end the row: stop tokens have probability 0, and stop strings
@@ -105,7 +106,7 @@ class SamplingParams:
     frequency_penalty: float = option(0.0, "On tokens of the output, each time; 0: off.")
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = option(
         (),
-        "ID=NUMBER added to a token's logit; repeat for several.",
+        "ID=NUMBER, from -100 to 100, added to a token's logit; repeat for several.",
         type=list[str] | None,
         read=_bias_from,
         write=list,
@@ -181,6 +182,8 @@ def _bias_pairs(bias: Mapping[int, float] | tuple[tuple[int, float], ...]) -> tu
         numbers = isinstance(token, int) and isinstance(value, (int, float))
         if not numbers or token < 0 or not math.isfinite(value):
             raise InputError(f"logit_bias takes token ids and finite numbers, not {token!r}: {value!r}")
+        if abs(value) > MOST_BIAS:
+            raise InputError(f"logit_bias takes numbers from -{MOST_BIAS} to {MOST_BIAS}, not {token}: {value:g}")
     if len(dict(pairs)) < len(pairs):
         raise InputError(f"logit_bias names a token id twice: {[token for token, _ in pairs]}")
     return tuple(sorted(pairs))
