@@ -60,32 +60,30 @@ def certify(
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
-    model = machine.load(target)
-    folders = named_folders(drafts)
-    loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
-    drafters = make_drafters(methods, loaded)
-    machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
-    reference = _reference(target, model.dtype, machine)
-    with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
-        findings = run(model, reference, drafters, texts, params, batch, done)
-    if as_json:
-        settings: dict[str, Any] = {
-            "target": target,
-            "drafts": folders,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        settings |= {
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "prompts": len(texts),
-            "batch": batch,
-            "constraint": None if params.constraint is None else asdict(params.constraint),
-        }
-        verdict = worst(findings)
-        with opened(output) as out:
-            print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}), file=out)
-    else:
-        with opened(output) as out:
+    with opened(output) as out:
+        model = machine.load(target)
+        folders = named_folders(drafts)
+        loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
+        drafters = make_drafters(methods, loaded)
+        machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
+        reference = _reference(target, model.dtype, machine)
+        with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
+            findings = run(model, reference, drafters, texts, params, batch, done)
+        if as_json:
+            report: dict[str, Any] = {
+                "target": target,
+                "drafts": folders,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "temperature": temperature,
+                "max_new_tokens": max_new_tokens,
+                "prompts": len(texts),
+                "batch": batch,
+                "constraint": None if params.constraint is None else asdict(params.constraint),
+                "verdict": worst(findings),
+                "findings": [finding.as_dict() for finding in findings],
+            }
+            print(json.dumps(report), file=out)
+        else:
             print_table(findings, out)
     if worst(findings) == BUG:
         raise typer.Exit(1)
