@@ -40,10 +40,13 @@ def certify(
     prompts: Annotated[
         Path | None, typer.Option(help=".jsonl with a prompt column, or a text file; default: built in.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone."),
+    ] = 1,
     constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
     output: Output = None,

@@ -43,18 +43,18 @@ def generate(
         typer.Option(
             "--file",
             "-f",
-            help="A text file (one prompt), or .jsonl with text, prompt or messages; a row's own answer is left out.",
+            help="A text file (one prompt), or .jsonl with text, prompt or messages; answers in it are left out.",
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
+        bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     params: SamplingParams = SamplingParams(),
     constraint: ConstraintOptions = ConstraintOptions(),
     options: MethodOptions = MethodOptions(bins=SMALL_BINS),
     svip_fit: Annotated[
-        Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
+        Path | None, typer.Option(help="Fit SVIP's threshold on these prompts first; .jsonl or a text file.")
     ] = None,
     as_json: AsJson = False,
     output: Output = None,

@@ -88,7 +88,7 @@ class ServingMachine(Machine):
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
     compile: str = option(
         "auto",
-        "Decode by compiled programs: on, off, or auto: where they were compiled before, or there is enough to decode.",
+        "Decode with compiled programs: on, off, or auto (if they were compiled before, or there is enough to decode).",
         environment="GLIDECAPE_COMPILE",
     )
 
