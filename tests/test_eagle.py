@@ -191,7 +191,7 @@ def test_medusa_s_loss_is_the_weighted_mean_of_its_heads(target):
             drafted = module.head_logits(k - 1, output.teacher.features(output.tokens))
         p, q = output.logits[:, k:].float().log_softmax(-1), drafted[:, :-k].float().log_softmax(-1)
         total += weight * float((p.exp() * (p - q)).sum(-1).mean())
-    assert float(medusa_loss(module, output, "kl")) == pytest.approx(total, rel=1e-3)
+    assert medusa_loss(module, output, "kl").item() == pytest.approx(total, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "medusa"])
