@@ -66,8 +66,7 @@ def certify(
     with opened(output) as out:
         model = machine.load(target)
         folders = named_folders(drafts)
-        loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
-        drafters = make_drafters(methods, loaded)
+        drafters = make_drafters(methods, {name: load_draft(folder, model) for name, folder in folders.items()})
         machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
         reference = _reference(target, model.dtype, machine)
         with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
