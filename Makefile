@@ -55,7 +55,7 @@ test-versions: $(VENV)/.installed-dev
 	echo transformers > build/newest-override.txt
 	$(RESOLVE) --group dev --python-version `$(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'` $(OPTIONS) -o build/$(VERSIONS).txt --upgrade
 	$(BIN)/python -m venv .venv-$(VERSIONS)
-	.venv-$(VERSIONS)/bin/python -m pip install "$(TORCH)" hatchling editables
+	.venv-$(VERSIONS)/bin/python -m pip install "$(TORCH)" hatchling editables uv
 	.venv-$(VERSIONS)/bin/python -m pip install -r build/$(VERSIONS).txt
 	.venv-$(VERSIONS)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	.venv-$(VERSIONS)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|numpy|pydantic|filelock|typer|rich|Jinja2|jinja2)=="

@@ -94,7 +94,9 @@ def test_a_prompt_that_is_too_long_is_said_and_the_chat_goes_on(world, target, c
     long = "def load( " * 200
     code, out, err = run(capfd, monkeypatch, "chat", *pair(world), stdin=f"{long}\n{FIRST}\n{SECOND}")
     assert code == 0
-    assert re.search(r"error: the conversation has \d+ tokens, and the model's context 192: /reset begins anew", err)
+    assert re.search(
+        r"error: the conversation has \d+ tokens, and the model's context is 192: type /reset to start", err
+    )
     assert out == "".join(f"{text}\n" for text in answers(target, FIRST, SECOND))
 
 

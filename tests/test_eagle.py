@@ -168,7 +168,7 @@ def output_of(target, rows=2, length=12, learned=None):
 
 def test_eagle_s_loss_is_the_formula(target):
     module, output = random_eagle(target), output_of(target)
-    loss = float(eagle_loss(module, output, "feature", 0.0, 0))
+    loss = eagle_loss(module, output, "feature", 0.0, 0).item()
     features = output.teacher.features(output.tokens).float()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = module.hidden(output.tokens, output.teacher.positions, previous(features))
@@ -178,7 +178,7 @@ def test_eagle_s_loss_is_the_formula(target):
     p, q = output.logits[:, 1:].float().log_softmax(-1), logits[:, 1:].float().log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     assert loss == pytest.approx(float(smooth + 0.1 * divergence), rel=1e-3)
-    assert float(eagle_loss(module, output, "kl", 0.0, 0)) == pytest.approx(float(divergence), rel=1e-3)
+    assert eagle_loss(module, output, "kl", 0.0, 0).item() == pytest.approx(float(divergence), rel=1e-3)
 
 
 def test_medusa_s_loss_is_the_weighted_mean_of_its_heads(target):
@@ -191,7 +191,7 @@ def test_medusa_s_loss_is_the_weighted_mean_of_its_heads(target):
             drafted = module.head_logits(k - 1, output.teacher.features(output.tokens))
         p, q = output.logits[:, k:].float().log_softmax(-1), drafted[:, :-k].float().log_softmax(-1)
         total += weight * float((p.exp() * (p - q)).sum(-1).mean())
-    assert float(medusa_loss(module, output, "kl")) == pytest.approx(total, rel=1e-3)
+    assert medusa_loss(module, output, "kl").item() == pytest.approx(total, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "medusa"])

@@ -11,7 +11,7 @@ import pytest
 from glidecape import fit as fit_module
 from glidecape.batch.text import Prompt
 from glidecape.commands import effects
-from glidecape.commands.shared import read_prompts
+from glidecape.commands.shared import opened, read_prompts
 from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
 from glidecape.drafting.drafter import NoDraft
@@ -232,3 +232,31 @@ def test_a_place_that_cannot_be_written_is_not_taken_for_a_busy_one(tmp_path: Pa
         place.parent.mkdir(mode=0o500)
     with pytest.raises(CheckpointError, match="cannot write to"), only_writer(place):
         raise AssertionError("it was let in")
+
+
+@pytest.mark.parametrize("command", ["generate", "certify"])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    command, world, monkeypatch, capfd, tmp_path: Path
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("glidecape.interface.load.load_target", load)
+    words = [command, world["target"], "--draft", world["glide"]] + (["--prompt", "x"] if command == "generate" else [])
+    for place, message in (
+        (tmp_path, "is a folder, and a file is to be written: name another --output"),
+        (write(tmp_path / "file", "x") / "below", "cannot write to"),
+    ):
+        code, _, err = run(capfd, monkeypatch, *words, "--output", place)
+        only_sentence(code, err, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_device_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)
+    for place in (link, Path(os.devnull)):
+        with opened(place) as out:
+            print("text", file=out)
+    assert link.is_symlink()
+    assert Path(os.devnull).is_char_device()

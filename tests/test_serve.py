@@ -528,7 +528,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capfd)
 def test_two_servers_cannot_have_one_port(running, target, drafter) -> None:
     from glidecape.errors import InputError
 
-    with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1 port {running.port}"):
+    with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {running.port}"):
         Running(target, drafter, port=running.port)
 
 

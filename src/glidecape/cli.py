@@ -33,7 +33,7 @@ EXIT_CODES = """[bold]Exit codes[/]
 
   1  a method's output is not the target's (certify, demo, bench)
 
-  2  something typed, a file or a model cannot be used; one sentence says why and what to do
+  2  an option, a file or a model cannot be used; one sentence says why and what to do
 
   130  interrupted
 
@@ -41,7 +41,7 @@ EXIT_CODES = """[bold]Exit codes[/]
 underscores."""
 
 app = typer.Typer(
-    help="Lossless speculative decoding with GliDe, CaPE and SVIP: the target's own output, sooner.",
+    help="Lossless speculative decoding with GliDe, CaPE and SVIP: the target's own output, faster.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -56,12 +56,13 @@ def demo(
         Path | None, typer.Argument(metavar="MODEL", help="Model folder; default: the pair shipped in the checkout.")
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Its GliDe draft.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each output.")] = 96,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     compile: Annotated[
         str,
         typer.Option(
-            help="on, off, or auto: by compiled programs if they were compiled before.", envvar="GLIDECAPE_COMPILE"
+            help="Decode with compiled programs: on, off, or auto (only if they were compiled before).",
+            envvar="GLIDECAPE_COMPILE",
         ),
     ] = "auto",
 ) -> None:

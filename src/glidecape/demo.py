@@ -54,7 +54,7 @@ def run_demo(
     if threads:
         torch.set_num_threads(threads)
     if (target is None) != (draft is None):
-        raise InputError("the demo takes a pair: give both MODEL and --draft, or neither for the shipped one")
+        raise InputError("the demo takes a pair: give both MODEL and --draft, or neither to use the shipped pair")
     if target is None or draft is None:
         target, draft = shipped_pair("name a pair, `glidecape demo MODEL --draft DRAFT`")
     console = Console()

@@ -35,21 +35,25 @@ class Settings:
         watch_depth: depths that the draft then runs from each token.
     """
 
-    temperature: float = option(0.0, "0: greedy.")
+    temperature: float = option(0.0, "Sampling temperature; 0: greedy.")
     sampling: str = option(NOISE, "noise: every method emits the same tokens. residual: the papers' rule.")
-    seed: int = option(11, "Of the run; each prompt has noise of its own.")
-    max_new_tokens: int = option(128, "Tokens of each output at most.")
+    seed: int = option(11, "Random seed of the run; each prompt gets noise of its own.")
+    max_new_tokens: int = option(128, "Most tokens of each output.")
     stop_at_eos: bool | None = option(None, "End a row at end-of-text; default: in conversations only.")
     batch: int = option(1, "Prompts decoded side by side.")
-    prompt_tokens: int = option(0, "Prompts are cut to so many tokens; 0: whole.")
-    context: int = option(0, "Pad prompts in front with earlier text of their suite up to so many tokens; 0: don't.")
+    prompt_tokens: int = option(0, "Cut prompts to this many tokens; 0: do not cut.")
+    context: int = option(
+        0, "Put earlier text of the suite before each prompt until it has this many tokens; 0: no padding."
+    )
     chat: bool = option(True, "Apply the tokenizer's chat template to conversations.")
-    limit: int = option(32, "Prompts of a category that count: with greedy decoding, ones that don't loop.")
-    looping: int = option(16, "Prompts of a category with looping greedy continuations, reported apart.")
+    limit: int = option(
+        32, "Prompts measured in each category; with greedy decoding, only those whose output does not loop."
+    )
+    looping: int = option(16, "Prompts in each category whose greedy output loops; they are reported separately.")
     repeats: int = option(3, "Timed repeats; medians are reported.")
     options: MethodOptions = field(default_factory=MethodOptions)
-    watch: int = option(4, "Prompts of a category on which the drafts' laws are written down, untimed.")
-    watch_depth: int = option(8, "Tokens that a draft then runs ahead, of each position.")
+    watch: int = option(4, "Prompts in each category for which the drafts' probabilities are recorded, untimed.")
+    watch_depth: int = option(8, "Tokens drafted from each position of those prompts.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run.

@@ -42,7 +42,8 @@ class LocalModel:
         room = target.context - len(ids)
         if room <= 0:
             raise InputError(
-                f"the conversation has {len(ids)} tokens, and the model's context {target.context}: /reset begins anew"
+                f"the conversation has {len(ids)} tokens, and the model's context is {target.context}: type /reset to start "
+                "a new one"
             )
         params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
         shown = TextStream(target.tokenizer, params.stop, ids)

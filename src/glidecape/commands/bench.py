@@ -27,15 +27,16 @@ Drafts = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help="Joined by commas; NAME:method uses the draft of that name, method@length=8 sets an option "
-        "(length, bins, threshold, cap, over, beams, ngram, top, total) for it alone."
+        help="Methods, joined by commas. NAME:method uses the draft of that name; method@length=8 sets an option "
+        "(length, bins, threshold, cap, over, beams, ngram, top, total) for that method alone."
     ),
 ]
 SuiteNames = Annotated[
     str,
     typer.Option(
         "--suite",
-        help="Joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib; /CATEGORY, :N, :A-B narrow.",
+        help="Suites, joined by commas: spec_bench, glide, humaneval, mt_bench, gsm8k, own, stdlib. Append /CATEGORY, :N or "
+        ":A-B to take a part.",
     ),
 ]
 
@@ -46,11 +47,11 @@ def bench(
     draft: Drafts = None,
     methods: Methods = "plain,glide",
     suite: SuiteNames = "",
-    prompts: Annotated[str, typer.Option(help="Joined by commas: .jsonl or text files; names of suites do, too.")] = "",
+    prompts: Annotated[str, typer.Option(help="Files of prompts (.jsonl or text), joined by commas.")] = "",
     suites: Annotated[
         Path | None, typer.Option(help="Folder that holds the suites' .jsonl files; default: GLIDECAPE_SUITES.")
     ] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Download suites that the folder lacks.")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the suites that are not in the folder yet.")] = False,
     settings: Settings = Settings(),
     svip_fit: Annotated[
         str,
@@ -66,7 +67,7 @@ def bench(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the records; the same command goes on in it after a stop."),
+        typer.Option("--output", "-o", help="Folder for the records; an interrupted run resumes from it."),
     ] = None,
     as_json: AsJson = False,
     machine: ServingMachine = ServingMachine(dtype="float32"),
@@ -131,7 +132,7 @@ def _measure(plan: Plan, out: Path | None, as_json: bool) -> None:
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             if out is not None:
-                print(f"stopped; the same command goes on from {out}", file=sys.stderr)
+                print(f"stopped; give the same command again to resume from {out}", file=sys.stderr)
             raise
         finally:
             if folder.measured.lines:

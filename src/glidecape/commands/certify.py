@@ -40,10 +40,13 @@ def certify(
     prompts: Annotated[
         Path | None, typer.Option(help=".jsonl with a prompt column, or a text file; default: built in.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: greedy. Above: one seed a prompt, shared noise.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side; compared with each alone.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone."),
+    ] = 1,
     constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
     output: Output = None,
@@ -60,32 +63,29 @@ def certify(
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
-    model = machine.load(target)
-    folders = named_folders(drafts)
-    loaded = {name: load_draft(folder, model) for name, folder in folders.items()}
-    drafters = make_drafters(methods, loaded)
-    machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
-    reference = _reference(target, model.dtype, machine)
-    with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
-        findings = run(model, reference, drafters, texts, params, batch, done)
-    if as_json:
-        settings: dict[str, Any] = {
-            "target": target,
-            "drafts": folders,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        settings |= {
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "prompts": len(texts),
-            "batch": batch,
-            "constraint": None if params.constraint is None else asdict(params.constraint),
-        }
-        verdict = worst(findings)
-        with opened(output) as out:
-            print(json.dumps(settings | {"verdict": verdict, "findings": [f.as_dict() for f in findings]}), file=out)
-    else:
-        with opened(output) as out:
+    with opened(output) as out:
+        model = machine.load(target)
+        folders = named_folders(drafts)
+        drafters = make_drafters(methods, {name: load_draft(folder, model) for name, folder in folders.items()})
+        machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
+        reference = _reference(target, model.dtype, machine)
+        with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
+            findings = run(model, reference, drafters, texts, params, batch, done)
+        if as_json:
+            report: dict[str, Any] = {
+                "target": target,
+                "drafts": folders,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "temperature": temperature,
+                "max_new_tokens": max_new_tokens,
+                "prompts": len(texts),
+                "batch": batch,
+                "constraint": None if params.constraint is None else asdict(params.constraint),
+                "verdict": worst(findings),
+                "findings": [finding.as_dict() for finding in findings],
+            }
+            print(json.dumps(report), file=out)
+        else:
             print_table(findings, out)
     if worst(findings) == BUG:
         raise typer.Exit(1)

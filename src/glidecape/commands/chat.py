@@ -31,7 +31,11 @@ def chat(
         typer.Option(help="Talk to a server, such as http://127.0.0.1:8000/v1; MODEL is then its name there."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key for the server; better in the variable.", envvar="GLIDECAPE_API_KEY")
+        str | None,
+        typer.Option(
+            help="Key for the server. Other users of this machine can see options: set the variable instead.",
+            envvar="GLIDECAPE_API_KEY",
+        ),
     ] = None,
     system: Annotated[str, typer.Option(help="A first turn that tells the model how to answer.")] = "",
     params: SamplingParams = SamplingParams(max_new_tokens=TOKENS),

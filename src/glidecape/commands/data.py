@@ -29,7 +29,7 @@ def pysource(
     ] = None,
     hold_out: Annotated[str, typer.Option(help="Packages kept out of training, joined by commas.")] = "",
     vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 4096,
-    max_bytes: Annotated[float | None, typer.Option(help="Training text at most, such as 9e7.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Most bytes of training text, such as 9e7.")] = None,
 ) -> None:
     """Tokenize the Python sources of installed packages: a corpus without any download."""
     from ..train.corpus import build_pysource
@@ -51,12 +51,15 @@ def chat(
     out: Annotated[Path, typer.Option("--output", "-o", help="Corpus folder to write.")],
     vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 8192,
     max_bytes: Annotated[
-        float | None, typer.Option(help="Text at most of each source without a number of its own, such as 2e6.")
+        float | None, typer.Option(help="Most bytes of each source that names no number itself, such as 2e6.")
     ] = None,
-    max_row_tokens: Annotated[int, typer.Option(min=16, help="Longer rows are left out.")] = 2048,
-    valid_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the openings held out.")] = 0.01,
+    max_row_tokens: Annotated[int, typer.Option(min=16, help="Rows with more tokens are left out.")] = 2048,
+    valid_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the conversations, by their opening turn, that is held out.")
+    ] = 0.01,
     licences: Annotated[
-        Path | None, typer.Option(help="JSON object of each source's licence, by its file's name without suffixes.")
+        Path | None,
+        typer.Option(help="JSON file: an object with the licence of each source, by its file name without suffixes."),
     ] = None,
 ) -> None:
     """Tokenize chats of your own, with a tokenizer and a chat template of their own."""
@@ -86,5 +89,5 @@ def _licences(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise InputError(f"--licences {path} cannot be read as JSON ({error})") from None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise InputError(f"--licences {path} must be a JSON object of a licence for each source's name")
+        raise InputError(f"--licences {path} must be a JSON object that gives a licence for each source's name")
     return found

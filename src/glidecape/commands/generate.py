@@ -43,24 +43,25 @@ def generate(
         typer.Option(
             "--file",
             "-f",
-            help="A text file (one prompt), or .jsonl with text, prompt or messages; a row's own answer is left out.",
+            help="A text file (one prompt), or .jsonl with text, prompt or messages; answers in it are left out.",
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
+        bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     params: SamplingParams = SamplingParams(),
     constraint: ConstraintOptions = ConstraintOptions(),
     options: MethodOptions = MethodOptions(bins=SMALL_BINS),
     svip_fit: Annotated[
-        Path | None, typer.Option(help="Prompts to fit the threshold on first; .jsonl, or a text file.")
+        Path | None, typer.Option(help="Fit SVIP's threshold on these prompts first; .jsonl or a text file.")
     ] = None,
     as_json: AsJson = False,
     output: Output = None,
     machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
+    from ..fit import with_fitted_threshold
     from ..interface.load import with_draft
     from ..show import show
 
@@ -69,16 +70,15 @@ def generate(
     note_unused(ctx, method, params.temperature)
     params = replace(params, constraint=constraint.read())
     prompts = read_prompts(prompt, file)
-    lm = with_draft(machine.load(target), draft, method, options)
-    if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
-        note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
-    tokens = len(prompts) * params.max_new_tokens
-    machine.compile_models(lm.target, [lm.drafter], tokens)
-    if svip_fit is not None:
-        from ..fit import with_fitted_threshold
-
-        known = [one.ids(lm.target, chat) for one in read_prompts(None, svip_fit)]
-        lm.drafter, fit = with_fitted_threshold(lm.target, lm.drafter, known, params)
-        say(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]")
+    calibration = [] if svip_fit is None else read_prompts(None, svip_fit)
     with opened(output) as out:
+        lm = with_draft(machine.load(target), draft, method, options)
+        if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
+            note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
+        tokens = len(prompts) * params.max_new_tokens
+        machine.compile_models(lm.target, [lm.drafter], tokens)
+        if calibration:
+            known = [one.ids(lm.target, chat) for one in calibration]
+            lm.drafter, fit = with_fitted_threshold(lm.target, lm.drafter, known, params)
+            say(f"[svip threshold {fit.threshold}, {fit.speedup:.2f}x expected]")
         show(lm, prompts, params, batch, as_json, chat, out)

@@ -28,24 +28,29 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The papers' studies, on your own target and drafts.", no_args_is_help=True)
 
 Drafts = Annotated[list[str], typer.Option("--draft", help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Prompts are cut to so many tokens; 0: whole.")]
-Limit = Annotated[int, typer.Option("--limit", help="Prompts of a category; greedily, ones that don't loop.")]
-Methods = Annotated[str, typer.Option("--methods", help="Joined by commas, written as for `glidecape bench`.")]
-Length = Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted a round.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Cut prompts to this many tokens; 0: do not cut.")]
+Limit = Annotated[
+    int,
+    typer.Option(
+        "--limit", help="Prompts in each category; with greedy decoding, only those whose output does not loop."
+    ),
+]
+Methods = Annotated[str, typer.Option("--methods", help="Methods, joined by commas, as for `glidecape bench`.")]
+Length = Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted in each round.")]
 SMALL = MethodOptions(bins=SMALL_BINS)
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What every study can be told."""
+    """The options of every study."""
 
     suite: str = option(
         "own,stdlib:400",  # small targets loop on most prompts when they are greedy
         "Suites or files of prompts, joined by commas; see `glidecape bench --help`.",
     )
     suites: Path | None = option(None, "Folder of suites; default: GLIDECAPE_SUITES.")
-    temperature: str = option("0,1", "One, or several joined by commas.")
-    max_new_tokens: int = option(128, "Tokens of each output at most.")
+    temperature: str = option("0,1", "Sampling temperatures, joined by commas; 0: greedy.")
+    max_new_tokens: int = option(128, "Most tokens of each output.")
     repeats: int = option(1, "Timed repeats; medians are reported.", least=1)
     out: Path | None = option(None, flag="output", help="Write this JSON file, and a Markdown table beside it.")
     machine: ServingMachine = field(default_factory=lambda: ServingMachine(dtype="float32"))
@@ -151,9 +156,9 @@ def _numbers(text: str, name: str, read: type = int) -> list[Any]:
 def cape(
     target: TargetName,
     draft: Drafts,
-    name: Annotated[str, typer.Option("--use", help="Which --draft; default: the first.")] = "",
-    siblings: Annotated[str, typer.Option(help="Fixed numbers of siblings.")] = "2,4,8",
-    beams: Annotated[str, typer.Option(help="Beams.")] = "4,8",
+    name: Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")] = "",
+    siblings: Annotated[str, typer.Option(help="Fixed numbers of siblings, joined by commas.")] = "2,4,8",
+    beams: Annotated[str, typer.Option(help="Numbers of beams, joined by commas.")] = "4,8",
     bins: Annotated[
         list[str] | None, typer.Option(help="NAME=7,5,3,1: an entry of the grid; repeat. Default: the built-in grid.")
     ] = None,
@@ -216,7 +221,7 @@ def svip(
         str, typer.Option(help="vanilla, glide, …, with +cape or +beam; the stop policies are the study's own.")
     ] = "glide",
     calibration: Annotated[
-        str, typer.Option(help="Suites or files to fit the threshold on; default: every fourth prompt is kept for it.")
+        str, typer.Option(help="Suites or files to fit the threshold on; default: every fourth prompt.")
     ] = "",
     lengths: Annotated[str, typer.Option(help="Constant lengths, such as 1-16 or 1,2,4,8.")] = "1-6,8,12,16",
     method_options: MethodOptions = SMALL,
@@ -285,7 +290,7 @@ def batch(
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
-    sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4,16",
+    sizes: Annotated[str, typer.Option(help="Batch sizes, joined by commas.")] = "1,4,16",
     method_options: MethodOptions = SMALL,
     prompt_tokens: PromptTokens = 192,
     limit: Limit = 16,
@@ -315,7 +320,9 @@ def context(
     target: TargetName,
     draft: Drafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, padded with earlier text.")] = "256,1024,4096",
+    lengths: Annotated[
+        str, typer.Option(help="Lengths of the prompts in tokens, joined by commas; earlier text pads them.")
+    ] = "256,1024,4096",
     method_options: MethodOptions = SMALL,
     limit: Limit = 8,
     run: StudyOptions = StudyOptions(suite="own"),
@@ -346,7 +353,7 @@ def long(
     prompt_tokens: PromptTokens = 192,
     run: StudyOptions = StudyOptions(suite="own:4", temperature="1,0", max_new_tokens=4096),
 ) -> None:
-    """Long outputs: figures up to 128, 256, … tokens, with the repetition of what was emitted. Loops stay in."""
+    """Long outputs: figures up to 128, 256, … tokens, with the repetition of what was emitted. Looping outputs are included."""
     from ..bench.draw import encode
     from ..measure.sweeps import params_of, study_long
 

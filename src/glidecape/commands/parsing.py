@@ -107,7 +107,7 @@ def add_to(app: typer.Typer, *examples: str) -> Callable[[Callable[..., Any]], C
 def _with_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     config = typer.Option(
         "--config",
-        help="YAML or JSON file of this command's options; what is typed comes first.",
+        help="YAML or JSON file of this command's options; typed options override it.",
         callback=_take_config,
         is_eager=True,
         rich_help_panel="Common",

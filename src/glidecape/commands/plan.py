@@ -199,7 +199,7 @@ def plan(
     data: Annotated[Path | None, typer.Option(help="Text to train on; default: random token ids.")] = None,
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on.")] = 4e6,
     recipe: DraftRecipe = DraftRecipe(),
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds to measure for.")] = 5.0,
     as_json: AsJson = False,
     machine: Machine = Machine(dtype="float32"),
 ) -> None:

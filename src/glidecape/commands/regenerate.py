@@ -19,15 +19,22 @@ def regenerate(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="As for train: documents are cut, prompts and messages are continued.")],
     out: Annotated[
-        Path, typer.Option("--output", "-o", help="A .jsonl file for train --data; an interrupted one goes on.")
+        Path,
+        typer.Option("--output", "-o", help="The .jsonl file to write, for train --data; an interrupted run resumes."),
     ],
-    draft: Annotated[str | None, typer.Option(help="A draft, to be faster: the file is the same.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft that makes this faster; the file is the same without it.")
+    ] = None,
     method: Annotated[str, typer.Option(help="As in generate; default: a chain if there is a draft, else plain.")] = "",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document that are continued.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to emit a row at most.")] = 192,
-    temperature: Annotated[float, typer.Option(help="0: greedy, which small targets answer with loops.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
-    limit: Annotated[int, typer.Option(min=0, help="Rows to make; 0: one of every row.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document that serve as its prompt.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to emit for each row.")] = 192,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: greedy, where small targets often loop.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the fewest tokens that together have this probability; 1: all.")
+    ] = 1.0,
+    limit: Annotated[int, typer.Option(min=0, help="Most rows to make; 0: one for each row of the data.")] = 0,
     seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
     options: MethodOptions = MethodOptions(),

@@ -22,7 +22,7 @@ def serve(
     target: TargetOrShipped = None,
     draft: Draft = None,
     method: Annotated[
-        str, typer.Option(help="As for generate; auto: the chain of what the draft is for, plain without a draft.")
+        str, typer.Option(help="As for generate; auto: a chain of the draft's own kind, or plain without a draft.")
     ] = "auto",
     settings: ServeSettings = ServeSettings(),
     options: MethodOptions = MethodOptions(bins=SMALL_BINS),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from ..errors import InputError
+from ..files import only_writer
 from ..options import option
 from ..progress import bar, note
 
@@ -87,7 +88,7 @@ class ServingMachine(Machine):
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
     compile: str = option(
         "auto",
-        "Decode by compiled programs: on, off, or auto: where they were compiled before, or there is enough to decode.",
+        "Decode with compiled programs: on, off, or auto (if they were compiled before, or there is enough to decode).",
         environment="GLIDECAPE_COMPILE",
     )
 
@@ -145,22 +146,26 @@ def choose(target: str | None, draft: str | None, method: str) -> tuple[str, str
 
 @contextmanager
 def opened(path: Path | None) -> Iterator[TextIO | None]:
-    """The file that is written to, which appears when it is whole; None for standard output.
+    """The file of `--output`, which appears when it is whole; None for standard output.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: see `only_writer`.
     """
     if path is None:
         yield None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
+    if path.is_symlink() or path.is_char_device() or path.is_fifo():
+        with path.open("w", encoding="utf-8") as file:  # such as /dev/null, which a file must not replace
             yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with only_writer(path, folder=False):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,32 @@ from .train import SaveEvery, Tokens, budget_of
 def study(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="As for train.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; an interrupted one there goes on.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the study; an interrupted study there resumes.")
+    ],
     factor: Annotated[
         list[str] | None,
         typer.Option(
-            help="A row a value: cross, loss, lags, max-lag, preset, optimizer, glimpse, layers, read, width, norm, "
+            help="One row for each value of this factor: cross, loss, lags, max-lag, preset, optimizer, "
+            "glimpse, layers, read, width, norm, "
             "embedding, window or draft-vocab; repeat."
         ),
     ] = None,
     row: Annotated[
         list[str] | None, typer.Option(help="One more row, NAME=field:value,field:value of a recipe; repeat.")
     ] = None,
-    base: Annotated[str, typer.Option(help="Changes to what all rows begin with, field:value,field:value.")] = "",
-    seeds: Annotated[str, typer.Option(help="Every row is trained with each, joined by commas.")] = "0",
+    base: Annotated[
+        str, typer.Option(help="Changes to the recipe that all rows start from, field:value,field:value.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Random seeds, joined by commas; every row is trained with each.")] = "0",
     tokens: Tokens = None,
-    length: Annotated[int, typer.Option(min=16, help="Window in tokens.")] = 256,
-    rows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Windows in each step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="muon for the hidden matrices, or adamw.")] = "muon",
-    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts that count: ones that don't loop.")] = 32,
+    prompts: Annotated[
+        int, typer.Option(min=2, help="Held-out prompts to compare on, only those whose output does not loop.")
+    ] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded after each.")] = 64,
     save_every: SaveEvery = 300,

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from ..train.loop import Budget
 
 Tokens = Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, such as 4e6.")]
-Minutes = Annotated[float | None, typer.Option(help="Time to train; the first limit reached ends it.")]
-SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more.")]
+Minutes = Annotated[float | None, typer.Option(help="Minutes to train; training ends at whichever limit comes first.")]
+SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more than that.")]
 
 
 def train(
     target: TargetName,
     data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the draft; an interrupted run there goes on.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the draft; an interrupted run there resumes.")],
     recipe: DraftRecipe = DraftRecipe(),
     tokens: Tokens = None,
     minutes: Minutes = None,
@@ -33,7 +33,7 @@ def train(
     save_every: SaveEvery = 300,
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
-    """Train a draft for a frozen target. Its keys and values are made on the fly; nothing is stored."""
+    """Train a draft for a frozen target; no hidden states need to be stored."""
     from ..train.draft import preview_data, train_draft
 
     budget = None if preview else budget_of(tokens, minutes)
@@ -67,7 +67,7 @@ def budget_of(tokens: float | None, minutes: float | None) -> Budget:
     from ..train.loop import Budget
 
     if tokens is None and minutes is None:
-        raise InputError("give --tokens or --minutes: training has no other end")
+        raise InputError("give --tokens or --minutes: nothing else ends training")
     if tokens is not None and not math.isfinite(tokens):
         raise InputError(f"--tokens takes a number such as 4e6, not {tokens}")
     return Budget(None if tokens is None else int(tokens), minutes)
@@ -75,11 +75,13 @@ def budget_of(tokens: float | None, minutes: float | None) -> Budget:
 
 def train_target(
     data: Annotated[Path, typer.Option(help="Corpus folder made by `glidecape data`.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Model folder; an interrupted run there goes on.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Model folder to write; an interrupted run there resumes.")
+    ],
     tokens: Tokens = None,
     minutes: Minutes = None,
     start_from: Annotated[
-        Path | None, typer.Option(help="Model folder to train further; sizes are then its own, --data any text.")
+        Path | None, typer.Option(help="Model folder to continue from; its sizes are kept, and --data may be any text.")
     ] = None,
     shape: TargetShape = TargetShape(),
     windowing: Windowing = Windowing(),
@@ -92,11 +94,11 @@ def train_target(
     ] = "",
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile: about a quarter faster.")] = False,
     save_every: SaveEvery = 300,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of weights and batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
 ) -> None:
-    """Train a small target from nothing, for a machine without any model, or a model you have further."""
+    """Train a small target from scratch, or continue training a model that you have."""
     from ..train import target as recipes
 
     Machine(device, threads=threads).check()

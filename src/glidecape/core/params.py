@@ -85,11 +85,11 @@ class SamplingParams:
     False
     """
 
-    temperature: float = option(0.0, "0: greedy.")
-    top_k: int = option(0, "0: all.")
-    top_p: float = option(1.0, "1: all.")
-    seed: int = option(0, "Row i of the prompts uses seed + i.")
-    max_new_tokens: int = option(128, "Tokens to emit at most.")
+    temperature: float = option(0.0, "Sampling temperature; 0: greedy.")
+    top_k: int = option(0, "Sample from this many of the most probable tokens; 0: all.")
+    top_p: float = option(1.0, "Sample from the fewest tokens that together have this probability; 1: all.")
+    seed: int = option(0, "Random seed; prompt i uses seed + i.")
+    max_new_tokens: int = option(128, "Most tokens to emit.")
     stop_token_ids: tuple[int, ...] = option(
         (),
         "Token id that ends a row; repeat for several.",
@@ -98,12 +98,12 @@ class SamplingParams:
         read=tokens_from,
         write=list,
     )
-    ignore_eos: bool = option(False, "Go on after end-of-text.")
+    ignore_eos: bool = option(False, "Continue after end-of-text.")
     sampling: str = option(NOISE, "noise: same seed, same text with any method. residual: the papers' rule.")
-    min_p: float = option(0.0, "Keep tokens of this share of the largest probability; 0: all.")
-    repetition_penalty: float = option(1.0, "On tokens of prompt and output; 1: off.")
-    presence_penalty: float = option(0.0, "On tokens of the output, once; 0: off.")
-    frequency_penalty: float = option(0.0, "On tokens of the output, each time; 0: off.")
+    min_p: float = option(0.0, "Keep tokens that have at least this share of the largest probability; 0: all.")
+    repetition_penalty: float = option(1.0, "Penalty on tokens that the prompt or the output contains; 1: off.")
+    presence_penalty: float = option(0.0, "Penalty on tokens that the output contains; 0: off.")
+    frequency_penalty: float = option(0.0, "Penalty on a token for each time the output contains it; 0: off.")
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = option(
         (),
         "ID=NUMBER, from -100 to 100, added to a token's logit; repeat for several.",
@@ -113,12 +113,12 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = option(
         (),
-        "Text that ends a row, left out; repeat for several.",
+        "Text that ends a row and is left out of it; repeat for several.",
         type=list[str] | None,
         read=tokens_from,
         write=list,
     )
-    min_new_tokens: int = option(0, "Nothing ends a row before.")
+    min_new_tokens: int = option(0, "No row ends before it has this many tokens.")
     logprobs: int | None = None
     processor: Processor | None = None
     ends: Ends | None = None

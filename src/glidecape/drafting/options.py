@@ -52,7 +52,7 @@ class MethodOptions:
 
     length: int = option(
         5,
-        "Tokens drafted a round, or a tree's depth, without SVIP; the first one with heuristic.",
+        "Without SVIP: tokens drafted a round, or the depth of a tree. With heuristic: the length of the first round.",
         flag="draft-length",
         needs=FIXED,
     )
@@ -73,25 +73,25 @@ class MethodOptions:
     )
     cap: int = option(
         40,
-        "Tokens at most with svip or heuristic; the draft's max lag also holds.",
+        "Most tokens drafted a round with svip or heuristic; never more than the draft's max lag.",
         flag="svip-cap",
         needs=CAPPED,
     )
     over: str = option(
         "best",
-        "Whose entropy, with beam or a tree: best, mean or min of the frontier.",
+        "With beam or a tree, SVIP takes the entropy of the frontier's best node, or its mean or min.",
         flag="svip-over",
         needs=SVIP,
     )
-    beams: int = option(4, "Nodes a depth with beam.", needs=BEAM)
+    beams: int = option(4, "Nodes at each depth, with beam.", needs=BEAM)
     top: int = option(
         10,
-        "With tree or static: choices of a node that go on; with tree also nodes run a depth.",
+        "With tree or static: children of a node; with tree also the nodes that the draft runs at each depth.",
         flag="tree-top",
         needs=TREE,
     )
-    total: int = option(60, "Nodes verified with tree or static, the root included.", flag="tree-total", needs=TREE)
-    ngram: int = option(3, "Longest match of prompt lookup.", flag="lookup-ngram", needs=LOOKUP)
+    total: int = option(60, "With tree or static: nodes verified, the root included.", flag="tree-total", needs=TREE)
+    ngram: int = option(3, "Longest n-gram that prompt lookup matches.", flag="lookup-ngram", needs=LOOKUP)
 
     def changed(self, **changes: Any) -> MethodOptions:
         """These options with some changed; text becomes what the field holds.

@@ -182,8 +182,7 @@ def _target_of_draft(name: str | Path) -> str | None:
 
 def _draft_on_hub(name: str) -> Path | None:
     """The snapshot of a Hub repository that holds a draft of ours; None where it does not, or cannot be asked."""
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or Path(name).parent.is_dir():
         return None
@@ -194,8 +193,6 @@ def _draft_on_hub(name: str) -> Path | None:
             return Path(kept).parent
         if constants.HF_HUB_OFFLINE:
             return None
-        from huggingface_hub import file_exists
-
         return Path(snapshot_download(name)) if file_exists(name, WEIGHTS) else None
-    except (OSError, HFValidationError, RuntimeError):
-        return None  # loading the model will say what is wrong
+    except Exception:  # of the HTTP library, or the Hub's own; loading the model will say what is wrong
+        return None

@@ -102,7 +102,7 @@ def params_of(options: Mapping[str, Any], params: SamplingParams | None = None) 
     if criteria := _listed(given.pop("stopping_criteria", None), "stopping_criteria"):
         if any(type(one).__name__ == "MaxTimeCriteria" for one in criteria):
             raise UnsupportedError(
-                "MaxTimeCriteria ends a text by the clock, another one each time: give max_new_tokens"
+                "MaxTimeCriteria ends a text by the clock, so outputs would differ from run to run: give max_new_tokens"
             )
         given["ends"] = ends_of(criteria)
     if "stop_token_ids" in given:

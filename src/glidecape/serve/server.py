@@ -108,7 +108,7 @@ def bind(settings: ServeSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(f"cannot listen at {settings.host} port {settings.port}: {error.strerror or error}") from None
+        raise InputError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from None
 
 
 def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> None:

@@ -16,24 +16,26 @@ class ServeSettings:
         InputError: a value out of range.
     """
 
-    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
-    port: int = option(8000, "0: any free one.", least=0)
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 accepts other machines, too.")
+    port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     model_name: str | None = option(None, "Name that clients ask for; default: the target folder's.")
     max_batch: int = option(16, "Requests decoded together.", least=1)
-    max_queue: int = option(64, "Requests that may wait; one more gets status 429.", least=0)
-    max_context: int = option(4096, "Tokens of a prompt and its answer; 0: the target's own context.", least=0)
+    max_queue: int = option(64, "Requests that may wait; further ones get status 429.", least=0)
+    max_context: int = option(
+        4096, "Most tokens of a prompt and its answer together; 0: the target's own context.", least=0
+    )
     cache_mib: int = option(0, "MiB that keys and values may take; 0: 80 % of what is free.", least=0)
     timeout: float = option(600.0, "Seconds until a request that has not ended gets an error.", least=0)
-    drain: float = option(30.0, "Seconds that requests have to end after SIGTERM.", least=0)
+    drain: float = option(30.0, "Seconds that requests may still take after SIGTERM.", least=0)
     api_key: tuple[str, ...] = option(
         (),
-        "Key that clients must send; repeat for several. Other users of this machine see it here: use the variable.",
+        "Key that clients must send; repeat for several. Other users of this machine can see it here: set the variable.",
         type=list[str] | None,
         read=tokens_from,
         write=list,
         environment="GLIDECAPE_API_KEY",
     )
-    max_body: int = option(4 * 2**20, "Bytes of a request at most.", least=1)
+    max_body: int = option(4 * 2**20, "Most bytes of a request.", least=1)
     shadow: float = option(0.0, "Share of the requests that are decoded again without drafts, when idle, and compared.")
 
     def __post_init__(self) -> None:

@@ -226,7 +226,9 @@ def corpus_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever a torn folder makes of it
-        raise DataError(f"{path} is a corpus without its tokenizer ({first_line(error)}): make it anew") from None
+        raise DataError(
+            f"{path} is a corpus without its tokenizer ({first_line(error)}): make the corpus again"
+        ) from None
 
 
 def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) -> dict[str, Stream]:

@@ -31,7 +31,9 @@ from .teacher import Teacher, logits_by_lag, num_lags, reads_hidden
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
     """`count` prompts of `length` tokens from held-out text, at fixed random places."""
     if len(tokens) < 2 * length:
-        raise DataError(f"only {len(tokens)} held-out tokens: evaluation needs {2 * length} at least")
+        raise DataError(
+            f"only {len(tokens)} held-out tokens, and evaluation needs at least {2 * length}: give more text as --data"
+        )
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
     return [tokens[s : s + length].astype(int).tolist() for s in starts]
 

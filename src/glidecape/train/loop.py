@@ -236,8 +236,8 @@ def _step(
     """
     if not all(map(math.isfinite, losses)):
         raise InputError(
-            f"the loss is {', '.join(f'{value:g}' for value in losses)} at step {number}: lower the learning rate and begin "
-            "in another --output; what was saved before is kept"
+            f"the loss is {', '.join(f'{value:g}' for value in losses)} at step {number}: lower the learning rate and start "
+            "again with another --output; what was saved before is kept"
         )
     for module in modules if clip else ():
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)

@@ -67,7 +67,7 @@ class DraftRecipe:
     kind: str = option("glide", "glide, glide-no-cross (the ablation), eagle, medusa or lm (an independent LM).")
     preset: str = option("default", "default, or paper: the paper's own choices.")
     loss: str = option("", "kl, rkl, tv, nla, lk_hybrid or ce, several joined by +; feature for eagle, its default.")
-    max_lag: int = option(0, "Deepest draft to train for, heads of medusa; 0: the preset's.")
+    max_lag: int = option(0, "Most tokens drafted a round that it is trained for, or heads of medusa; 0: the preset's.")
     length: int = option(256, "Window in tokens.", least=16)
     rows: int = option(16, "Windows a step.", least=1)
     rate: float = option(2e-3, "Peak learning rate.")
@@ -79,19 +79,21 @@ class DraftRecipe:
     loss_on: str = option("all", "all tokens, or completion: of prompt+completion and chat data.")
     accumulate: int = option(1, "Batches of --rows windows a step.", least=1)
     clip: float = option(1.0, "Largest norm of a step's gradient; 0: any.", least=0)
-    layers: int = option(1, "Of the draft; GliDe has 1 or 2.", least=1)
+    layers: int = option(1, "Layers of the draft; GliDe has 1 or 2.", least=1)
     read: str = option(
         "",
         "Target layers that it reads: last; upper, three quarters of the way up; numbers joined by +; or mix: a "
         "learned mean. Default: the preset's.",
     )
-    glimpse: str = option("", "on: it takes the target's last hidden state, too; or off; default: the preset's.")
-    width: float = option(1.0, "Its width over the target's.")
-    window: int = option(-1, "Tokens that its self-attention looks back; 0: all; -1: the preset's, 64.", least=-1)
-    embedding: str = option("", "shared with the target or own; default: the preset's.")
-    norm: str = option("", "on or off, before the cross-attention; default: the preset's.")
-    draft_vocab: int = option(0, "Propose only so many frequent tokens; 0: all.")
-    noise: float = option(0.1, "On the features that eagle is trained on; 0: none.")
+    glimpse: str = option(
+        "", "on: the draft also takes the target's last hidden state; off: it does not. Default: the preset's."
+    )
+    width: float = option(1.0, "Width of the draft over the target's.")
+    window: int = option(-1, "Earlier tokens that its self-attention sees; 0: all; -1: the preset's, 64.", least=-1)
+    embedding: str = option("", "Embedding: shared with the target, or own; default: the preset's.")
+    norm: str = option("", "Norm before the cross-attention: on or off; default: the preset's.")
+    draft_vocab: int = option(0, "Draft only this many of the most frequent tokens; 0: all.")
+    noise: float = option(0.1, "Noise added to the features that eagle is trained on; 0: none.")
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -161,8 +163,8 @@ class TargetShape:
     context: int = option(8192, "Longest sequence that the model declares.")
     rope_theta: float = option(1e5, "Base of the rotary embedding.")
     architecture: str = option("llama", "llama, or qwen3: normalised queries and keys.")
-    window: int = option(0, "Tokens that a layer with a window sees (qwen3); 0: all.", least=0)
-    full_every: int = option(4, "Layers from one without window to the next.", least=1)
+    window: int = option(0, "Earlier tokens that a layer with a window sees (qwen3); 0: all.", least=0)
+    full_every: int = option(4, "Every how many layers one has no window.", least=1)
 
     @property
     def layer_types(self) -> list[str]:

@@ -155,7 +155,7 @@ def regenerate(
         Figures: rows, tokens (emitted by this call), tokens_per_s.
     Raises:
         DataError: see `prompts_of`; nothing is decoded before all rows are checked.
-        CheckpointError: `out` was begun with another target, data or plan, or cannot be written.
+        CheckpointError: `out` was started with another target, data or plan, or cannot be written.
     """
     prompts = prompts_of(target, data, plan)
     card = out.with_name(out.stem + ".card.json")
@@ -224,7 +224,7 @@ def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int
         ) from None
     if other := differences(saved, identity):
         raise CheckpointError(
-            f"{out} was begun with {'; '.join(other)}: give the same options, or name another --output"
+            f"{out} was started with {'; '.join(other)}: give the same options, or name another --output"
         )
     content = out.read_bytes()
     whole = content.rfind(b"\n") + 1

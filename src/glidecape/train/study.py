@@ -272,7 +272,7 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
         raise CheckpointError(f"{path} is not a study's row: delete it to train the row again") from None
     if other := differences(there, identity):
         raise CheckpointError(
-            f"{folder / name} holds a row of that name made with {'; '.join(other)}: name the row or --output otherwise"
+            f"{folder / name} holds a row of that name made with {'; '.join(other)}: give the row or --output another name"
         )
     return figures
 
