@@ -53,6 +53,7 @@ class Job:
             "answer": self.number,
             "finish": self.row.finish,
             "prompt_tokens": self.row.prompt_length,
+            "cached_tokens": self.row.reused,
             "tokens": self.row.emitted,
             "rounds": self.rounds,
             "drafted": self.drafted,

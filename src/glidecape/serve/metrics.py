@@ -28,6 +28,10 @@ class Metrics:
             Gauge, "rows_per_forward_limit", "Rows that may share a forward; fewer after out of memory."
         )
         self.prompt_tokens = self._one(Counter, "prompt_tokens", "Tokens of the prompts of ended requests.")
+        self.prefix_queries = self._one(
+            Counter, "prefix_cache_queries", "Tokens of the prompts for which a prefix was looked up."
+        )
+        self.prefix_hits = self._one(Counter, "prefix_cache_hits", "Tokens that were found, and not read again.")
         self.generation_tokens = self._one(Counter, "generation_tokens", "Tokens emitted.")
         self.ended = self._many(Counter, "request_success", "Answers that ended, by how.", "finished_reason")
         self.rejected = self._many(Counter, "requests_rejected", "Requests that were not taken, by status.", "status")

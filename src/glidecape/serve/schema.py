@@ -79,6 +79,9 @@ class Request(Strict):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Only requests with the same one share prefixes."
+    )
     # Without effect on the output.
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -13,6 +13,7 @@ import time
 import torch
 import uvicorn
 
+from ..core.cache import KVCache
 from ..core.params import SamplingParams
 from ..drafting.drafter import Drafter
 from ..engine.decode import generate
@@ -69,6 +70,9 @@ def make_engine(target: Target, drafter: Drafter, settings: ServeSettings) -> St
         engine = SteadyEngine(target, drafter, settings.max_batch, tokens, tokens, limit_bytes=limit or None)
     except InputError as error:
         raise InputError(f"{error}, with --max-batch, --max-context or --cache-mib") from None
+    if settings.prefix_reuse and engine.slots > 1:
+        for cache in _caches(engine):
+            cache.reserve()
     needed = cache_bytes_of(engine)
     if limit and needed > limit:
         raise InputError(
@@ -78,10 +82,15 @@ def make_engine(target: Target, drafter: Drafter, settings: ServeSettings) -> St
     return engine
 
 
+def _caches(engine: SteadyEngine) -> list[KVCache]:
+    """Those of target and draft."""
+    own: KVCache | None = getattr(engine.batch.draft, "own", None)
+    return [engine.batch.cache, *([] if own is None else [own])]
+
+
 def cache_bytes_of(engine: SteadyEngine) -> int:
     """Bytes of the caches of target and draft."""
-    own = getattr(engine.batch.draft, "own", None)
-    return engine.batch.cache.nbytes + (own.nbytes if own is not None else 0)
+    return sum(cache.nbytes for cache in _caches(engine))
 
 
 def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from starlette.requests import Request as HttpRequest
+
 from ..batch.grammar import new_grammar
 from ..batch.row import Row, new_row
 from ..core.params import SamplingParams
@@ -92,7 +94,7 @@ class Service:
                 404, f"the model '{asked}' is not served here: ask for '{self.name}'", "model", "model_not_found"
             )
 
-    async def jobs(self, body: Request, prompts: list[list[int]], request_id: str) -> list[Job]:
+    async def jobs(self, body: Request, prompts: list[list[int]], http: HttpRequest) -> list[Job]:
         """The jobs of a request, `n` for each prompt, their rows checked.
 
         Rows are made on the encoder's thread, because reading a constraint takes time.
@@ -103,7 +105,11 @@ class Service:
         updates: asyncio.Queue[Update] = asyncio.Queue()
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.settings.timeout
         rows = await loop.run_in_executor(self.encoder, self._rows, body, prompts)
-        return [Job(request_id, number, row, loop, updates, deadline) for number, row in enumerate(rows)]
+        for row in rows if self.settings.prefix_reuse else ():
+            # Prefixes are shared by those who have the same key, and the same salt where they give one.
+            row.salt = f"{http.state.client} {body.cache_salt or ''}"
+        jobs = enumerate(rows)
+        return [Job(http.state.request_id, number, row, loop, updates, deadline) for number, row in jobs]
 
     def _rows(self, body: Request, prompts: list[list[int]]) -> list[Row]:
         rows: list[Row] = []

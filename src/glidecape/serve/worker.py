@@ -182,6 +182,9 @@ class Worker(threading.Thread):
         metrics = self.metrics
         metrics.ended(job.row.finish).inc()
         metrics.prompt_tokens.inc(job.row.prompt_length)
+        if job.row.salt is not None and job.rounds:
+            metrics.prefix_queries.inc(job.row.prompt_length)
+            metrics.prefix_hits.inc(job.row.reused)
         if job.row.finish in ("stop", "length"):
             metrics.whole.observe(time.monotonic() - job.arrived)
             metrics.prompt_length.observe(job.row.prompt_length)

@@ -61,7 +61,7 @@ def add_playground(app: FastAPI, service: Service, streams: dict[int | str, dict
         """For the page at `/` alone, and not stable: the answer as the rounds that made it."""
         service.check_model(body.model)
         ids = await service.encode(lambda: _ids(service, body), "prompt")
-        (job,) = await service.jobs(body, [ids], http.state.request_id)
+        (job,) = await service.jobs(body, [ids], http)
         job.row.watched, job.row.drafts = True, body.drafts
         return Stream(service, [job], _events(service, job))
 
