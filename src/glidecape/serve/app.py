@@ -52,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.worker.stop()
         await asyncio.to_thread(service.worker.join, 10)
-        service.encoder.shutdown(wait=False)
+        service.close()
 
     app = FastAPI(
         title="GlideCape",

@@ -116,12 +116,13 @@ class Request(Strict):
         return self
 
     @property
-    def constraint_field(self) -> str:
-        """The field that `constraint` is made of."""
+    def constraint_field(self) -> str | None:
+        """The field that `constraint` is made of; None without one."""
         if self.structured_outputs is not None:
             return "structured_outputs.regex"
-        is_schema = self.response_format is not None and self.response_format.json_schema is not None
-        return "response_format.json_schema.schema" if is_schema else "response_format"
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        return "response_format" if self.response_format.json_schema is None else "response_format.json_schema.schema"
 
     @property
     def constraint(self) -> Constraint | None:
