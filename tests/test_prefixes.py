@@ -1,4 +1,4 @@
-"""Prefix reuse: a row that begins like another one takes its tokens' keys and values, and gets the tokens that it gets alone."""
+"""Prefix reuse: a row that begins like another one takes what is cached of it, and gets the tokens that it gets alone."""
 
 from __future__ import annotations
 
@@ -153,7 +153,14 @@ def test_the_oldest_tokens_make_room_and_failed_rows_leave_none() -> None:
     assert not engine.batch.prefixes.left
 
 
-METHODS = {"glide": "glide", "glide+cape": "glide", "eagle": "eagle", "medusa": "medusa", "vanilla": "lm", "lookup": None}
+METHODS = {
+    "glide": "glide",
+    "glide+cape": "glide",
+    "eagle": "eagle",
+    "medusa": "medusa",
+    "vanilla": "lm",
+    "lookup": None,
+}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import openai
 import pytest
@@ -28,7 +29,9 @@ def server(target, drafter):
 
 def cached(one: Running, prompt: str = TEXT, headers: dict[str, str] | None = None, **fields) -> int:
     """Tokens that a request found in the cache."""
-    status, body, _ = one.ask("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0} | fields, headers)
+    status, body, _ = one.ask(
+        "/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0} | fields, headers
+    )
     assert status == 200, body
     return body["usage"]["prompt_tokens_details"]["cached_tokens"]
 
@@ -93,3 +96,16 @@ def test_a_failed_engine_forgets_all_prefixes(server, monkeypatch) -> None:
     monkeypatch.undo()
     assert cached(one) == 0
     assert cached(one) > 16
+
+
+def test_time_won_against_plain_rounds_is_counted_by_their_measured_cost(server) -> None:
+    one = server()
+    plain = one.service.worker.plain
+    assert plain.rows == (1, 4, 16)
+    assert 0 < plain.of(1) <= plain.of(16)
+    for seconds, name in ((1.0, "won"), (0.0, "lost")):
+        one.service.worker.plain = replace(plain, seconds=(seconds,) * 3)
+        before = one.metric(f"draft_time_{name}_seconds_total")
+        one.complete(PROMPTS[0], max_tokens=20, ignore_eos=True)
+        assert one.metric(f"draft_time_{name}_seconds_total") > before
+    assert 5 < one.metric("draft_time_won_seconds_total") < 20  # a second a token, less what the rounds took

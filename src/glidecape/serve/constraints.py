@@ -51,8 +51,8 @@ class Constraints:
             self._known = dict([*self._known.items()][1 - KNOWN :]) | {constraint: seconds}
         if (needed := self._known[constraint] * answers) > SECONDS:
             raise InputError(
-                f"the constraint takes {needed:.1f} seconds to read for {answers} answers, and at most {SECONDS} are taken: ask "
-                "for fewer answers, or write a smaller constraint"
+                f"the constraint takes {needed:.1f} seconds to read for {answers} answers, and at most {SECONDS} are taken: "
+                "ask for fewer answers, or write a smaller constraint"
             )
 
     def _ask(self, constraint: Constraint) -> float:
@@ -78,7 +78,9 @@ class Constraints:
     def _start(self) -> subprocess.Popen[str]:
         """A child that has the tokenizer and waits for constraints."""
         command = [sys.executable, "-m", "glidecape.serve.constraints"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert child.stdin is not None
         child.stdin.write(json.dumps([self.tokenizer.backend_tokenizer.to_str(), self.size]) + "\n")
         return child

@@ -46,6 +46,8 @@ class Metrics:
         self.accepted_at = self._many(
             Counter, "spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by depth.", "position"
         )
+        self.time_won = self._one(Counter, "draft_time_won_seconds", "Seconds that drafts won against plain decoding.")
+        self.time_lost = self._one(Counter, "draft_time_lost_seconds", "Seconds that drafts lost against it.")
         self.draft_failures = self._one(Counter, "draft_failures", "Answers that go on without drafts after an error.")
         self.out_of_memory = self._one(Counter, "out_of_memory", "Forwards for which the device had not enough memory.")
         self.shadow = self._many(

@@ -15,7 +15,7 @@ import uvicorn
 
 from ..core.cache import KVCache
 from ..core.params import SamplingParams
-from ..drafting.drafter import Drafter
+from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import generate
 from ..engine.steady import SteadyEngine
 from ..errors import InputError
@@ -25,6 +25,7 @@ from .metrics import Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shadow import Shadow
+from .won import PlainRounds
 from .worker import Worker
 
 LOG = logging.getLogger("glidecape.serve")
@@ -103,7 +104,8 @@ def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name
         raise InputError("this target has no tokenizer, and a server takes text: put one into its folder")
     engine, metrics = make_engine(target, drafter, settings), Metrics(name)
     shadow = Shadow(target, settings.shadow, metrics)
-    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow)
+    plain = None if isinstance(drafter, NoDraft) else PlainRounds.measured(target, settings.max_batch)
+    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow, plain)
     return Service(target, worker, metrics, settings, name, method)
 
 
