@@ -88,9 +88,9 @@ class Process(Asking):
 
     @property
     def resident(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory that it holds, without mapped files: their pages come and go as the kernel likes."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon"))
 
 
 class Running(Asking):

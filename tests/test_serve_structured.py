@@ -206,3 +206,56 @@ def test_rows_with_a_constraint_survive_faults_that_leave_their_matcher_in_error
     assert not engine.failed
     for row, prompt, own in zip(rows, ids, params, strict=True):
         assert row.new_tokens == generate(target, prompt, None, own)[0].tokens
+
+
+# --- constraints that are meant to do harm
+
+
+def nested(depth: int) -> dict:
+    return functools.reduce(lambda inner, _: {"type": "object", "properties": {"a": inner}}, range(depth), {})
+
+
+HOSTILE = {
+    "never read": {"allOf": [{"type": "integer", "multipleOf": prime} for prime in (9973, 9967, 9949, 9941)]},
+    "too much memory": {"allOf": [{"type": "string", "pattern": f"^.*a.{{{k}}}b.*$"} for k in range(5, 25)]},
+    "a cycle": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    "nothing": {"type": "array", "items": {"enum": []}, "minItems": 1},
+    "far away": {"$ref": "http://127.0.0.1:1/schema"},
+    "a file": {"$ref": "file:///etc/passwd"},
+    "deep": nested(150),
+    "huge": {"enum": [f"word{i}" for i in range(20_000)]},
+}
+PATTERNS = ["a{1000000000}", "(" * 5000 + "a" + ")" * 5000, "[a-z]*" * 3000, r"[^\s\S]", "a" * 200_000]
+
+
+def test_hostile_constraints_are_refused_and_other_requests_go_on(running, target) -> None:
+    """The first takes minutes to read; requests without a constraint are answered meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        never = pool.submit(
+            running.ask, "/v1/completions", {"prompt": "x", "max_tokens": 2} | schema(HOSTILE["never read"])
+        )
+        expected, answered = alone(target, PROMPTS[0], max_new_tokens=8), 0
+        while not never.done():
+            assert running.complete(PROMPTS[0], max_tokens=8) == expected
+            answered += 1
+        status, body, _ = never.result()
+    assert (status, body["error"]["param"]) == (400, "response_format.json_schema.schema")
+    assert "takes more than 5 seconds or 256 MiB to read" in body["error"]["message"]
+    assert answered > 5
+
+
+@pytest.mark.parametrize("fields", [*(schema(one) for name, one in HOSTILE.items() if name != "never read"),
+                                    *({"structured_outputs": {"regex": one}} for one in PATTERNS)])  # fmt: skip
+def test_hostile_constraints_are_a_400(running, fields) -> None:
+    status, body, _ = running.ask("/v1/completions", {"prompt": "x", "max_tokens": 2, "temperature": 0} | fields)
+    assert status == 400, body
+    assert len(body["error"]["message"]) < 500
+
+
+def test_many_answers_under_a_constraint_that_is_slow_to_read_are_refused(running, monkeypatch) -> None:
+    monkeypatch.setattr(running.service.constraints, "_ask", lambda constraint: 0.5)
+    slow = {"structured_outputs": {"regex": "[a-f]{2}"}, "prompt": "x", "max_tokens": 1}
+    assert running.ask("/v1/completions", slow | {"n": 2})[0] == 200
+    status, body, _ = running.ask("/v1/completions", slow | {"n": 16})
+    assert status == 400
+    assert "takes 8.0 seconds to read for 16 answers" in body["error"]["message"]

@@ -11,13 +11,15 @@ from ..core.cache import KVCache
 from ..core.noise import Noise, gumbel
 from ..core.transfer import to_device
 from .laws import Laws
+from .prefixes import Held, Prefixes
 from .row import Row
 
 
 class Batch:
     """Rows in flight. Row i is in row slot i of every cache, so the rows are always in the first slots.
 
-    Rows join and leave between rounds: `admit` copies nothing, `release` moves the last row into the gap.
+    Rows join and leave between rounds: `admit` copies nothing but a prefix that is there already, `release` moves the last row
+    into the gap.
 
     Attributes:
         slots: all rows.
@@ -25,10 +27,12 @@ class Batch:
         cache: the target's, of the rows in use. Invariant of rows that were read:
             `cache.host_lengths[i] == len(rows[i].tokens) - 1`; the root is the token not in the cache.
         draft: the drafter's state, slot by slot; only the drafter looks inside.
+        prefixes: what rows that ended left in the slots after the last row.
     """
 
     def __init__(self, cache: KVCache, draft: Any = None, noise: Noise = gumbel) -> None:
         self.slots: list[Row] = []
+        self.prefixes = Prefixes()
         self.cache, self.draft, self.noise = cache, draft, noise
         self._changed()
 
@@ -56,14 +60,29 @@ class Batch:
         return self.cache.lengths
 
     def admit(self, row: Row) -> int:
-        """Give a row the next slot; returns its number."""
+        """Give a row the next slot, with the longest prefix of it that some slot holds (`prefixes`); returns its number."""
         slot = len(self.slots)
+        source, row.reused = self.find(row)
+        place = self.prefixes.place(range(slot, self.cache.slots), source, row.reused)
+        if place != slot:
+            self._exchange(slot, place)
+            source = {slot: place, place: slot}.get(source, source)
+        self.prefixes.left.pop(slot, None)
+        self._copy(source, slot, row.reused)
         self.slots.append(row)
-        self.cache.clear(slot)
-        if self.draft is not None:
-            self.draft.clear(slot)
         self._changed()
         return slot
+
+    def find(self, row: Row) -> tuple[int, int]:
+        """The slot that holds most of a row's first tokens, and how many."""
+        if row.salt is None:
+            return -1, 0
+        running = {
+            slot: Held(one.tokens[: self.cache.length(slot)], one.salt)
+            for slot, one in enumerate(self.slots)
+            if one.salt is not None
+        }
+        return self.prefixes.find(row, running)
 
     def release(self, slot: int, ready: int | None = None) -> None:
         """Let a row go; the last row takes its slot.
@@ -72,15 +91,26 @@ class Batch:
             ready: the first so many rows are to stay the first ones: the last of them takes the slot of one of them, and the
                 last row of all takes its.
         """
+        if not self.prefixes.leave(slot, self.slots[slot], self.cache.length(slot)):
+            self._copy(slot, slot, 0)
         for last in (ready or 0) - 1, len(self.slots) - 1:
             if slot < last:
                 self.slots[slot] = self.slots[last]
-                self.cache.move(last, slot)
-                if self.draft is not None:
-                    self.draft.move(last, slot)
+                self._exchange(last, slot)
                 slot = last
         self.slots.pop()
         self._changed()
+
+    def _exchange(self, one: int, other: int) -> None:
+        self.prefixes.exchange(one, other)
+        self.cache.exchange(one, other)
+        if self.draft is not None:
+            self.draft.exchange(one, other)
+
+    def _copy(self, source: int, goal: int, length: int) -> None:
+        self.cache.copy(source, goal, length)
+        if self.draft is not None:
+            self.draft.copy(source, goal, length)
 
     def _changed(self) -> None:
         """All rows are in use, and none has laws yet."""

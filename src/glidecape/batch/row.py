@@ -30,6 +30,8 @@ class Row:
         cut: where a stop string ended the row.
         grammar: its state under the constraint; None without one.
         drafts: False for a row that is to be decoded plainly, by an engine that looks at it (`SteadyEngine`).
+        salt: the row takes prefixes from rows with the same one, and leaves its own to them; None: from and to nobody.
+        reused: tokens that it took.
         watched: somebody wants to see what is proposed (`Emitted.proposal`), which costs a transfer a round.
     """
 
@@ -46,6 +48,8 @@ class Row:
     cut: Cut | None = None
     grammar: Grammar | None = None
     drafts: bool = True
+    salt: str | None = None
+    reused: int = 0
     watched: bool = False
 
     def rewind(self, tokens: int) -> None:

@@ -136,6 +136,7 @@ class KVCache(SlotCache):
         self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
         self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._host_lengths = [0] * batch
+        self._rooms: dict[tuple[torch.Size, torch.device], Tensor] = {}
         self.scratch = 0
         self.use(0, batch)
 
@@ -172,8 +173,12 @@ class KVCache(SlotCache):
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.keys, *self.values, *([] if self.hidden is None else [self.hidden])]
-        return sum(t.nbytes for t in kept)
+        return sum(t.nbytes for t in (*self._stores, *self._rooms.values()))
+
+    @property
+    def slots(self) -> int:
+        """Row slots, in use or not."""
+        return len(self._host_lengths)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next scratch slots of every row; returns views of all slots up to there.
@@ -263,21 +268,45 @@ class KVCache(SlotCache):
         self._lengths[self.rows] = to_device(lengths, self.device)
         self._forget()
 
-    def move(self, source: int, goal: int) -> None:
-        """Copy row slot `source` to row slot `goal`, which then stand for the same row."""
-        length = self._host_lengths[source]
-        for store in (*self.keys, *self.values):
-            store[goal, :, :length] = store[source, :, :length]
-        if self.hidden is not None:
-            self.hidden[goal, :length] = self.hidden[source, :length]
-        self._host_lengths[goal] = length
-        self._lengths[goal] = self._lengths[source]
-        self._forget()
+    # --- row slots, in use or not
 
-    def clear(self, row: int) -> None:
-        """Forget all of row slot `row`."""
-        self._host_lengths[row] = 0
-        self._lengths[row] = 0
+    def exchange(self, one: int, other: int) -> None:
+        """What is committed in row slots `one` and `other` changes places."""
+        first, second = self._host_lengths[one], self._host_lengths[other]
+        for store in self._stores:
+            room = self._room(store) if first else store[one]
+            room[..., :first, :] = store[one, ..., :first, :]
+            store[one, ..., :second, :] = store[other, ..., :second, :]
+            store[other, ..., :first, :] = room[..., :first, :]
+        self._set_length(one, second)
+        self._set_length(other, first)
+
+    def copy(self, source: int, goal: int, length: int) -> None:
+        """Commit to row slot `goal` the first `length` committed tokens of row slot `source` alone; both may be one."""
+        for store in self._stores if source != goal else ():
+            store[goal, ..., :length, :] = store[source, ..., :length, :]
+        self._set_length(goal, length)
+
+    def reserve(self) -> None:
+        """Take now the memory that `exchange` needs, so that it is there later."""
+        for store in self._stores:
+            self._room(store)
+
+    @property
+    def _stores(self) -> list[Tensor]:
+        """All tensors, `(rows, …, capacity, width)`."""
+        return [*self.keys, *self.values, *([] if self.hidden is None else [self.hidden])]
+
+    def _room(self, store: Tensor) -> Tensor:
+        """Room for one row of a store; those of one shape share it."""
+        key = store.shape[1:], store.device
+        if key not in self._rooms:
+            self._rooms[key] = torch.empty_like(store[0])
+        return self._rooms[key]
+
+    def _set_length(self, slot: int, length: int) -> None:
+        self._host_lengths[slot] = length
+        self._lengths[slot] = length
         self._forget()
 
     # --- what transformers calls on its `Cache`

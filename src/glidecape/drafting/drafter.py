@@ -53,11 +53,11 @@ class Drafter(Protocol):
 class DrafterState(Protocol):
     """What a drafter keeps of each row slot."""
 
-    def move(self, source: int, goal: int) -> None:
-        """The row of slot `source` is in slot `goal` from now on."""
+    def exchange(self, one: int, other: int) -> None:
+        """What is kept of two row slots changes places."""
 
-    def clear(self, slot: int) -> None:
-        """A new row begins in this slot."""
+    def copy(self, source: int, goal: int, length: int) -> None:
+        """A new row begins in slot `goal`. Its first `length` tokens are those of slot `source`, which may be the same."""
 
 
 class NoDraft:
@@ -130,19 +130,19 @@ class DraftState:
     first: int = 0
     around: Any = None
 
-    def move(self, source: int, goal: int) -> None:
-        self.own.move(source, goal)
+    def exchange(self, one: int, other: int) -> None:
+        self.own.exchange(one, other)
         if self.around is not None:
-            self.around.move(source, goal)
+            self.around.exchange(one, other)
         if self.lengths is not None:
-            self.lengths[goal] = self.lengths[source]
+            self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
-    def clear(self, slot: int) -> None:
-        self.own.clear(slot)
+    def copy(self, source: int, goal: int, length: int) -> None:
+        self.own.copy(source, goal, min(length, self.own.length(source)))
         if self.around is not None:
-            self.around.clear(slot)
+            self.around.copy(source, goal, length)
         if self.lengths is not None:
-            self.lengths[slot] = self.first
+            self.lengths[goal] = self.first
 
 
 class ModelDrafter:

@@ -72,11 +72,11 @@ class LookupState:
 
     indexes: list[NgramIndex]
 
-    def move(self, source: int, goal: int) -> None:
-        self.indexes[goal] = self.indexes[source]
+    def exchange(self, one: int, other: int) -> None:
+        self.indexes[one], self.indexes[other] = self.indexes[other], self.indexes[one]
 
-    def clear(self, slot: int) -> None:
-        self.indexes[slot] = NgramIndex(self.indexes[slot].longest)
+    def copy(self, source: int, goal: int, length: int) -> None:
+        self.indexes[goal] = NgramIndex(self.indexes[goal].longest)
 
 
 class LookupDrafter:

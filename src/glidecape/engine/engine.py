@@ -109,7 +109,8 @@ class Engine:
             batch.release(slot, self.ready)
             self.ready -= slot < self.ready
         newcomers = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(batch.slots)))]
-        for row in sorted(newcomers, key=lambda one: len(one.tokens)):  # a short prompt need not wait for a long one
+        # One that has little to read need not wait for one that has much.
+        for row in sorted(newcomers, key=lambda one: len(one.tokens) - batch.find(one)[1]):
             batch.admit(row)
         self._count_ready()
 

@@ -23,11 +23,13 @@ class Pace:
     Attributes:
         tokens: of the next chunk, all its rows together.
         rounds: seconds of the last rounds without a chunk before them.
+        last: seconds of the last round; None where a chunk was before it.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.most, self.clock, self.tokens = most, clock, 2 * LEAST
         self.rounds: deque[float] = deque(maxlen=31)
+        self.last: float | None = None
         self._chunk: tuple[int, float] | None = None  # its tokens, and when it began
 
     def chunk(self, tokens: int) -> None:
@@ -39,9 +41,10 @@ class Pace:
         """A round."""
         began = self.clock()
         yield
-        if self._chunk is None:
-            self.rounds.append(self.clock() - began)
-        elif self.rounds:
+        self.last = None if self._chunk is not None else self.clock() - began
+        if self.last is not None:
+            self.rounds.append(self.last)
+        elif self.rounds and self._chunk is not None:
             tokens, began = self._chunk
             self._learn(tokens, self.clock() - began - median(self.rounds))
         self._chunk = None

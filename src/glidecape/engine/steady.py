@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from ..batch.prefixes import Prefixes
 from ..batch.row import Emitted, Row
 from ..core.stats import Stats
 from ..drafting.drafter import NoDraft
@@ -44,6 +45,7 @@ class SteadyEngine(Engine):
         self.waiting.clear()
         while self.batch.slots:
             self.batch.release(len(self.batch.slots) - 1)
+        self.batch.prefixes = Prefixes()
         self.ready = 0
         return rows
 
@@ -91,7 +93,7 @@ class SteadyEngine(Engine):
             self.batch.use(slot, slot + 1)
             self.batch.cache.truncate([count - 1])
             if self.batch.draft is not None and row.drafts:
-                self.batch.draft.clear(slot)
+                self.batch.draft.copy(slot, slot, 0)
                 self._catch_up(row)
 
     def _catch_up(self, row: Row) -> None:

@@ -52,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.worker.stop()
         await asyncio.to_thread(service.worker.join, 10)
-        service.encoder.shutdown(wait=False)
+        service.close()
 
     app = FastAPI(
         title="GlideCape",
@@ -112,9 +112,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     async def answer(http: HttpRequest, body: Request, kind: str, prompts: list[list[int]]) -> Response:
-        request_id = http.state.request_id
-        form, reply = FORMS[kind](), service.reply(kind, request_id)
-        jobs = await service.jobs(body, prompts, request_id)
+        form, reply = FORMS[kind](), service.reply(kind, http.state.request_id)
+        jobs = await service.jobs(body, prompts, http)
         if body.stream:
             events = stream_events(service.target.tokenizer, form, reply, jobs, len(prompts), body.wants_usage)
             return Stream(service, jobs, events)

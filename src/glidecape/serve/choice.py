@@ -89,12 +89,13 @@ def usage_of(jobs: list[Job], prompts: int = 1) -> Usage:
     """Counts of a request's answers; its prompts, the first of each group of `n` answers, are counted once."""
     each = len(jobs) // prompts
     prompt = sum(job.row.prompt_length for job in jobs[::each])
+    cached = sum(job.row.reused for job in jobs[::each])
     answer, accepted = sum(job.row.emitted for job in jobs), sum(job.accepted for job in jobs)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,
         total_tokens=prompt + answer,
-        prompt_tokens_details=PromptDetails(),
+        prompt_tokens_details=PromptDetails(cached_tokens=cached),
         completion_tokens_details=CompletionDetails(
             accepted_prediction_tokens=accepted,
             rejected_prediction_tokens=sum(job.drafted for job in jobs) - accepted,

@@ -62,21 +62,25 @@ class Gate:
                 await send(message)
 
         try:
-            self._let_in(scope["path"], headers)
+            scope["state"]["client"] = self._let_in(scope["path"], headers)
         except ApiError as error:
             return await refuse(error)
         await self.app(scope, body.receive, sent)
 
-    def _let_in(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _let_in(self, path: str, headers: dict[bytes, bytes]) -> int:
+        """The number of the key that came; 0 where none is asked for."""
+        client = 0
         if self.keys and path not in OPEN:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             # All are compared, each in constant time: how long it takes says nothing.
             right = [hmac.compare_digest(key.strip(), one) for one in self.keys]
             if kind.lower() != b"bearer" or not any(right):
                 raise ApiError(401, "no valid API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+            client = right.index(True)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             raise _too_large(int(length), self.max_body)
+        return client
 
 
 def _too_large(size: int, most: int) -> ApiError:

@@ -26,6 +26,7 @@ class Job:
         deadline: when it is given up, on the clock of `time.monotonic`.
         first, last: when tokens came.
         drafted, accepted: of its tokens.
+        won: its share of the seconds that drafts won, or lost.
     """
 
     request: str
@@ -40,6 +41,7 @@ class Job:
     drafted: int = 0
     accepted: int = 0
     rounds: int = 0
+    won: float = 0.0
 
     @property
     def prompt(self) -> list[int]:
@@ -53,10 +55,12 @@ class Job:
             "answer": self.number,
             "finish": self.row.finish,
             "prompt_tokens": self.row.prompt_length,
+            "cached_tokens": self.row.reused,
             "tokens": self.row.emitted,
             "rounds": self.rounds,
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "won_s": round(self.won, 4),
             "first_token_s": None if self.first is None else round(self.first - self.arrived, 4),
             "total_s": round(now - self.arrived, 4),
         }

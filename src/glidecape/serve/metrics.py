@@ -28,6 +28,10 @@ class Metrics:
             Gauge, "rows_per_forward_limit", "Rows that may share a forward; fewer after out of memory."
         )
         self.prompt_tokens = self._one(Counter, "prompt_tokens", "Tokens of the prompts of ended requests.")
+        self.prefix_queries = self._one(
+            Counter, "prefix_cache_queries", "Tokens of the prompts for which a prefix was looked up."
+        )
+        self.prefix_hits = self._one(Counter, "prefix_cache_hits", "Tokens that were found, and not read again.")
         self.generation_tokens = self._one(Counter, "generation_tokens", "Tokens emitted.")
         self.ended = self._many(Counter, "request_success", "Answers that ended, by how.", "finished_reason")
         self.rejected = self._many(Counter, "requests_rejected", "Requests that were not taken, by status.", "status")
@@ -42,6 +46,8 @@ class Metrics:
         self.accepted_at = self._many(
             Counter, "spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by depth.", "position"
         )
+        self.time_won = self._one(Counter, "draft_time_won_seconds", "Seconds that drafts won against plain decoding.")
+        self.time_lost = self._one(Counter, "draft_time_lost_seconds", "Seconds that drafts lost against it.")
         self.draft_failures = self._one(Counter, "draft_failures", "Answers that go on without drafts after an error.")
         self.out_of_memory = self._one(Counter, "out_of_memory", "Forwards for which the device had not enough memory.")
         self.shadow = self._many(

@@ -79,6 +79,9 @@ class Request(Strict):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Only requests with the same one share prefixes."
+    )
     # Without effect on the output.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -113,12 +116,13 @@ class Request(Strict):
         return self
 
     @property
-    def constraint_field(self) -> str:
-        """The field that `constraint` is made of."""
+    def constraint_field(self) -> str | None:
+        """The field that `constraint` is made of; None without one."""
         if self.structured_outputs is not None:
             return "structured_outputs.regex"
-        is_schema = self.response_format is not None and self.response_format.json_schema is not None
-        return "response_format.json_schema.schema" if is_schema else "response_format"
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        return "response_format" if self.response_format.json_schema is None else "response_format.json_schema.schema"
 
     @property
     def constraint(self) -> Constraint | None:

@@ -13,8 +13,9 @@ import time
 import torch
 import uvicorn
 
+from ..core.cache import KVCache
 from ..core.params import SamplingParams
-from ..drafting.drafter import Drafter
+from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import generate
 from ..engine.steady import SteadyEngine
 from ..errors import InputError
@@ -24,6 +25,7 @@ from .metrics import Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shadow import Shadow
+from .won import PlainRounds
 from .worker import Worker
 
 LOG = logging.getLogger("glidecape.serve")
@@ -69,6 +71,9 @@ def make_engine(target: Target, drafter: Drafter, settings: ServeSettings) -> St
         engine = SteadyEngine(target, drafter, settings.max_batch, tokens, tokens, limit_bytes=limit or None)
     except InputError as error:
         raise InputError(f"{error}, with --max-batch, --max-context or --cache-mib") from None
+    if settings.prefix_reuse and engine.slots > 1:
+        for cache in _caches(engine):
+            cache.reserve()
     needed = cache_bytes_of(engine)
     if limit and needed > limit:
         raise InputError(
@@ -78,10 +83,15 @@ def make_engine(target: Target, drafter: Drafter, settings: ServeSettings) -> St
     return engine
 
 
+def _caches(engine: SteadyEngine) -> list[KVCache]:
+    """Those of target and draft."""
+    own: KVCache | None = getattr(engine.batch.draft, "own", None)
+    return [engine.batch.cache, *([] if own is None else [own])]
+
+
 def cache_bytes_of(engine: SteadyEngine) -> int:
     """Bytes of the caches of target and draft."""
-    own = getattr(engine.batch.draft, "own", None)
-    return engine.batch.cache.nbytes + (own.nbytes if own is not None else 0)
+    return sum(cache.nbytes for cache in _caches(engine))
 
 
 def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:
@@ -94,7 +104,8 @@ def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name
         raise InputError("this target has no tokenizer, and a server takes text: put one into its folder")
     engine, metrics = make_engine(target, drafter, settings), Metrics(name)
     shadow = Shadow(target, settings.shadow, metrics)
-    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow)
+    plain = None if isinstance(drafter, NoDraft) else PlainRounds.measured(target, settings.max_batch)
+    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow, plain)
     return Service(target, worker, metrics, settings, name, method)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from starlette.requests import Request as HttpRequest
+
 from ..batch.grammar import new_grammar
 from ..batch.row import Row, new_row
 from ..core.params import SamplingParams
 from ..errors import GlideCapeError
 from ..target.target import Target
+from .constraints import Constraints
 from .errors import ApiError, refused
 from .job import Job, Update
 from .metrics import Metrics
@@ -43,8 +47,17 @@ class Service:
     def __post_init__(self) -> None:
         # One thread: fast tokenizers may not be called by two at once.
         self.encoder = ThreadPoolExecutor(1, "encoder")
+        # Another one for constraints, which take long to read: other requests do not wait for it.
+        self.reader = ThreadPoolExecutor(1, "constraints")
+        self.constraints = Constraints(self.target.tokenizer, self.target.vocab_size)
         self.numbers = itertools.count()
         self.fingerprint = f"fp_{self.target.weights_digest[:12]}"
+
+    def close(self) -> None:
+        """End the threads and the process that it has started."""
+        for thread in (self.encoder, self.reader):
+            thread.shutdown(wait=False, cancel_futures=True)
+        self.constraints.close()
 
     @property
     def context(self) -> int:
@@ -92,22 +105,25 @@ class Service:
                 404, f"the model '{asked}' is not served here: ask for '{self.name}'", "model", "model_not_found"
             )
 
-    async def jobs(self, body: Request, prompts: list[list[int]], request_id: str) -> list[Job]:
+    async def jobs(self, body: Request, prompts: list[list[int]], http: HttpRequest) -> list[Job]:
         """The jobs of a request, `n` for each prompt, their rows checked.
-
-        Rows are made on the encoder's thread, because reading a constraint takes time.
 
         Raises:
             ApiError: options that cannot be used, or more tokens than the context holds.
         """
         updates: asyncio.Queue[Update] = asyncio.Queue()
         loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.settings.timeout
-        rows = await loop.run_in_executor(self.encoder, self._rows, body, prompts)
-        return [Job(request_id, number, row, loop, updates, deadline) for number, row in enumerate(rows)]
+        thread = self.encoder if body.constraint_field is None else self.reader
+        rows = await loop.run_in_executor(thread, self._rows, body, prompts)
+        for row in rows if self.settings.prefix_reuse else ():
+            # Prefixes are shared by those who have the same key, and the same salt where they give one.
+            row.salt = f"{http.state.client} {body.cache_salt or ''}"
+        jobs = enumerate(rows)
+        return [Job(http.state.request_id, number, row, loop, updates, deadline) for number, row in jobs]
 
     def _rows(self, body: Request, prompts: list[list[int]]) -> list[Row]:
         rows: list[Row] = []
-        self._check_constraint(body)
+        self._check_constraint(body, len(prompts) * (body.n or 1))
         for ids in prompts:
             room = self.context - len(ids)
             asked = body.tokens_asked
@@ -126,9 +142,12 @@ class Service:
                 raise refused(error) from None
         return rows
 
-    def _check_constraint(self, body: Request) -> None:
+    def _check_constraint(self, body: Request, answers: int) -> None:
         """Refuse a constraint that cannot be used, by the name of its field."""
         try:
-            new_grammar(SamplingParams(constraint=body.constraint), (), self.target)
+            constraint = body.constraint
+            if constraint is not None and importlib.util.find_spec("llguidance") is not None:
+                self.constraints.check(constraint, answers)
+            new_grammar(SamplingParams(constraint=constraint), (), self.target)
         except GlideCapeError as error:
             raise refused(error, body.constraint_field) from None

@@ -36,6 +36,7 @@ class ServeSettings:
         environment="GLIDECAPE_API_KEY",
     )
     max_body: int = option(4 * 2**20, "Most bytes of a request.", least=1)
+    prefix_reuse: bool = option(True, "Let a request take the prefix that an earlier one left in the cache.")
     shadow: float = option(0.0, "Share of the requests that are decoded again without drafts, when idle, and compared.")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from .errors import ApiError
 from .job import Job, Update
 from .metrics import Metrics
 from .shadow import Shadow
+from .won import PlainRounds
 
 LOG = logging.getLogger("glidecape.serve")
 NAP = 0.5  # seconds after which an idle worker looks at its deadlines
@@ -30,11 +31,14 @@ class Worker(threading.Thread):
         engine: nobody else may touch it after `start`.
         room: answers that may be waiting or running together.
         shadow: what is decoded again when there is nothing else to do.
+        plain: what plain rounds take; None where the server decodes plainly itself.
     """
 
-    def __init__(self, engine: SteadyEngine, room: int, metrics: Metrics, shadow: Shadow) -> None:
+    def __init__(
+        self, engine: SteadyEngine, room: int, metrics: Metrics, shadow: Shadow, plain: PlainRounds | None = None
+    ) -> None:
         super().__init__(name="engine", daemon=True)
-        self.engine, self.room, self.metrics, self.shadow = engine, room, metrics, shadow
+        self.engine, self.room, self.metrics, self.shadow, self.plain = engine, room, metrics, shadow, plain
         self.inbox: queue.SimpleQueue[tuple[str, Sequence[Job]]] = queue.SimpleQueue()
         self.jobs: dict[int, Job] = {}  # by the number of their row
         self._open, self._lock = 0, threading.Lock()
@@ -92,6 +96,7 @@ class Worker(threading.Thread):
             try:
                 self._expire()
                 self._feed_shadow()
+                self.engine.pace.last = None
                 self._deliver(self.engine.step() if not self.engine.idle else [])
             except Exception as error:
                 LOG.exception("the engine failed")
@@ -130,6 +135,7 @@ class Worker(threading.Thread):
 
     def _deliver(self, events: list[Emitted]) -> None:
         now = time.monotonic()
+        self._count_time(events)
         updates: list[Update] = []
         for event in events:
             job = self.jobs.get(event.row)
@@ -162,6 +168,18 @@ class Worker(threading.Thread):
                 metrics.between.observe((now - job.last) / len(event.tokens))
             job.last = now
 
+    def _count_time(self, events: list[Emitted]) -> None:
+        """Count what drafts won or lost in a round in which all rows had some, and no prompt was read."""
+        jobs = [self.jobs.get(event.row) for event in events]
+        known = [job for job in jobs if job is not None and job.row.drafts]
+        seconds = self.engine.pace.last
+        if self.plain is None or seconds is None or not events or len(known) < len(jobs):
+            return
+        won = self.plain.won(len(events), sum(len(event.tokens) for event in events), seconds)
+        (self.metrics.time_won if won > 0 else self.metrics.time_lost).inc(abs(won))
+        for job in known:
+            job.won += won / len(known)
+
     def _told(self, error: Exception) -> ApiError:
         """What a client hears of an error: ours in full, of others nothing but the kind."""
         if isinstance(error, GlideCapeError):
@@ -182,6 +200,9 @@ class Worker(threading.Thread):
         metrics = self.metrics
         metrics.ended(job.row.finish).inc()
         metrics.prompt_tokens.inc(job.row.prompt_length)
+        if job.row.salt is not None and job.rounds:
+            metrics.prefix_queries.inc(job.row.prompt_length)
+            metrics.prefix_hits.inc(job.row.reused)
         if job.row.finish in ("stop", "length"):
             metrics.whole.observe(time.monotonic() - job.arrived)
             metrics.prompt_length.observe(job.row.prompt_length)

@@ -84,11 +84,11 @@ class AutoRows:
         self.rows = [RowState() for _ in range(rows)]
         self.plan: Plan | None = None
 
-    def move(self, source: int, goal: int) -> None:
-        self.rows[goal] = self.rows[source]
+    def exchange(self, one: int, other: int) -> None:
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
 
-    def clear(self, slot: int) -> None:
-        self.rows[slot] = RowState()
+    def copy(self, source: int, goal: int, length: int) -> None:
+        self.rows[goal] = RowState()
 
 
 class AutoDrafter:

@@ -61,7 +61,7 @@ def add_playground(app: FastAPI, service: Service, streams: dict[int | str, dict
         """For the page at `/` alone, and not stable: the answer as the rounds that made it."""
         service.check_model(body.model)
         ids = await service.encode(lambda: _ids(service, body), "prompt")
-        (job,) = await service.jobs(body, [ids], http.state.request_id)
+        (job,) = await service.jobs(body, [ids], http)
         job.row.watched, job.row.drafts = True, body.drafts
         return Stream(service, [job], _events(service, job))
 
@@ -90,7 +90,8 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
             yield f"data: {item.reply.model_dump_json()}\n\n"
             return
         finish = item.finish
-        yield _event("round", at=round(time.monotonic() - job.arrived, 5), **reader.read(item))
+        won = None if service.worker.plain is None or not row.drafts else round(job.won, 5)
+        yield _event("round", at=round(time.monotonic() - job.arrived, 5), won=won, **reader.read(item))
     yield _event("end", finish=finish, usage=usage_of([job]).model_dump())
     yield "data: [DONE]\n\n"
 

@@ -121,6 +121,7 @@ class Run {
     const seconds = seen.length > 1 ? last.at - first.at : 0;
     return {
       seconds: last ? last.at : 0,
+      won: last ? last.won : null,
       speed: seconds > 0 ? (this.count - first.tokens.length) / seconds : 0,
       tau: seen.length ? this.count / seen.length : 0,
     };
@@ -142,12 +143,13 @@ class Run {
     const atEnd = this.output.scrollHeight - this.output.scrollTop - this.output.clientHeight < 40;
     this.output.append(added);
     if (atEnd) this.output.scrollTop = this.output.scrollHeight;
-    const { seconds, speed, tau } = this.figures();
+    const { seconds, won, speed, tau } = this.figures();
     const put = (name, text) => { this.pane.querySelector("." + name).textContent = text; };
     put("count", this.count);
     put("speed", speed ? speed.toFixed(speed < 100 ? 1 : 0) : "–");
     put("tau", tau ? tau.toFixed(2) : "–");
     put("seconds", seconds ? seconds.toFixed(2) : "–");
+    put("won", won == null ? "–" : won.toFixed(2));
   }
 }
 
