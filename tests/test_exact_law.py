@@ -22,6 +22,8 @@ from glidecape.core.penalties import adjust
 from glidecape.core.stats import RoundStats
 from glidecape.core.tree import TokenTree
 from glidecape.core.verify import DenseLaw, verify_row
+from glidecape.costmodel import Prices
+from glidecape.drafting.auto.drafter import AutoDrafter
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.base import Expansion
 from glidecape.drafting.expansions.beam import Beam
@@ -170,7 +172,30 @@ def test_every_method_is_enumerated_here() -> None:
             assert type(drafter.expansion) in expansions, method
             assert type(drafter.stop) in stops, method
         else:
-            assert isinstance(drafter, NoDraft | LookupDrafter), method
+            assert isinstance(drafter, NoDraft | LookupDrafter | AutoDrafter), method
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("price", [0.02, 0.5])
+def test_auto_has_the_target_law(price: float, params: str) -> None:
+    prices = Prices((1,), (1,), (1, 11), (((1.0, 1.0 + 10 * price),),), ((price,),), ((price,),))
+    runner = ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2))
+    assert distance(AutoDrafter(runner, [prices, prices]), PARAMS[params]) <= 1e-12
+
+
+class Pruned(AutoDrafter):
+    """Under the residual rule, too, what is not worth its cost is left out: a drawn token is dropped for what it is."""
+
+    def propose(self, batch):
+        tree = super().propose(batch)
+        if batch.laws.residual and tree.nodes > 1 and int(tree.tokens[0, 1]) == 0:
+            return tree.pack(1)
+        return tree
+
+
+def test_dropping_a_drawn_token_by_its_price_breaks_the_law() -> None:
+    runner = ModelDrafter(ToyDraft(DRAFT), Chain(), FixedLength(2))
+    assert distance(Pruned(runner), PARAMS["temperature 1"]) > 0.01
 
 
 @pytest.mark.parametrize("params", PARAMS)

@@ -27,6 +27,6 @@ def to_host(tensor: Tensor) -> Any:
 def to_host_together(*tensors: Tensor) -> list[NDArray[np.float64]]:
     """The numbers of several tensors `(batch, count)` as arrays: one wait."""
     if tensors[0].device.type == "cpu":
-        return [one.numpy().astype(np.float64) for one in tensors]
+        return [one.double().numpy() for one in tensors]
     found = np.array(to_host(torch.cat([one.double() for one in tensors], 1)))
     return np.split(found, np.cumsum([one.shape[1] for one in tensors])[:-1], axis=1)

@@ -152,6 +152,7 @@ class AutoDrafter:
             around.plan = None
             return self.runner.propose(batch)
         own = around.rows[batch.first : batch.last]
+        batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
         costs, verify = self._costs_of(batch, max(kinds))
         rate = len(rows) * self.rate.of(kinds)
@@ -165,22 +166,18 @@ class AutoDrafter:
         runs = self.runner is not None and (self.forced is not None or self.worth.drafts(kinds, missing))
         if runs:
             self._draft(batch, plan, own, costs, rate)
-        elif self.runner is not None:
-            batch.draft.ran = []
         return self._chosen(batch, plan, chances, costs, verify, rate)
 
     def _draft(self, batch: Batch, plan: Plan, own: Sequence[RowState], costs: RoundCosts, rate: float) -> None:
         """Run the draft depth by depth, as long as another one is expected to bring more than it costs."""
         runner, cache, laws = self.runner, batch.draft.own, batch.laws
         assert runner is not None
-        cache.use(batch.first, batch.last)
         recent = np.array([one.drafted for one in own])
         caps = np.array([row.budget - 1 for row in batch.rows])
         tree = TokenTree(batch.roots, 1 + DEPTH)
         frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
         reach, most = np.ones(len(batch.rows)), min(DEPTH, runner.model.max_lag)
         step = runner.first_step(batch, cache)
-        batch.draft.ran = [frontier]
         for depth in range(1, most + 1):
             law = draft_law(batch, tree, frontier, step, depth - 1, False)
             plan.levels.append(self._level(law, depth, plan.kinds, recent))
@@ -318,7 +315,7 @@ def _tree_of(
     valid, score = np.zeros((rows, size), dtype=bool), np.zeros((rows, size), dtype=np.float32)
     valid[:, 0] = True
     memo = np.full((rows, max(1, levels)), -1, dtype=np.int64)
-    memo[:, 0] = 0
+    memo[:, 0] = 0 if levels else -1  # without a draft not even the root was run
     for i, (offer, nodes) in enumerate(zip(offers, kept, strict=True)):
         place = {0: 0}
         for at, node in enumerate(nodes, 1):

@@ -1,0 +1,161 @@
+"""`auto`: its prices, its estimates, and what it makes of them; its losslessness is enumerated in test_exact_law.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
+from glidecape.core.stats import Stats
+from glidecape.costmodel import Prices
+from glidecape.costs import measured_prices, prices_of
+from glidecape.drafting.auto.acceptance import OnlineLogistic
+from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.auto.offer import Offer, width_of
+from glidecape.drafting.auto.rate import LONGEST, Worth
+from glidecape.drafts.glide.adapter import GlideDraft
+from glidecape.drafts.glide.config import GlideConfig
+from glidecape.drafts.glide.network import GlideModel
+from glidecape.engine.decode import decode
+from glidecape.errors import InputError
+from glidecape.target.packages import FOLDER
+
+CHEAP = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((0.05,),), ((0.02,),))
+DEAR = Prices((1,), (1,), (1, 31), (((1.0, 31.0),),), ((1.0,),), ((0.5,),))
+PROMPTS = [[5, 9, 13, 40], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [3]]
+
+
+@pytest.fixture(scope="module")
+def target(world) -> Target:
+    return Target.from_pretrained(world["target"])
+
+
+def auto(target: Target, world, prices: Prices | None = None, base: str = "glide") -> AutoDrafter:
+    made = make_drafter(f"{base}+auto", None if base == "lookup" else load_draft(world[base], target))
+    assert isinstance(made, AutoDrafter)
+    if prices is not None:
+        made.set_prices([prices, prices])
+    return made
+
+
+@pytest.mark.parametrize("base", ["glide", "eagle", "medusa", "lookup"])
+@pytest.mark.parametrize("prices", [CHEAP, DEAR], ids=["cheap", "dear"])
+def test_text_is_plain_decoding_s_in_a_mixed_batch(target, world, base: str, prices: Prices) -> None:
+    params = [
+        SamplingParams(max_new_tokens=40, ignore_eos=True),
+        SamplingParams(1.0, seed=3, max_new_tokens=40, ignore_eos=True),
+        SamplingParams(0.8, seed=4, top_p=0.9, repetition_penalty=1.2, max_new_tokens=40, ignore_eos=True),
+    ]
+    drafter = auto(target, world, prices, base)
+    for _ in range(2):  # what it has learned changes its proposals, and no text
+        found = generate(target, PROMPTS, drafter, params)
+        assert [one.tokens for one in found] == [one.tokens for one in generate(target, PROMPTS, None, params)]
+
+
+def drafted(target: Target, drafter: AutoDrafter, tokens: int = 60) -> Stats:
+    stats = Stats()
+    params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+    for _ in decode(target, drafter, PROMPTS[:1], params, stats):
+        pass
+    return stats
+
+
+def test_prices_decide_how_much_is_proposed(target, world) -> None:
+    cheap, dear = (drafted(target, auto(target, world, prices)) for prices in (CHEAP, DEAR))
+    assert cheap.drafted > 2 * dear.drafted
+    assert cheap.rounds < dear.rounds
+
+
+def test_a_hopeless_draft_is_asked_ever_more_rarely(target) -> None:
+    """An untrained one: what it proposes is never right, so it soon runs about once in 24 rounds, and nothing is verified."""
+    draft = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target).serve())
+    drafter = make_drafter("glide+auto", draft)
+    assert isinstance(drafter, AutoDrafter)
+    drafter.copying = False
+    drafter.set_prices([Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((0.25,),), ((0.2,),))] * 2)
+    drafted(target, drafter, 100)
+    asked: list[int] = []
+    step = drafter.runner.first_step
+    drafter.runner.first_step = lambda *args: asked.append(1) or step(*args)  # type: ignore[method-assign]
+    late = drafted(target, drafter, 100)
+    assert late.rounds >= 95
+    assert len(asked) <= 8
+    assert late.drafted <= 12
+
+
+def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
+    worth = Worth(1)
+    for _ in range(200):
+        if worth.drafts([0], [1.0]):
+            worth.learn(0, gain=0.02, cost=0.4)
+    waited = 0
+    while not worth.drafts([0], [1.0]):
+        waited += 1
+    assert waited <= LONGEST
+    for _ in range(3):
+        worth.learn(0, gain=2.0, cost=0.5)
+    assert worth.drafts([0], [1.0])
+    assert waited + 3 <= 32
+
+
+def test_the_most_probable_nodes_are_kept_as_far_as_they_pay() -> None:
+    offer = Offer()
+    first = offer.add(0, 7, 0.9)
+    offer.add(0, 8, 0.06)
+    second = offer.add(first, 9, 0.5)
+    offer.copy([7, 9, 11], [0.8, 0.9, 0.9])  # the first two are there; the second's reach is raised
+    assert offer.tokens == [-1, 7, 8, 9, 11]
+    assert offer.reach[second] == pytest.approx(0.81)
+    assert offer.reach[4] == pytest.approx(0.729)
+    order = offer.best()
+    assert order == [1, 3, 4, 2]
+    reach = [[offer.reach[node] for node in order]]
+    assert width_of(reach, np.array([1.0, 1.1, 1.2, 1.3, 1.4]), rate=1.5) == 3  # the last brings 0.06 and costs 0.15
+    assert width_of(reach, np.array([1.0, 2.0, 3.0, 4.0, 5.0]), rate=1.5) == 0
+    assert offer.numbered([2, 1, 3, 4]) == [1, 3, 4, 2]
+
+
+def test_estimates_become_calibrated_though_chains_stop_early() -> None:
+    """Tokens are accepted with a probability that the prior has wrong; deeper ones are seen only after an acceptance."""
+    random, model = np.random.default_rng(0), OnlineLogistic([[0.0, 0.0]])
+    shown = random.uniform(-3, 3, 4000)
+    x = np.stack([np.ones_like(shown), shown], 1)
+    y = (random.random(4000) < 1 / (1 + np.exp(-(0.5 + 1.5 * shown)))).astype(float)
+    for start in range(0, 4000, 20):
+        model.learn(0, x[start : start + 20], y[start : start + 20])
+    assert model.weights[0] == pytest.approx([0.5, 1.5], abs=0.25)
+    assert model.calibration_error(0) < 0.04  # the first predictions, before anything was learned, included
+
+
+def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
+    monkeypatch.setattr(measured_prices, "__defaults__", (0.0, (1,)))
+    said: list[str] = []
+    drafter = auto(target, world)
+    found = prices_of(target, drafter, said.append)
+    assert len(said) == 1
+    assert prices_of(target, drafter, said.append) == found
+    assert len(said) == 1
+    (path,) = (tmp_path / "packages").glob("prices-*.json")
+    for damaged in ("{", "[]", json.dumps([asdict(found[0]) | {"draft": [[-1.0]]}] * 2)):
+        path.write_text(damaged)
+        prices_of(target, drafter, said.append)
+        assert "is damaged" in said[-2]
+    for one in found:
+        costs = one.at(2, 500)
+        assert costs.verify(1) == 1.0
+        assert math.isfinite(costs.draft)
+        assert costs.verify(25) >= costs.verify(5) >= 1.0
+
+
+def test_auto_takes_no_other_part(target) -> None:
+    for method in ("glide+auto+svip", "plain+auto", "lookup+auto+cape"):
+        with pytest.raises(InputError):
+            make_drafter(method)
