@@ -154,6 +154,7 @@ def test_the_oldest_tokens_make_room_and_failed_rows_leave_none() -> None:
 
 
 METHODS = {
+    "glide+auto": "glide",
     "glide": "glide",
     "glide+cape": "glide",
     "eagle": "eagle",
@@ -171,7 +172,11 @@ def shipped() -> Target:
 @pytest.mark.parametrize("method", METHODS)
 def test_on_the_shipped_pair(shipped: Target, method: str) -> None:
     folder = METHODS[method]
-    drafter = make_drafter(method, None if folder is None else load_draft(MODELS / folder, shipped), length=4)
+    drafter = make_drafter(
+        method,
+        None if folder is None else load_draft(MODELS / folder, shipped),
+        **({} if method.endswith("auto") else {"length": 4}),
+    )
     engine = SteadyEngine(shipped, drafter, 4, 160, 160)
     rows = talk(engine, random.Random(5), 14, checked=False)
     assert_as_alone(shipped, rows)
