@@ -96,7 +96,7 @@ PROMPTS = [[5], [7, 11, 13, 17, 19], list(range(10, 27)), [(i * 37) % 90 + 3 for
 
 def drafts_of(method, target, glide, noisy):
     base = method.split("+")[0]
-    if method in DRAFTLESS:
+    if method.split("+")[0] in DRAFTLESS:
         return [None]
     if base == "vanilla":
         return [noisy]

@@ -411,7 +411,7 @@ def test_an_interrupted_run_leaves_its_figures(world, prompts, tmp_path, monkeyp
     monkeypatch.setattr(runner, "run_job", interrupted)
     code, _, err = run_cli(monkeypatch, capfd, words(world, prompts, tmp_path / "run", methods="plain,glide"))
     assert code == 130
-    assert "the same command goes on" in err
+    assert "give the same command again to resume" in err
     page, text, _ = write_report([tmp_path / "run"], tmp_path)
     assert "Not finished: " in text.read_text()
     assert "Not finished:" in page.read_text()

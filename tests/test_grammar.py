@@ -39,7 +39,7 @@ from glidecape.drafting.stop import Entropy, FixedLength
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
 from glidecape.errors import InputError, UnsupportedError
-from glidecape.target.target import Target
+from glidecape.target.target import Target, TargetOutput
 from test_command_line import only_sentence, run
 from toys import Context, ToyDraft, ToyHeads, ToyTarget, exact_law, random_rule, total_variation
 
@@ -462,8 +462,11 @@ def test_vocabularies_that_are_not_made_of_bytes_are_refused(pair: Any) -> None:
         Vocabulary.of(SimpleNamespace(), 100)
 
 
-def test_a_processor_that_leaves_no_token_is_an_error(pair: Any) -> None:
-    params = SamplingParams(constraint=Constraint.regex("a{2}b"), processor=lambda ids, logits: logits - float("inf"))
+def test_a_target_that_leaves_no_token_is_an_error(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own code may forbid tokens by logits of -inf."""
+    whole = pair[0].forward
+    monkeypatch.setattr(pair[0], "forward", lambda *a, **k: TargetOutput(whole(*a, **k).logits - float("inf")))
+    params = SamplingParams(constraint=Constraint.regex("a{2}b"))
     with pytest.raises(InputError, match="no token that the constraint allows has a finite logit"):
         generate(pair[0], "x", None, params)
 

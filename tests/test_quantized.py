@@ -33,7 +33,7 @@ def drafters_of(world, target):
     """Every method, its draft loaded from its folder."""
     drafts = {base: load_draft(world[base], target) for base in ("glide", "eagle", "medusa")}
     drafts["vanilla"] = load_draft(world["lm"], target)
-    return {m: make_drafter(m, None if m in DRAFTLESS else drafts[m.split("+")[0]]) for m in METHODS}
+    return {m: make_drafter(m, None if m.split("+")[0] in DRAFTLESS else drafts[m.split("+")[0]]) for m in METHODS}
 
 
 def test_a_bfloat16_target_runs_with_every_method_and_takes_the_float32_draft_without_a_note(world):

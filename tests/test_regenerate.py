@@ -163,7 +163,7 @@ def test_bad_rows_are_named_by_number_before_anything_is_decoded(name, target, t
 
 
 def test_another_plan_or_a_file_of_unknown_origin_is_refused(world, target, made, tmp_path):
-    with pytest.raises(CheckpointError, match=r"begun with temperature 1\.0, not 0\.5: give the same options"):
+    with pytest.raises(CheckpointError, match=r"was started with temperature 1\.0, not 0\.5: give the same options"):
         regenerate(target, world["corpus"], made[0], Regeneration(12, 16, 0.5, seed=3))
     (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
     with pytest.raises(CheckpointError, match=r"no mine\.card\.json says what it holds"):

@@ -12,6 +12,7 @@ from typing import Literal
 
 import openai
 import pytest
+import torch
 from pydantic import BaseModel, Field
 
 from glidecape.batch.row import new_row
@@ -21,6 +22,7 @@ from glidecape.engine.decode import generate
 from glidecape.engine.steady import SteadyEngine
 from glidecape.errors import InputError
 from glidecape.serve.prompts import plain_chat
+from glidecape.target.target import TargetOutput
 from serving import PROMPTS, Running, alone, wait_for
 
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
@@ -172,9 +174,13 @@ def work(count: int) -> list[SamplingParams]:
     ]
 
 
-def test_a_bias_that_leaves_no_token_ends_that_row_alone(target, drafter) -> None:
-    none_left = dict.fromkeys(range(target.vocab_size), -1e300)
-    params = [*work(4), SamplingParams(max_new_tokens=40, constraint=Constraint.regex(CALL), logit_bias=none_left)]
+def test_a_target_that_leaves_no_token_ends_that_row_alone(target, drafter, monkeypatch) -> None:
+    """A model's own code may forbid tokens by logits of -inf: here it writes no digit, and a row is to write nothing else."""
+    whole = target.forward
+    digits = [token for token in range(target.vocab_size) if target.tokenizer.decode([token])[:1].isdigit()]
+    off = torch.zeros(target.vocab_size).index_fill(0, torch.tensor(digits), float("-inf"))
+    monkeypatch.setattr(target, "forward", lambda *a, **k: TargetOutput(whole(*a, **k).logits + off))
+    params = [*work(4), SamplingParams(max_new_tokens=40, constraint=Constraint.regex("[0-9]{3}"))]
     ids = [target.encode(prompt) for prompt in PROMPTS[:5]]
     rows = [new_row(i, prompt, own, target) for i, (prompt, own) in enumerate(zip(ids, params, strict=True))]
     engine = run(target, drafter, rows)

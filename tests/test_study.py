@@ -124,7 +124,7 @@ def test_rows_and_seeds_are_added_without_training_the_others_again(world, targe
         match=r"baseline holds a row of that name made with recipe\.max_lag 2, not 0; .*recipe\.muon True, not False",
     ):
         whole({"baseline": DraftRecipe(length=32, rows=2)}, (0,))
-    with pytest.raises(CheckpointError, match="made with tokens 640, not 64: name the row"):
+    with pytest.raises(CheckpointError, match="made with tokens 640, not 64: give the row"):
         whole(study_rows(BASE, []), (0,), budget=Budget(tokens=64))
 
 

@@ -30,11 +30,13 @@ def uses_of(method: str) -> set[str]:
     >>> sorted(uses_of("glide+cape"))
     ['+cape', 'a fixed length']
     """
-    from ..drafting.methods import form_of, parse_method
+    from ..drafting.methods import AUTO, form_of, parse_method
 
     base, added = parse_method(method)
     if base == "plain":
         return set()
+    if AUTO in added:  # a length only where it drafts a chain, under the residual rule
+        return set() if base == "lookup" else {FIXED}
     uses = {LOOKUP} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
     uses |= {f"+{name}" for name in added}
     if {"svip", "heuristic"} & added:
