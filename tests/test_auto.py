@@ -135,7 +135,6 @@ def test_estimates_become_calibrated_though_chains_stop_early() -> None:
 def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
-    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     monkeypatch.setattr(measured_prices, "__defaults__", (0.0, (1,)))
     said: list[str] = []
     drafter = auto(target, world)

@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import Prices
 from .drafting.auto.drafter import AutoDrafter
-from .drafting.drafter import ModelDrafter, NoDraft
+from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
 from .drafting.stop import FixedLength
 from .drafts.base import DraftModel
@@ -82,24 +83,11 @@ def verification_ratios(
     """
     if list(sizes)[:1] != [1]:
         raise InputError("v(n) is a ratio over one node: let the sizes begin with 1")
-    drafter, params = (
-        _Sized(max(sizes) - 1),
-        SamplingParams(temperature, max_new_tokens=max(sizes) + 1, ignore_eos=True),
-    )
-    batch = start(target, drafter, prompts, params)
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    for turn in range(1 + repeats):
-        for size in sizes:
-            drafter.length, one = size - 1, Stats()
-            run_round(target, drafter, batch, one)
-            for row in batch.rows:
-                del row.tokens[row.prompt_length :]
-            batch.cache.truncate([row.prompt_length - 1 for row in batch.rows])
-            if turn:  # the first is a warm-up
-                times[size].append(one.total_s - one.draft_s)
-    step = statistics.median(times[1])
-    ratios = tuple(round(statistics.median(times[size]) / step, 4) for size in sizes)
-    return Verification(tuple(sizes), ratios, step)
+    sized = _Sized(max(sizes) - 1)
+    params = SamplingParams(temperature, max_new_tokens=max(sizes) + 1, ignore_eos=True)
+    batch = start(target, sized, prompts, params)
+    times = _in_turn([partial(_verified, target, sized, batch, size) for size in sizes], 1 + repeats)
+    return Verification(tuple(sizes), tuple(round(one / times[0], 4) for one in times), times[0])
 
 
 @torch.no_grad()
@@ -108,15 +96,39 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
     drafters = {length: ModelDrafter(model, Chain(), FixedLength(length)) for length in (LONG, SHORT)}
     params = SamplingParams(max_new_tokens=LONG + 2)
     batches = {length: start(target, drafter, [prompt], params) for length, drafter in drafters.items()}
-    times: dict[int, list[float]] = {length: [] for length in drafters}
-    for _ in range(repeats):
-        for length, drafter in drafters.items():
-            batch, stats = batches[length], Stats()
-            started = seconds(batch, stats)
-            drafter.propose(batch)
-            times[length].append(seconds(batch, stats) - started)
-            batch.draft.own.keep([[]])  # forget the proposal: the next one begins at the same root
-    return max(0.0, statistics.median(times[LONG]) - statistics.median(times[SHORT])) / (LONG - SHORT)
+    timed = [partial(_drafted, drafter, batches[length]) for length, drafter in drafters.items()]
+    long, short = _in_turn(timed, 1 + repeats)
+    return max(0.0, long - short) / (LONG - SHORT)
+
+
+def _verified(target: Target, sized: _Sized, batch: Batch, nodes: int) -> float:
+    """Seconds of a round that verifies so many nodes, its root counted; the batch is as before then."""
+    sized.length, stats = nodes - 1, Stats()
+    run_round(target, sized, batch, stats)
+    for row in batch.rows:
+        del row.tokens[row.prompt_length :]
+    batch.cache.truncate([row.prompt_length - 1 for row in batch.rows])
+    return stats.total_s - stats.draft_s
+
+
+def _drafted(drafter: Drafter, batch: Batch) -> float:
+    """Seconds of a proposal, which is forgotten: the next one begins at the same roots."""
+    stats = Stats()
+    started = seconds(batch, stats)
+    drafter.propose(batch)
+    took = seconds(batch, stats) - started
+    batch.draft.own.keep([[]] * len(batch.rows))
+    return took
+
+
+def _in_turn(timed: Sequence[Callable[[], float]], turns: int = 4, patience: float = 0.0) -> list[float]:
+    """Median times, all one after the other in each turn, since a machine that drifts slows all of them; the first turn is a
+    warm-up. There are `turns`, and more as long as all took less than `patience` seconds."""
+    times: list[list[float]] = [[] for _ in timed]
+    while len(times[0]) < turns or (len(times[0]) < 40 and sum(map(sum, times)) < patience):
+        for column, one in zip(times, timed, strict=True):
+            column.append(one())
+    return [statistics.median(column[1:]) for column in times]
 
 
 ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
@@ -154,26 +166,15 @@ def _priced(
     batch.draft.own.commit(known)
     sized = _Sized(max(NODES))
 
-    def verified(nodes: int) -> float:
-        sized.length, stats = nodes - 1, Stats()
-        run_round(target, sized, batch, stats)
-        for row in batch.rows:
-            del row.tokens[row.prompt_length :]
-        batch.cache.truncate(known)
-        return stats.total_s - stats.draft_s
-
     def drafted(depths: int) -> float:
-        drafter.forced, began = (depths, depths), seconds(batch, Stats())
-        drafter.propose(batch)
-        took = seconds(batch, Stats()) - began
-        batch.draft.own.keep([[]] * count)
-        return took
+        drafter.forced = depths, depths
+        return _drafted(drafter, batch)
 
-    kinds: list[tuple[Callable[[int], float], int]] = [(verified, nodes) for nodes in NODES]
+    timed: list[Callable[[], float]] = [partial(_verified, target, sized, batch, nodes) for nodes in NODES]
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
-    kinds += [(drafted, depths) for depths in (SHORT, deepest)] if deepest else []
+    timed += [partial(drafted, depths) for depths in (SHORT, deepest)] if deepest else []
     try:
-        *of_nodes, short, long = _in_turn(kinds) + ([] if deepest else [0.0, 0.0])
+        *of_nodes, short, long = _in_turn(timed, patience=PATIENCE_S) + ([] if deepest else [0.0, 0.0])
     finally:
         drafter.forced = None
     depth = (long - short) / (deepest - SHORT) if deepest > SHORT else short
@@ -182,25 +183,18 @@ def _priced(
     return rising, max(0.0, depth), max(0.0, short - depth)
 
 
-def _in_turn(kinds: Sequence[tuple[Callable[[int], float], int]]) -> list[float]:
-    """Median times of each kind, all kinds one after the other in each turn: a machine that drifts slows all of them."""
-    times: list[list[float]] = [[] for _ in kinds]
-    while len(times[0]) < 4 or (len(times[0]) < 40 and sum(map(sum, times)) < PATIENCE_S):
-        for column, (timed, size) in zip(times, kinds, strict=True):
-            column.append(timed(size))
-    return [statistics.median(column[1:]) for column in times]
-
-
 def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:
     """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said."""
+    model = None if drafter.runner is None else drafter.runner.model
     facts = {
         "target": target.weights_digest,
         "dtype": str(target.dtype),
         "compiled": target.compiled is not None,
         "device": str(target.device),
         "threads": torch.get_num_threads(),
-        "draft": None if drafter.runner is None else repr(drafter.runner.model),
-        "steps": bool(drafter.runner and getattr(drafter.runner.model, "compiled", False)),
+        "draft": repr(model),
+        "config": str(getattr(model, "config", None)),
+        "steps": bool(getattr(model, "compiled", False)),
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

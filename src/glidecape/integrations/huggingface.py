@@ -3,6 +3,9 @@
 transformers prepares the call as ever: generation config, padding, logits processors, stopping criteria. What it would do
 token by token is done here round by round, and the output is the one that it would have given. The model is borrowed: its
 attention is ours while a call runs and its own again afterwards.
+
+Differs from transformers: a row that ended by a criterion of the user's is padded, end-of-text token or not, where
+transformers lets it run on until all rows have ended.
 """
 
 from __future__ import annotations
@@ -59,8 +62,7 @@ def glidecape_generate(
     Args:
         model: from `generate`, as the next four.
         input_ids: `(batch, tokens)`, padded on the left.
-        logits_processor: sees each node of a tree with its own path, and the row's padding; it must depend on its
-            arguments alone.
+        logits_processor: sees each node with its own path and the row's padding, and depends on its arguments alone.
         stopping_criteria: judge each row after every token; they must depend on their arguments alone.
         generation_config: what the call and the model's own configuration ask for.
         draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
@@ -80,14 +82,9 @@ def glidecape_generate(
         UnsupportedError: the model cannot decode trees, or beams, scores and the like are asked for.
         CheckpointError, MismatchError: see `load_draft`.
 
-    Differs: a row that ended by a criterion of the user's is padded, end-of-text token or not, where transformers lets it
-    run on until all rows have ended.
-
-    >>> from glidecape import glidecape_generate
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
     >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
-    >>> tokenizer = AutoTokenizer.from_pretrained("path/to/model")
-    >>> inputs = tokenizer("def load(", return_tensors="pt")
+    >>> inputs = AutoTokenizer.from_pretrained("path/to/model")("def load(", return_tensors="pt")
     >>> out = model.generate(**inputs, custom_generate=glidecape_generate, draft="path/to/draft", max_new_tokens=8)
     >>> out.shape[1] - inputs.input_ids.shape[1] <= 8
     True
@@ -96,18 +93,25 @@ def glidecape_generate(
     prompts, pads = _unpad(input_ids, model_kwargs)
     room = generation_config.max_length - input_ids.shape[1]
     params = _params(generation_config, logits_processor, stopping_criteria, pads, room, seed, sampling)
-    emitted: list[list[int]] = [[] for _ in prompts]
     streamer = _NoStreamer() if glide_streamer is None else glide_streamer
     streamer.put(input_ids.cpu())
     with _our_attention(model, draft):
-        target, drafter = _prepare(model, draft, method, options)
-        for event in decode(target, drafter, prompts, params, glide_stats):
-            emitted[event.row] += event.tokens
-            if event.tokens:
-                streamer.put(torch.tensor(event.tokens))
+        emitted = _emitted(*_prepare(model, draft, method, options), prompts, params, glide_stats, streamer)
     streamer.end()
     sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+def _emitted(
+    target: Target, drafter: Drafter, prompts: list[list[int]], params: Any, stats: Stats | None, streamer: Any
+) -> list[list[int]]:
+    """The tokens of each row, which the streamer gets as they come."""
+    emitted: list[list[int]] = [[] for _ in prompts]
+    for event in decode(target, drafter, prompts, params, stats):
+        emitted[event.row] += event.tokens
+        if event.tokens:
+            streamer.put(torch.tensor(event.tokens))
+    return emitted
 
 
 class _NoStreamer:

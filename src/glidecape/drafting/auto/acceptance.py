@@ -5,8 +5,8 @@ node that the target reached: there its own choice is known, so it is known of e
 was verified or not. Nodes below a rejection, and those that were never drafted, say nothing, and are left out: so a chain that
 stopped early doesn't bias the estimate (it is a hazard, estimated from those at risk).
 
-Source: hazard models of survival analysis; J. Fan et al. and vLLM's online estimator price verification alike, from heads or
-counts (frontier.md). Differs: features are what any draft shows, and no head is trained.
+Source: the hazard of survival analysis. vLLM's online estimator (vllm PR#56451) prices verification without a trained head,
+too. Differs: it learns from what a draft shows of each token, siblings and copies included.
 """
 
 from __future__ import annotations
