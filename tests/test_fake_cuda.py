@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import glidecape.core.transfer as transfer_module
+import glidecape.core.tree as tree_module
 import glidecape.drafting.drafter as drafter_module
 import glidecape.drafting.expansions.cape as expansion_module
 import glidecape.engine.round as round_module
@@ -74,10 +75,16 @@ def pair(method: str) -> tuple[Target, Any]:
     return target, MedusaDraft(MedusaModel.new(MedusaConfig.for_target(target), target))
 
 
+def forget() -> None:
+    """Drop the tensors that are kept for later calls: those are on another device, or another fake one."""
+    for kept in (noise._columns, tree_module._comb):
+        kept.cache_clear()
+
+
 def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, waits: list) -> int:
     """Waits of the second round: the first one makes what is kept for later rounds."""
     target, draft = pair(method)
-    noise._columns.cache_clear()  # kept for later calls, which are on another device
+    forget()
     with fake_cuda():
         for module in (target.model, getattr(draft, "module", None)):
             if module is not None:
@@ -98,7 +105,7 @@ def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, 
         for _ in range(2):
             waits.clear()
             assert len(engine.step()) == len(prompts)
-    noise._columns.cache_clear()
+    forget()
     return len(waits)
 
 

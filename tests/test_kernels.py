@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from glidecape.target import packages
-from glidecape.target.operators import panels_of, streamed_linear, tree_attention
+from glidecape.target.operators import panels_of, rounded, streamed_linear, tree_attention
 from glidecape.target.packages import FOLDER, Program, compiled
 
 pytestmark = pytest.mark.skipif(not packages.have_compiler(), reason="no C++ compiler on this machine")
@@ -19,13 +19,15 @@ ROWS, SIZES = Dim("rows", min=1, max=4096), {"float32": torch.float32, "bfloat16
 
 
 class Linear(nn.Module):
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, in_8_bits: bool = False) -> None:
         super().__init__()
-        self.panels, self.bias = nn.Buffer(panels_of(weight)), nn.Buffer(bias)
-        self.outputs = weight.shape[0]
+        self.outputs, scales = weight.shape[0], torch.zeros(0)
+        if in_8_bits:
+            weight, scales = rounded(weight)
+        self.panels, self.scales, self.bias = nn.Buffer(panels_of(weight)), nn.Buffer(scales), nn.Buffer(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return streamed_linear(x, self.panels, self.bias, self.outputs)
+        return streamed_linear(x, self.panels, self.scales, self.bias, self.outputs)
 
 
 class Attention(nn.Module):
@@ -58,25 +60,30 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "exact", "bias"),
+    ("x_dtype", "weights", "bias"),
     [
-        ("float32", True, True),
-        pytest.param("float32", False, False, marks=pytest.mark.slow),
-        ("bfloat16", True, True),
+        ("float32", torch.bfloat16, True),
+        pytest.param("float32", torch.float32, False, marks=pytest.mark.slow),
+        ("bfloat16", torch.bfloat16, True),
+        ("float32", torch.int8, True),
+        pytest.param("bfloat16", torch.int8, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_linear_layer_is_the_obvious_product_with_equal_bits_for_any_number_of_rows(
-    run, x_dtype, exact, bias
+    run, x_dtype, weights, bias
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(150, 70)
-    weight = weight.bfloat16().float() if exact else weight
-    module = Linear(weight.to(SIZES[x_dtype]), torch.randn(150 if bias else 0))
-    assert module.panels.dtype == (torch.bfloat16 if exact else torch.float32)
+    weight = weight.bfloat16().float() if weights == torch.bfloat16 else weight
+    module = Linear(weight.to(SIZES[x_dtype]), torch.randn(150 if bias else 0), weights == torch.int8)
+    assert module.panels.dtype == weights
     x = torch.randn(100, 70).to(SIZES[x_dtype])
     product = run(module, (x[:3],), ({0: ROWS},))
     whole = product(x)
     reference = module(x)
+    if weights == torch.int8:  # rounding to 8 bits is all that is lost
+        exact = x.float() @ weight.T + module.bias if bias else x.float() @ weight.T
+        assert float((reference.float() - exact).std()) < 0.01 * float(exact.std())
     torch.testing.assert_close(whole, reference, atol=2e-5 if x_dtype == "float32" else 2e-2, rtol=1e-5)
     for rows in (1, 2, 5, 7, 8, 9, 17, 33, 65):
         assert torch.equal(product(x[:rows].contiguous()), whole[:rows]), rows

@@ -61,10 +61,13 @@ class Laws:
         if self.ahead is None:
             return None
         below = torch.arange(depth, depth + depths, device=self.device)[None]
-        noise = self.ahead.at(roots, positions, below, depth + depths - 1, vocab)
-        if self.noisy is not None:
-            noise = noise.masked_fill(~self.noisy, 0.0)
-        return self.sharpness, noise
+        return self.sharpness, self._noise(roots, positions, below, depth + depths - 1, vocab)
+
+    def _noise(self, roots: list[int], positions: Tensor, depth: Tensor, deepest: int, vocab: int) -> Tensor:
+        """Noise `(batch, nodes, vocab)`, see `NoiseAhead.at`; 0 in rows that want none."""
+        assert self.ahead is not None
+        noise = self.ahead.at(roots, positions, depth, deepest, vocab)
+        return noise if self.noisy is None else noise.masked_fill(~self.noisy, 0.0)
 
     def _mask(self, rows: list[bool]) -> Tensor | None:
         """`(rows, 1, 1)`; None where it would be all False."""
@@ -83,10 +86,13 @@ class Laws:
         if self.all_greedy:
             return logits
         wide = widen(logits)
+        if self.bare:
+            # Where only a temperature counts, the law's logarithm is this and a constant, which changes no argmax.
+            sharpness, noise = self.sharpness, self._noise(roots, positions, depth, deepest, logits.shape[-1])
+            return torch.addcmul(noise, wide, sharpness[:, None, None])
         scores = self.warp(wide)
         if self.ahead is not None:
-            noise = self.ahead.at(roots, positions, depth, deepest, logits.shape[-1])
-            scores = scores + (noise if self.noisy is None else noise.masked_fill(~self.noisy, 0.0))
+            scores = scores + self._noise(roots, positions, depth, deepest, logits.shape[-1])
         return scores if self.greedy is None else torch.where(self.greedy, wide, scores)
 
     def masked(self, tree: TokenTree, logits: Tensor, nodes: Tensor | None = None) -> Tensor:

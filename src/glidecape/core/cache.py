@@ -95,6 +95,7 @@ class KVCache(SlotCache):
         keys, values: of each layer, of all row slots; `own_keys` and `own_values` of the rows in use.
         hidden: `(rows, capacity, width)` or None; slots as those of the keys.
         scratch: scratch slots in use before the next write, the same in each row.
+        lengths: committed tokens of each row in use, `(rows,)` int64 on the device.
         longest: most committed tokens of a row.
         ragged: do the rows' lengths differ?
 
@@ -137,12 +138,16 @@ class KVCache(SlotCache):
         self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._host_lengths = [0] * batch
         self._rooms: dict[tuple[torch.Size, torch.device], Tensor] = {}
-        self.scratch = 0
+        self.rows = slice(-1, -1)
         self.use(0, batch)
 
     def use(self, first: int, last: int) -> None:
         """Run the row slots `first` to `last` - 1 from now on; all other calls are about these rows."""
+        if self.rows == slice(first, last):
+            self.scratch = 0
+            return
         self.rows = slice(first, last)
+        self.lengths = self._lengths[self.rows]
         # Views of these rows, made once: every layer of every forward writes through them.
         self.own_keys = [one[self.rows] for one in self.keys]
         self.own_values = [one[self.rows] for one in self.values]
@@ -156,11 +161,6 @@ class KVCache(SlotCache):
         self.longest = max(self.host_lengths, default=0)
         self.ragged = len(set(self.host_lengths)) > 1
         self._slots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def lengths(self) -> Tensor:
-        """Committed tokens of each row, `(rows,)` int64 on the device."""
-        return self._lengths[self.rows]
 
     @property
     def host_lengths(self) -> list[int]:
@@ -265,7 +265,10 @@ class KVCache(SlotCache):
 
     def _set(self, lengths: list[int]) -> None:
         self._host_lengths[self.rows] = lengths
-        self._lengths[self.rows] = to_device(lengths, self.device)
+        if self.device.type == "cpu" and type(self.lengths) is Tensor:
+            self.lengths.numpy()[:] = lengths  # without PyTorch's dispatch
+        else:
+            self.lengths.copy_(to_device(lengths, self.device))
         self._forget()
 
     # --- row slots, in use or not

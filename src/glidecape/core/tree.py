@@ -47,7 +47,8 @@ class TokenTree:
         self._numbers[1, :, 0] = -1
         self._valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._valid[:, 0] = True
-        self._score = torch.zeros(batch, capacity, device=device)
+        self._known_score: Tensor | None = torch.zeros(batch, capacity, device=device)
+        self._given: Tensor | None = None  # of a comb, log-probabilities that its scores are made of when they are asked for
         self._sampled: Tensor | None = None
         own = torch.eye(capacity, dtype=torch.bool, device=device)[None]
         self._ancestors = own if batch == 1 else own.expand(batch, -1, -1).clone()
@@ -62,6 +63,7 @@ class TokenTree:
         """A tree of these tensors themselves: tokens, parents and depths `(3, batch, nodes)`, and the attributes' others."""
         made = object.__new__(cls)
         made._numbers, made._valid, made._ancestors, made._sampled = numbers, valid, ancestors, None
+        made._known_score = made._given = None
         made.capacity = made.nodes = numbers.shape[2]
         made.levels, made.grown_as, made.memo, made._laws = levels, None, None, {}
         return made
@@ -75,7 +77,7 @@ class TokenTree:
         sent = [torch.from_numpy(one).to(device, non_blocking=True) for one in arrays]
         made = cls.of(sent[0], sent[1], sent[2], int(numbers[2].max()))
         made._numbers[0, :, 0] = roots
-        made._score = sent[3]
+        made._known_score = sent[3]
         return made
 
     @property
@@ -91,16 +93,13 @@ class TokenTree:
             tokens, log_prob: `(batch, depths, width)`; the first of each depth is the chain's, the others are leaves.
             valid: of the same shape, or of width 1 for all of a depth; False: padding. None: all are nodes.
         """
-        _, depths, width = tokens.shape
-        parents, depth, ancestors = _comb(depths, width, roots.device)
-        made = cls(roots, 1 + depths * width)
-        made.nodes, made.levels = made.capacity, depths
-        made._numbers[0, :, 1:] = tokens.flatten(1)
-        made._numbers[1], made._numbers[2] = parents, depth
-        made._valid[:, 1:] = True if valid is None else valid.expand(-1, -1, width).flatten(1)
-        above = log_prob[:, :, 0].cumsum(1) - log_prob[:, :, 0]
-        made._score[:, 1:] = (above[..., None] + log_prob).flatten(1)
-        made._ancestors[:] = ancestors
+        (batch, depths, width), device = tokens.shape, roots.device
+        parents, depth, ancestors, whole = _comb(batch, depths, width, device)
+        numbers = torch.stack([torch.cat([roots[:, None], tokens.flatten(1)], 1), parents, depth])
+        if valid is not None:
+            whole = torch.cat([whole[:, :1], valid.expand(-1, -1, width).flatten(1)], 1)
+        made = cls.of(numbers, whole, ancestors, depths)
+        made._given = log_prob
         return made
 
     @property
@@ -126,6 +125,15 @@ class TokenTree:
     def valid(self) -> Tensor:
         """`(batch, nodes)` bool; False is padding."""
         return self._valid[:, : self.nodes]
+
+    @property
+    def _score(self) -> Tensor:
+        if self._known_score is None:
+            assert self._given is not None, "a tree of these tensors has no scores"
+            above = self._given[:, :, 0].cumsum(1) - self._given[:, :, 0]
+            below = (above[..., None] + self._given).flatten(1)
+            self._known_score = torch.cat([torch.zeros_like(below[:, :1]), below], 1)
+        return self._known_score
 
     @property
     def score(self) -> Tensor:
@@ -248,7 +256,7 @@ class TokenTree:
         parents = made._numbers[1]
         made._numbers[1] = torch.where(parents < 0, -1, renumbered.gather(1, parents.clamp(min=0)))
         made._valid[:] = self._valid.gather(1, kept)
-        made._score[:] = self._score.gather(1, kept)
+        made._known_score = self._score.gather(1, kept)
         rows = self._ancestors.gather(1, kept[..., None].expand(-1, -1, self.capacity))
         made._ancestors[:] = rows.gather(2, kept[:, None].expand(-1, count, -1))
         made.grown_as = kept if self.grown_as is None else self.grown_as.gather(1, kept)
@@ -280,15 +288,16 @@ class TokenTree:
 
 
 @lru_cache(maxsize=64)
-def _comb(depths: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Parents and depths `(nodes,)` of the nodes of a comb, and who is whose ancestor `(nodes, nodes)`."""
+def _comb(batch: int, depths: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Parents and depths of the nodes of a comb, `(batch, nodes)`, who is whose ancestor, and that no node is padding."""
     number = torch.arange(1 + depths * width)
     depth = (number + width - 1) // width
     parents = (1 + (depth - 2) * width).clamp(min=0)
     parents[0] = -1
     chain = (number == 0) | ((number - 1) % width == 0)
     ancestors = (chain & (depth < depth[:, None])) | (number == number[:, None])
-    return parents.to(device), depth.to(device), ancestors.to(device)
+    of_row = parents, depth, ancestors, number >= 0
+    return tuple(one.to(device, non_blocking=True).expand(batch, *one.shape).contiguous() for one in of_row)
 
 
 @lru_cache(maxsize=4096)

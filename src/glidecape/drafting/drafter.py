@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -79,7 +80,8 @@ class NoDraft:
         return None
 
     def propose(self, batch: Batch) -> TokenTree:
-        return TokenTree(batch.roots, capacity=1)
+        roots = batch.roots
+        return TokenTree.comb(roots, roots[:, None, None][:, :0], torch.zeros(len(roots), 0, 1, device=roots.device))
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         return None
@@ -238,14 +240,14 @@ class ModelDrafter:
         ranking = laws.ranking(cache.host_lengths, batch.root_positions, 0, length, self.model.vocab_size)
         pieces = [row.tokens[have:] for row, have in zip(batch.rows, own.host_lengths, strict=True)]
         last = [len(piece) - 1 for piece in pieces]
-        ranked = self.model.draft_chain(_padded(pieces, own)[0], last, own, cache, (length, expansion.width), ranking)
+        ranked = self.model.draft_chain(_side_by_side(pieces, own), last, own, cache, (length, expansion.width), ranking)
         if ranked is None:
             return None
-        number = torch.arange(length, device=batch.device)
-        depths = number < to_device(caps, batch.device)[:, None] if min(caps) < length else None
+        depths = None
+        if min(caps) < length:
+            depths = torch.arange(length, device=batch.device) < to_device(caps, batch.device)[:, None]
         tree = expansion.comb(batch.roots, ranked, depths)
-        # The node of each depth but the last was run, after the root.
-        tree.memo = ((number - 1) * expansion.width + 1).clamp(min=0).expand(tree.batch, -1)
+        tree.memo = _run_by_chain(tree.batch, length, expansion.width, batch.device)
         return tree
 
     def _run(self, batch: Batch, queries: Queries, own: KVCache, depth: int, kept: Tensor | None = None) -> Step:
@@ -320,8 +322,20 @@ class ModelDrafter:
         draft.own.keep(trusted)
 
 
-def _padded(pieces: list[list[int]], own: KVCache) -> tuple[Tensor, Tensor]:
-    """Tokens `(rows, width)`, and their positions if they follow what `own` has committed."""
+@lru_cache(maxsize=64)
+def _run_by_chain(batch: int, length: int, width: int, device: torch.device) -> Tensor:
+    """Which node of a comb is in each scratch slot after a chain was drafted whole: that of each depth but the last."""
+    nodes = ((torch.arange(length, device=device) - 1) * width + 1).clamp(min=0)
+    return nodes.repeat(batch, 1)
+
+
+def _side_by_side(pieces: list[list[int]], own: KVCache) -> Tensor:
+    """Tokens `(rows, width)`, padded."""
     width = max(map(len, pieces))
-    tokens = to_device([piece + [0] * (width - len(piece)) for piece in pieces], own.device)
-    return tokens, own.lengths[:, None] + torch.arange(width, device=own.device)
+    return to_device([piece + [0] * (width - len(piece)) for piece in pieces], own.device)
+
+
+def _padded(pieces: list[list[int]], own: KVCache) -> tuple[Tensor, Tensor]:
+    """The same, and their positions if they follow what `own` has committed."""
+    tokens = _side_by_side(pieces, own)
+    return tokens, own.lengths[:, None] + torch.arange(tokens.shape[1], device=own.device)

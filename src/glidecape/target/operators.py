@@ -22,7 +22,7 @@ EXACT = (torch.Tag.needs_exact_strides,)
 # The functions in kernels/, as programs declare them, by operator.
 FUNCTIONS = {
     "glidecape::streamed_linear": "AOTITorchError aoti_torch_cpu_streamed_linear(AtenTensorHandle x, AtenTensorHandle weights, "
-    "AtenTensorHandle bias, int64_t outputs, AtenTensorHandle* y)",
+    "AtenTensorHandle scales, AtenTensorHandle bias, int64_t outputs, AtenTensorHandle* y)",
     "glidecape::tree_attention": "AOTITorchError aoti_torch_cpu_tree_attention(AtenTensorHandle q, AtenTensorHandle k, "
     "AtenTensorHandle v, AtenTensorHandle lengths, AtenTensorHandle positions, AtenTensorHandle ancestors, "
     "AtenTensorHandle seen, double scale, double cap, AtenTensorHandle* y)",
@@ -42,13 +42,26 @@ def panels_of(weight: Tensor) -> Tensor:
     return filled.view(panels, PANEL, -1).transpose(1, 2).contiguous()
 
 
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight `(outputs, inputs)` in int8, and what each output is to be multiplied by, `(outputs,)`.
+
+    >>> weight, scales = rounded(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
+    >>> weight.tolist(), scales.tolist()
+    ([[127, -50], [0, 0]], [0.009999999776482582, 1.0])
+    """
+    scales = weight.float().abs().amax(1) / 127
+    scales = torch.where(scales > 0, scales, 1.0)
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
+
+
 @torch.library.custom_op("glidecape::streamed_linear", mutates_args=(), tags=EXACT)
-def streamed_linear(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+def streamed_linear(x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor, outputs: int) -> Tensor:
     """x W^T + b for few rows, in the time that reading the weights takes.
 
     Args:
-        x: `(…, inputs)`, dense; float32, or bfloat16 if `panels` are.
+        x: `(…, inputs)`, dense; float32, or bfloat16 unless `panels` are float32.
         panels: from `panels_of`.
+        scales: `(outputs,)` in float32, which the products of int8 weights are multiplied by, or `(0,)`: none.
         bias: `(outputs,)` in float32, or `(0,)`: none.
 
     Returns:
@@ -56,11 +69,13 @@ def streamed_linear(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Te
     """
     weight = panels.transpose(1, 2).reshape(-1, panels.shape[1])[:outputs]
     found = x.float() @ weight.float().T
+    if len(scales):
+        found = found * scales
     return (found + bias if len(bias) else found).to(x.dtype)
 
 
 @streamed_linear.register_fake
-def _(x: Tensor, panels: Tensor, bias: Tensor, outputs: int) -> Tensor:
+def _(x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 

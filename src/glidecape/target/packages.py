@@ -115,6 +115,7 @@ class Program:
         modules: whose weights it holds, as it does those of the modules in attributes of `holders`. Linear layers are
             streamed ones meanwhile.
         make: gives the program, example inputs, and their dynamic sizes.
+        in_8_bits: may linear layers round their weights to 8 bits? A draft's may: the output stays the target's.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Program:
     modules: tuple[nn.Module, ...]
     make: Callable[[], tuple[Any, ...]]
     holders: tuple[Any, ...] = ()
+    in_8_bits: bool = False
 
 
 def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
@@ -141,7 +143,7 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
         folder, kind = cache_folder(), _name(facts)
         if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
             return None  # the weights, which take a while to read, need not be asked
-        with streamed_layers(*program.modules, holders=program.holders):
+        with streamed_layers(*program.modules, holders=program.holders, in_8_bits=program.in_8_bits):
             held = [part for one in program.holders for part in vars(one).values() if isinstance(part, nn.Module)]
             try:
                 facts["weights"] = weights_digest(*program.modules, *held)

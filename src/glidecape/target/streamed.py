@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .operators import PANEL, panels_of, streamed_linear
+from .operators import PANEL, panels_of, rounded, streamed_linear
 from .packed import PackedLinear
 
 
@@ -20,21 +20,27 @@ class StreamedLinear(nn.Module):
     Args:
         weight: `(outputs, inputs)`, float32 or bfloat16.
         bias: `(outputs,)` or None.
+        in_8_bits: round the weights to 8 bits: half of the bytes to read.
     """
 
     panels: Tensor
+    scales: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, in_8_bits: bool = False) -> None:
         super().__init__()
-        self.outputs = weight.shape[0]
-        self.register_buffer("panels", panels_of(weight.detach()))
+        self.outputs, scales = weight.shape[0], torch.zeros(0)
+        weight = weight.detach()
+        if in_8_bits:
+            weight, scales = rounded(weight)
+        self.register_buffer("panels", panels_of(weight))
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", torch.zeros(0) if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         # A product in bfloat16 has a weight in bfloat16.
         values = x.float() if self.panels.dtype == torch.float32 else x
-        return streamed_linear(values.contiguous(), self.panels, self.bias, self.outputs).to(x.dtype)
+        return streamed_linear(values.contiguous(), self.panels, self.scales, self.bias, self.outputs).to(x.dtype)
 
 
 def streamable(layer: object) -> bool:
@@ -50,7 +56,7 @@ def streamable(layer: object) -> bool:
 
 
 @contextmanager
-def streamed_layers(*models: nn.Module, holders: tuple[Any, ...] = ()) -> Iterator[None]:
+def streamed_layers(*models: nn.Module, holders: tuple[Any, ...] = (), in_8_bits: bool = False) -> Iterator[None]:
     """While it lasts, linear layers are streamed ones, in modules and in the attributes of `holders`."""
     places = [
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], part)
@@ -59,7 +65,7 @@ def streamed_layers(*models: nn.Module, holders: tuple[Any, ...] = ()) -> Iterat
     ]
     places += [(holder, name, part) for holder in holders for name, part in vars(holder).items()]
     swapped = [place for place in places if streamable(place[2])]
-    streamed = {id(part): StreamedLinear(part.weight, part.bias) for _, _, part in swapped}
+    streamed = {id(part): StreamedLinear(part.weight, part.bias, in_8_bits) for _, _, part in swapped}
     try:
         for module, own, part in swapped:
             setattr(module, own, streamed[id(part)])
@@ -74,16 +80,16 @@ def share_inputs(graph: fx.Graph) -> None:
     operator = torch.ops.glidecape.streamed_linear.default
     by_input: dict[Any, list[Any]] = {}
     for node in graph.nodes:
-        if node.target is operator and node.args[3] % PANEL == 0:
-            x, panels, bias, _ = node.args
+        if node.target is operator and node.args[4] % PANEL == 0:
+            x, panels, _, bias, _ = node.args
             by_input.setdefault((x, panels.meta["val"].dtype, bias.meta["val"].numel() > 0), []).append(node)
     cat, narrow = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor
     for (x, _, _), nodes in by_input.items():
         if len(nodes) == 1:
             continue
-        ends = list(accumulate(node.args[3] for node in nodes))
+        ends = list(accumulate(node.args[4] for node in nodes))
         with graph.inserting_before(nodes[0]):
-            parts = [graph.call_function(cat, ([node.args[i] for node in nodes],)) for i in (1, 2)]
+            parts = [graph.call_function(cat, ([node.args[i] for node in nodes],)) for i in (1, 2, 3)]
             whole = graph.call_function(operator, (x, *parts, ends[-1]))
             for node, first, end in zip(nodes, [0, *ends], ends, strict=False):
                 node.replace_all_uses_with(graph.call_function(narrow, (whole, -1, first, end)))

@@ -11,6 +11,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace glidecape {
 
 // Lanes of a vector register, and how many rows and vectors of outputs fit into the registers at once.
@@ -27,6 +31,7 @@ constexpr int AHEAD = 32;  // inputs whose numbers are fetched beforehand
 using Vector = float __attribute__((vector_size(LANES * 4)));
 using Integers = int32_t __attribute__((vector_size(LANES * 4)));
 using Bits = uint32_t __attribute__((vector_size(LANES * 4)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Halves = uint16_t __attribute__((vector_size(LANES * 2)));
 using bfloat16 = uint16_t;  // the upper half of a float
 
@@ -49,6 +54,19 @@ inline Vector load(const bfloat16* from) {
   std::memcpy(&halves, from, sizeof halves);
   const Bits bits = __builtin_convertvector(halves, Bits) << 16;
   return bits_of<Vector>(bits);
+}
+
+inline Vector load(const int8_t* from) {
+  // GCC converts vectors of bytes one by one.
+#if defined(__AVX512F__)
+  return bits_of<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))));
+#elif defined(__AVX2__)
+  return bits_of<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))));
+#else
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
+#endif
 }
 
 inline Vector load_some(const float* from, int count) {
