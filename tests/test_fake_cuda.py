@@ -23,7 +23,7 @@ from fake_cuda import fake_cuda, move_to_cuda
 from glidecape.batch.row import new_row
 from glidecape.core import noise
 from glidecape.core.params import SamplingParams
-from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.auto.drafter import AutoDrafter, Forced
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.drafts.eagle.adapter import EagleDraft
@@ -91,7 +91,7 @@ def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, 
                 move_to_cuda(module)
         drafter = make_drafter(method, draft, length=LENGTH, cap=LENGTH, bins=(2, 1), top=3, total=8)
         if isinstance(drafter, AutoDrafter):
-            drafter.forced = LENGTH, 4  # what it would choose depends on numbers, which are made up
+            drafter.forced = Forced(LENGTH, 4)  # what it would choose depends on numbers, which are made up
         engine = Engine(target, drafter, len(prompts), tokens=64, new_tokens=32)
         for i, prompt in enumerate(prompts):
             # The last of several rows may soon emit no more, so it drafts less than its neighbours.

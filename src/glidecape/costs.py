@@ -21,7 +21,7 @@ from .core.params import SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import Prices
-from .drafting.auto.drafter import AutoDrafter
+from .drafting.auto.drafter import AutoDrafter, Forced
 from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
 from .drafting.stop import FixedLength
@@ -140,21 +140,42 @@ PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
 def measured_prices(
     target: Target, drafter: AutoDrafter, temperature: float = 0.0, rows: Sequence[int] = ROWS
 ) -> Prices:
-    """Prices of this pair on this machine, by rows and tokens before them; medians of at least two. A few seconds.
+    """Prices of this pair on this machine, by rows and tokens before them; medians. A few seconds.
 
     The caches' content doesn't matter to time, so nothing is read before: the prompt's keys and values are zeros.
     """
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
     cells = [[_priced(target, drafter, count, context, temperature) for context in contexts] for count in rows]
-    verify, draft, rest = (tuple(tuple(cell[k] for cell in row) for row in cells) for k in range(3))
-    return Prices(tuple(rows), tuple(contexts), NODES, verify, draft, rest)  # type: ignore[arg-type]
+
+    def table(of: Callable[[Cell], float]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(of(cell) for cell in row) for row in cells)
+
+    return Prices(
+        tuple(rows),
+        tuple(contexts),
+        NODES,
+        tuple(tuple(cell.verify for cell in row) for row in cells),
+        table(lambda cell: cell.draft),
+        table(lambda cell: cell.start),
+        drafter.length,
+        table(lambda cell: cell.whole) if drafter.length else (),
+    )
 
 
-def _priced(
-    target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float
-) -> tuple[tuple[float, ...], float, float]:
-    """Of so many rows with so many tokens before them: seconds by nodes, of a depth, and of the rest of drafting."""
+@dataclass(frozen=True)
+class Cell:
+    """Seconds of one number of rows and tokens; see `Prices`."""
+
+    verify: tuple[float, ...]
+    draft: float = 0.0
+    start: float = 0.0
+    whole: float = 0.0
+
+
+def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float) -> Cell:
+    """Of so many rows with so many tokens before them; whole rounds are timed, since drafting and verification drive one
+    another's weights out of the CPU's cache."""
     params = SamplingParams(temperature, max_new_tokens=max(NODES) + 1, ignore_eos=True)
     text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
     engine = Engine(target, drafter, count, context + max(NODES) + 2, max(NODES) + 1)
@@ -164,23 +185,34 @@ def _priced(
     batch.use(0, count)
     batch.cache.commit(known)
     batch.draft.own.commit(known)
-    sized = _Sized(max(NODES))
-
-    def drafted(depths: int) -> float:
-        drafter.forced = depths, depths
-        return _drafted(drafter, batch)
-
-    timed: list[Callable[[], float]] = [partial(_verified, target, sized, batch, nodes) for nodes in NODES]
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
-    timed += [partial(drafted, depths) for depths in (SHORT, deepest)] if deepest else []
+    shapes = [Forced(0, nodes - 1) for nodes in NODES]
+    if deepest:
+        shapes += [Forced(0, LONG), Forced(SHORT, LONG), Forced(deepest, LONG)]
+    if drafter.length:
+        shapes.append(Forced(drafter.length, LONG, whole=True))
+
+    def round_of(shape: Forced) -> float:
+        drafter.forced, stats = shape, Stats()
+        run_round(target, drafter, batch, stats)
+        for row in batch.rows:
+            del row.tokens[row.prompt_length :]
+        batch.cache.truncate(known)
+        batch.draft.own.truncate(known)
+        return stats.total_s
+
     try:
-        *of_nodes, short, long = _in_turn(timed, patience=PATIENCE_S) + ([] if deepest else [0.0, 0.0])
+        times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
     finally:
         drafter.forced = None
-    depth = (long - short) / (deepest - SHORT) if deepest > SHORT else short
+    of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
     # More nodes never take less time, whatever was measured.
     rising = tuple(np.maximum.accumulate(of_nodes).tolist())
-    return rising, max(0.0, depth), max(0.0, short - depth)
+    if not deepest:
+        return Cell(rising)
+    bare, short, long = rest[:3]
+    depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
+    return Cell(rising, depth, max(0.0, short - bare - depth), max(0.0, rest[-1] - bare))
 
 
 def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:
@@ -195,6 +227,7 @@ def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] =
         "draft": repr(model),
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
+        "chain": drafter.length,
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -132,8 +132,17 @@ class KVCache(SlotCache):
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         where = devices or [self.device] * len(shapes)
         places = list(zip(shapes, where, strict=True))
-        self.keys = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
-        self.values = [torch.zeros(batch, h, capacity, d, dtype=dtype, device=w) for (h, d), w in places]
+        # Layers that are alike lie side by side, so that `keep` moves what was accepted in all of them at once.
+        stacks = {
+            place: torch.zeros(
+                2 * places.count(place), batch, place[0][0], capacity, place[0][1], dtype=dtype, device=place[1]
+            )
+            for place in dict.fromkeys(places)
+        }
+        self._stacks = list(stacks.values())
+        layers = {place: iter(stack) for place, stack in stacks.items()}
+        pairs = [(next(layers[place]), next(layers[place])) for place in places]
+        self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
         self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
         self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._host_lengths = [0] * batch
@@ -248,10 +257,10 @@ class KVCache(SlotCache):
         slots, start = to_device(table, self.device), self.lengths[:, None]
         source, goal = start + slots, start + torch.arange(first, last, device=self.device)
         rows = torch.arange(len(paths), device=self.device)[:, None]
-        stores = [store.transpose(1, 2) for store in (*self.own_keys, *self.own_values)]
-        for store in [*stores, *([] if self.hidden is None else [self.hidden[self.rows]])]:
+        hidden = [] if self.hidden is None else [self.hidden[self.rows][None]]
+        for store in [*(stack[:, self.rows].transpose(2, 3) for stack in self._stacks), *hidden]:
             at = store.device
-            store[rows.to(at), goal.to(at)] = store[rows.to(at), source.to(at)]
+            store[:, rows.to(at), goal.to(at)] = store[:, rows.to(at), source.to(at)]
 
     def commit(self, counts: Sequence[int]) -> None:
         """Commit the first `counts[row]` scratch slots of each row as they stand."""

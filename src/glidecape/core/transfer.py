@@ -24,9 +24,11 @@ def to_host(tensor: Tensor) -> Any:
     return tensor.tolist()
 
 
-def to_host_together(*tensors: Tensor) -> list[NDArray[np.float64]]:
-    """The numbers of several tensors `(batch, count)` as arrays: one wait."""
+def to_host_arrays(*tensors: Tensor) -> list[NDArray[np.float64]]:
+    """The numbers of several tensors `(batch, …)` as arrays: one wait."""
     if tensors[0].device.type == "cpu":
         return [one.double().numpy() for one in tensors]
-    found = np.array(to_host(torch.cat([one.double() for one in tensors], 1)))
-    return np.split(found, np.cumsum([one.shape[1] for one in tensors])[:-1], axis=1)
+    rows = [one.double().flatten(1) for one in tensors]
+    found = np.array(to_host(torch.cat(rows, 1)))
+    parts = np.split(found, np.cumsum([one.shape[1] for one in rows])[:-1], axis=1)
+    return [part.reshape(one.shape) for part, one in zip(parts, tensors, strict=True)]

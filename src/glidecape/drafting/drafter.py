@@ -16,7 +16,7 @@ from ..batch.row import Outcome
 from ..core.cache import KVCache
 from ..core.transfer import to_device, to_host
 from ..core.tree import TokenTree
-from ..drafts.base import DraftModel, Queries, Step
+from ..drafts.base import DraftModel, Queries, Ranked, Step
 from ..drafts.program import NetworkDraft
 from .expansions.base import Expansion
 from .expansions.cape import Cape
@@ -80,11 +80,16 @@ class NoDraft:
         return None
 
     def propose(self, batch: Batch) -> TokenTree:
-        roots = batch.roots
-        return TokenTree.comb(roots, roots[:, None, None][:, :0], torch.zeros(len(roots), 0, 1, device=roots.device))
+        return lone_roots(batch.roots)
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         return None
+
+
+def lone_roots(roots: Tensor) -> TokenTree:
+    """The empty proposal for rows with these roots, `(batch,)`."""
+    none = roots[:, None, None][:, :0]
+    return TokenTree.comb(roots, none, none.float())
 
 
 class DrafterWrapper:
@@ -232,15 +237,10 @@ class ModelDrafter:
 
     def _compiled_chain(self, batch: Batch, own: KVCache, caps: list[int]) -> TokenTree | None:
         """The proposal of a whole chain by one program; None where there is none for it."""
-        laws, cache, length, expansion = batch.laws, batch.cache, max(caps), self._whole
-        if expansion is None or length < self.cap or not laws.bare or not isinstance(self.model, NetworkDraft):
+        length, expansion = max(caps), self._whole
+        if expansion is None or length < self.cap:
             return None
-        if (length, expansion.width) not in self.model.chains:
-            return None
-        ranking = laws.ranking(cache.host_lengths, batch.root_positions, 0, length, self.model.vocab_size)
-        pieces = [row.tokens[have:] for row, have in zip(batch.rows, own.host_lengths, strict=True)]
-        last = [len(piece) - 1 for piece in pieces]
-        ranked = self.model.draft_chain(_side_by_side(pieces, own), last, own, cache, (length, expansion.width), ranking)
+        ranked = self.draft_whole(batch, own, length, expansion.width)
         if ranked is None:
             return None
         depths = None
@@ -249,6 +249,16 @@ class ModelDrafter:
         tree = expansion.comb(batch.roots, ranked, depths)
         tree.memo = _run_by_chain(tree.batch, length, expansion.width, batch.device)
         return tree
+
+    def draft_whole(self, batch: Batch, own: KVCache, length: int, ranked: int) -> Ranked | None:
+        """What is ranked first at each depth of a chain, by one program; None where there is none for these rows."""
+        laws, cache, model = batch.laws, batch.cache, self.model
+        if not laws.bare or not isinstance(model, NetworkDraft) or (length, ranked) not in model.chains:
+            return None
+        ranking = laws.ranking(cache.host_lengths, batch.root_positions, 0, length, model.vocab_size)
+        pieces = [row.tokens[have:] for row, have in zip(batch.rows, own.host_lengths, strict=True)]
+        last = [len(piece) - 1 for piece in pieces]
+        return model.draft_chain(_side_by_side(pieces, own), last, own, cache, (length, ranked), ranking)
 
     def _run(self, batch: Batch, queries: Queries, own: KVCache, depth: int, kept: Tensor | None = None) -> Step:
         """A step whose logits are of nodes of this depth; `kept`: of these queries alone."""

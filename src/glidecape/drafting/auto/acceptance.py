@@ -45,6 +45,7 @@ class OnlineLogistic:
     def __init__(self, prior: Sequence[Sequence[float]], ridge: float = 4.0) -> None:
         self.prior = np.array(prior, dtype=np.float64)
         self.weights = self.prior.copy()
+        self._lists: list[list[float]] = self.weights.tolist()
         kinds, features = self.prior.shape
         self.ridge = ridge * np.eye(features)
         self.precision = np.repeat(self.ridge[None], kinds, 0)
@@ -56,6 +57,11 @@ class OnlineLogistic:
         """Probabilities `(…)` of observations `(…, features)`."""
         found: Array = 1.0 / (1.0 + np.exp(np.minimum(-(x @ self.weights[kind]), 30.0)))
         return found
+
+    def one(self, kind: int, x: Sequence[float]) -> float:
+        """The probability of one observation, without arrays."""
+        z = sum(a * b for a, b in zip(self._lists[kind], x, strict=True))
+        return min(0.999, 1.0 / (1.0 + math.exp(min(-z, 30.0))))
 
     def learn(self, kind: int, x: Array, y: Array) -> None:
         """Observations `(n, features)` and whether they came true, `(n,)` of 0 and 1; weights change once enough are there."""
@@ -73,6 +79,7 @@ class OnlineLogistic:
         )
         pull = (1 - self.KEEP) * self.ridge @ (self.prior[kind] - self.weights[kind])
         self.weights[kind] += np.linalg.solve(self.precision[kind], x.T @ (y - p) + pull)
+        self._lists[kind] = self.weights[kind].tolist()
 
     def _note(self, kind: int, p: Array, y: Array) -> None:
         at = np.minimum((p * BINS).astype(int), BINS - 1)
@@ -94,17 +101,17 @@ COPIED = ((-0.4, 1.1, 0.7, 1.4), (-2.0, 1.0, 0.3, 1.5))
 
 
 def drafted_features(scores: Array, log_q: Array, entropy: Array, depth: int, recent: Array) -> Array:
-    """What a draft shows of the tokens that it ranks after a node, `(batch, count, features)`.
+    """What a draft shows of the tokens that it ranks after nodes of a chain, `(batch, depths, count, features)`.
 
     Args:
-        scores, log_q: `(batch, count)`, best first, see `Ranked`.
-        entropy: `(batch,)` in nats.
-        depth: of the tokens, from 1.
+        scores, log_q: `(batch, depths, count)`, best first, see `Ranked`.
+        entropy: `(batch, depths)` in nats.
+        depth: of the first depth's tokens, from 1.
         recent: `(batch,)` how much more was accepted in the row lately than was expected.
     """
-    first, other, fixed = _fixed(scores.shape[1])
-    gap = scores - scores[:, :1]
-    gap[:, 0] = scores[:, 0] - scores[:, min(1, scores.shape[1] - 1)]
+    first, other, fixed = _fixed(scores.shape[2])
+    gap = scores - scores[..., :1]
+    gap[..., 0] = scores[..., 0] - scores[..., min(1, scores.shape[2] - 1)]
     gap = np.minimum(np.maximum(gap, -10.0), 10.0)
     odds = np.maximum(log_q, -8.0)
     odds = odds - np.log1p(-np.exp(np.minimum(odds, -3e-4)))
@@ -112,9 +119,15 @@ def drafted_features(scores: Array, log_q: Array, entropy: Array, depth: int, re
     x[..., 0:3] = fixed
     x[..., 3], x[..., 4] = gap * first, gap * other
     x[..., 5], x[..., 6] = odds * first, odds * other
-    x[..., 7], x[..., 8] = entropy[:, None], math.log(depth)
-    x[..., 9], x[..., 10] = recent[:, None] * first, recent[:, None] * other
+    x[..., 7], x[..., 8] = entropy[..., None], _log_depth(depth, scores.shape[1])
+    recent = recent[:, None, None]
+    x[..., 9], x[..., 10] = recent * first, recent * other
     return x
+
+
+@lru_cache(maxsize=256)
+def _log_depth(depth: int, count: int) -> Array:
+    return np.log(np.arange(depth, depth + count, dtype=np.float64))[:, None]
 
 
 @lru_cache

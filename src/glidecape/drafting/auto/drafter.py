@@ -14,32 +14,38 @@ and the draft's own steps are priced, too, and probabilities are learned online.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...batch.batch import Batch
 from ...batch.row import Outcome, Row
 from ...core.cache import KVCache
-from ...core.transfer import to_device, to_host_together
+from ...core.transfer import to_device, to_host_arrays
 from ...core.tree import TokenTree
 from ...costmodel import Prices, RoundCosts
-from ..drafter import DraftState, ModelDrafter
-from ..law import DraftLaw, draft_law
+from ...drafts.program import NetworkDraft
+from ..drafter import DraftState, ModelDrafter, lone_roots
+from ..law import draft_law
 from ..lookup import NgramIndex
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, width_of
-from .rate import Rate, Worth
+from .rate import Drift, Rate, Worth
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
+CHAIN = 4  # of which one program drafts so many
 RANKED = 5  # tokens after a node that are looked at
 NGRAM = 3  # longest n-gram that is looked for; a match may be longer
 LEAST = 0.02  # nodes that are less probable are never worth verifying
+DEEP = 0.1  # of a newest round in the mean of the depths that were worth drafting
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
+SELDOM = 4  # of so many copies that were not proposed, one is learned from
 GREEDY, SAMPLED = 0, 1
 
 
@@ -50,17 +56,30 @@ class RowState:
     Attributes:
         index: where its n-grams occurred.
         drafted, copied: how much more was accepted lately than was expected.
+        seen: rounds.
     """
 
     index: NgramIndex = field(default_factory=lambda: NgramIndex(NGRAM))
     drafted: float = 0.0
     copied: float = 0.0
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row."""
+
+    depths: int
+    nodes: int
+    whole: bool = False
 
 
 @dataclass
 class Level:
-    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features."""
+    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
+    tokens `(batch, 1)`, on the device."""
 
+    first: Tensor
     tokens: Array
     log_q: Array
     p: Array
@@ -69,12 +88,23 @@ class Level:
 
 @dataclass
 class Plan:
-    """A round in progress: what was looked at, to be learned from when its outcome is known."""
+    """A round in progress: what was looked at, to be learned from when its outcome is known.
+
+    Attributes:
+        kinds: of law, of each row.
+        copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
+        cost: in plain rounds; empty: nothing was proposed.
+        step_s: what a plain round takes by its price; started: when this one began.
+    """
 
     kinds: list[int]
     copies: list[tuple[int, list[int]]]
     levels: list[Level] = field(default_factory=list)
     cost: float = 0.0
+    step_s: float = 0.0
+    started: float = 0.0
+    empty: bool = False
+    first: list[float] = field(default_factory=list)
 
 
 class AutoRows:
@@ -113,8 +143,10 @@ class AutoDrafter:
         self.copying, self.ranked = copying, RANKED if siblings else 1
         self.calibrated, self.priced = calibrated, priced
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
-        self.rate, self.worth = Rate(2), Worth(2)
-        self.forced: tuple[int, int] | None = None  # depths and nodes of every round, while costs are measured
+        self.rate, self.worth, self.drift = Rate(2), Worth(2), Drift(2)
+        self.clock: Callable[[], float] | None = time.perf_counter  # None: prices are taken for what rounds cost
+        self.forced: Forced | None = None
+        self.depths = [2.0, 2.0]  # that were worth drafting lately, greedily and sampled
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
     def __repr__(self) -> str:
@@ -130,7 +162,21 @@ class AutoDrafter:
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """See `Drafter`."""
-        return self.runner is not None and self.runner.model.compile(mode, say)
+        if self.runner is None or not self.runner.model.compile(mode, say):
+            return False
+        model = self.runner.model
+        if isinstance(model, NetworkDraft):
+            model.compile_chain(min(CHAIN, model.max_lag), RANKED, mode, say)
+        return True
+
+    @property
+    def length(self) -> int:
+        """Depths that one program drafts; 0: there is none."""
+        model = None if self.runner is None else self.runner.model
+        if not isinstance(model, NetworkDraft):
+            return 0
+        length = min(CHAIN, model.max_lag)
+        return length if (length, RANKED) in model.chains else 0
 
     def budget(self, tokens: int) -> int:
         return max(1 + NODES, 0 if self.runner is None else self.runner.budget(tokens))
@@ -155,61 +201,107 @@ class AutoDrafter:
         batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
         costs, verify = self._costs_of(batch, max(kinds))
-        rate = len(rows) * self.rate.of(kinds)
-        plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
+        rate = len(rows) * self.rate.of(kinds) * self.drift.extra[max(kinds)]
+        plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)], step_s=costs.step_s)
         around.plan = plan
-        chances = [
-            self._of(self.copies, kind, copied_features(match, len(words), one.copied)) if words else np.zeros(0)
+        if self.clock is not None:
+            plan.started = self.clock()
+            if self.forced is None and self.drift.asks(max(kinds)):
+                return self._nothing(batch, plan)
+        plan.first = [
+            self.copies.one(kind, (1.0, math.log(match), 0.0, one.copied)) if words else 0.0
             for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
         ]
-        missing = [1.0 - float(chance[0]) if len(chance) else 1.0 for chance in chances]
-        runs = self.runner is not None and (self.forced is not None or self.worth.drafts(kinds, missing))
-        if runs:
+        if self._drafts(kinds, [1.0 - p for p in plan.first]):
             self._draft(batch, plan, own, costs, rate)
+        elif self.forced is None and sum(plan.first) <= rate * (verify[1] - verify[0]):
+            return self._nothing(batch, plan)
+        if self.forced is not None:
+            plan.copies, chances = _forced_copies(batch, self.forced.nodes)
+        else:
+            chances = [
+                self._of(self.copies, kind, copied_features(match, len(words), one.copied)) if words else np.zeros(0)
+                for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
+            ]
         return self._chosen(batch, plan, chances, costs, verify, rate)
 
+    def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
+        if self.runner is None or self.forced is not None:
+            return self.runner is not None and self.forced is not None and self.forced.depths > 0
+        return self.worth.drafts(kinds, missing)
+
+    def _nothing(self, batch: Batch, plan: Plan) -> TokenTree:
+        """The empty proposal."""
+        plan.cost, plan.empty = 1.0, True
+        tree = lone_roots(batch.roots)
+        if self.runner is not None:
+            tree.memo = torch.full((tree.batch, 1), -1, device=batch.device)  # not even the root was run
+        return tree
+
     def _draft(self, batch: Batch, plan: Plan, own: Sequence[RowState], costs: RoundCosts, rate: float) -> None:
-        """Run the draft depth by depth, as long as another one is expected to bring more than it costs."""
+        """Run the draft, as long as another depth is expected to bring more than it costs: the first few depths by one
+        program, where that is cheaper, and then depth by depth."""
         runner, cache, laws = self.runner, batch.draft.own, batch.laws
         assert runner is not None
         recent = np.array([one.drafted for one in own])
         caps = np.array([row.budget - 1 for row in batch.rows])
-        tree = TokenTree(batch.roots, 1 + DEPTH)
-        frontier = torch.zeros(tree.batch, 1, dtype=torch.long, device=batch.device)
-        reach, most = np.ones(len(batch.rows)), min(DEPTH, runner.model.max_lag)
-        step = runner.first_step(batch, cache)
-        for depth in range(1, most + 1):
-            law = draft_law(batch, tree, frontier, step, depth - 1, False)
-            plan.levels.append(self._level(law, depth, plan.kinds, recent))
-            reach = reach * plan.levels[-1].p[:, 0]
-            if depth == most or not self._goes_on(depth, reach * (caps > depth), costs, rate):
-                return
-            words = law.first(1)[0][..., 0]
-            if not laws.bare:  # constraints and penalties look at the path
-                frontier = tree.add(frontier, words, torch.zeros_like(words, dtype=torch.float))
-            step = runner.next_step(batch, cache, words, depth)
+        frontier = torch.zeros(len(batch.rows), 1, dtype=torch.long, device=batch.device)
+        # Constraints and penalties look at the path.
+        tree = lone_roots(batch.roots) if laws.bare else TokenTree(batch.roots, 1 + DEPTH)
+        whole = (
+            runner.draft_whole(batch, cache, costs.length, RANKED) if self._by_one_program(plan.kinds, costs) else None
+        )
+        if whole is None:
+            plan.cost = costs.start
+            law = draft_law(batch, tree, frontier, runner.first_step(batch, cache), 0, False)
+            ranked = [*law.first(RANKED), law.entropy]
+        else:
+            plan.cost = costs.whole - costs.length * costs.draft
+            ranked = [*whole[:3], whole.entropy]
+        plan.levels = self._levels(ranked, 1, plan.kinds, recent)
+        reach, wanted = np.ones(len(batch.rows)), 0
+        for depth in range(1, min(DEPTH, runner.model.max_lag)):
+            level = plan.levels[depth - 1]
+            reach, wanted = reach * level.p[:, 0], depth
+            if not self._goes_on(depth, reach * (caps > depth), costs, rate):
+                break
+            if depth < len(plan.levels):
+                continue
+            if not laws.bare:
+                frontier = tree.add(frontier, level.first, torch.zeros_like(level.first, dtype=torch.float))
+            law = draft_law(batch, tree, frontier, runner.next_step(batch, cache, level.first, depth), depth, False)
+            plan.levels += self._levels([*law.first(RANKED), law.entropy], depth + 1, plan.kinds, recent)
+        plan.cost += costs.draft * len(plan.levels)
+        for kind in plan.kinds:
+            self.depths[kind] += DEEP * (wanted - self.depths[kind])
+
+    def _by_one_program(self, kinds: list[int], costs: RoundCosts) -> bool:
+        if self.forced is not None:
+            return self.forced.whole
+        deep = max(self.depths[kind] for kind in kinds)
+        return costs.whole <= costs.start + costs.draft * deep
 
     def _goes_on(self, depth: int, reach: Array, costs: RoundCosts, rate: float) -> bool:
         if self.forced is not None:
-            return depth < self.forced[0]
+            return depth < self.forced.depths
         node = (costs.verify(3 + depth) - costs.verify(1 + depth)) / 2
         # The next token is about as probable as this path's were on average.
         gain = float((reach * reach ** (1 / depth)).sum())
         return gain > rate * (costs.draft + node)
 
-    def _level(self, law: DraftLaw, depth: int, kinds: list[int], recent: Array) -> Level:
-        ranked = [one[:, 0] for one in law.first(max(2, self.ranked))]
-        tokens, scores, log_q, entropy = to_host_together(*ranked, law.entropy)
-        x = drafted_features(scores, log_q, entropy[:, 0], depth, recent)
-        if len(set(kinds)) == 1:
-            p = self.accepts.of(kinds[0], x)
-        else:
-            p = np.stack([self.accepts.of(kind, one) for kind, one in zip(kinds, x, strict=True)])
+    def _levels(self, ranked: Sequence[Tensor], depth: int, kinds: list[int], recent: Array) -> list[Level]:
+        """What the draft ranked at one or more depths from `depth` on: tokens, scores, log-probabilities `(batch, depths,
+        ranked)` and entropy `(batch, depths)`."""
+        tokens, scores, log_q, entropy = to_host_arrays(*ranked)
+        x = drafted_features(scores, log_q, entropy, depth, recent)
+        p = np.stack([self.accepts.of(kind, one) for kind, one in zip(kinds, x, strict=True)])
         if not self.calibrated:
             p = np.exp(log_q)
         # Only one token follows a node.
-        p = np.minimum(p / np.maximum(1.0, p.sum(1, keepdims=True)), 0.999)
-        return Level(tokens.astype(np.int64), log_q, p, x)
+        p = np.minimum(p / np.maximum(1.0, p.sum(2, keepdims=True)), 0.999)
+        words, tokens = ranked[0], tokens.astype(np.int64)
+        depths = range(words.shape[1])
+        return [Level(words[:, k, :1], tokens[:, k], log_q[:, k], p[:, k], x[:, k]) for k in depths]
 
     def _of(self, model: OnlineLogistic, kind: int, x: Array) -> Array:
         return np.minimum(model.of(kind, x), 0.999)
@@ -242,16 +334,17 @@ class AutoDrafter:
         offers = [self._offer(i, row, plan, chances[i]) for i, row in enumerate(batch.rows)]
         orders = [offer.best() for offer in offers]
         reaches = [[offer.reach[node] for node in order] for offer, order in zip(offers, orders, strict=True)]
-        width = width_of(reaches, verify, rate) if self.forced is None else self.forced[1]
+        width = width_of(reaches, verify, rate) if self.forced is None else self.forced.nodes
         kept = [offer.numbered(order[:width]) for offer, order in zip(offers, orders, strict=True)]
         width = max(map(len, kept))
-        drafting = (costs.start + costs.draft * len(plan.levels)) if plan.levels else 0.0
-        plan.cost = drafting + float(verify[width])
+        plan.cost += float(verify[width])
         if plan.levels and self.forced is None:
             extra = (plan.cost - 1.0) * rate / len(plan.kinds)
             for i, kind in enumerate(plan.kinds):
                 gain = sum(offers[i].reach[node] for node in kept[i])
                 self.worth.learn(kind, gain, extra)
+        if width == 0 and not plan.levels:
+            return self._nothing(batch, plan)
         return _tree_of(batch, offers, kept, width, len(plan.levels), self.runner is not None)
 
     def _offer(self, i: int, row: Row, plan: Plan, chance: Array) -> Offer:
@@ -280,17 +373,24 @@ class AutoDrafter:
             self.runner.commit(batch, outcomes)
         if plan is None or self.forced is not None:
             return
+        cost = plan.cost
+        if self.clock is not None:
+            ratio = (self.clock() - plan.started) / plan.step_s
+            cost = self.drift.learn(max(plan.kinds), None if plan.empty else cost, ratio)
         for i, outcome in enumerate(outcomes):
             kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
-            self.rate.learn(kind, len(outcome.tokens), plan.cost)
+            self.rate.learn(kind, len(outcome.tokens), cost)
             true = outcome.tokens
             if words:
+                own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
+            own.seen += 1
+            # Copies that are not worth verifying are learned from, too, if rarely: each costs time.
+            if words and (not plan.empty or own.seen % SELDOM == 0):
                 same = next((j for j, (a, b) in enumerate(zip(words, true, strict=False)) if a != b), None)
                 known = min(len(words), len(true)) if same is None else same + 1
                 x = copied_features(plan.copies[i][0], known, own.copied)
                 y = np.ones(known)
                 y[-1] = float(same is None)
-                own.copied += NEAR * (float(y[0]) - float(self.copies.of(kind, x[0])) - own.copied)
                 self.copies.learn(kind, x, y)
             self._learn_levels(i, kind, own, plan.levels, true)
         around.plan = None
@@ -305,30 +405,35 @@ class AutoDrafter:
                 return
 
 
+def _forced_copies(batch: Batch, nodes: int) -> tuple[list[tuple[int, list[int]]], list[Array]]:
+    """Copies of so many tokens for every row, all of them certain."""
+    rows = range(len(batch.rows))
+    return [(1, [0] * nodes) for _ in rows], [np.ones(nodes) for _ in rows]
+
+
 def _tree_of(
     batch: Batch, offers: list[Offer], kept: list[list[int]], width: int, levels: int, drafts: bool
 ) -> TokenTree:
     """The tree of the nodes that were kept, `width` a row at most."""
-    rows, size = len(offers), 1 + width
-    numbers = np.zeros((3, rows, size), dtype=np.int64)
-    numbers[1, :, 0] = -1
-    valid, score = np.zeros((rows, size), dtype=bool), np.zeros((rows, size), dtype=np.float32)
-    valid[:, 0] = True
-    memo = np.full((rows, max(1, levels)), -1, dtype=np.int64)
-    memo[:, 0] = 0 if levels else -1  # without a draft not even the root was run
-    for i, (offer, nodes) in enumerate(zip(offers, kept, strict=True)):
-        place = {0: 0}
+    size, padding = 1 + width, [0, 0, 0, 0]
+    tokens: list[list[list[int]]] = []
+    scores: list[list[float]] = []
+    memo: list[list[int]] = []
+    for offer, nodes in zip(offers, kept, strict=True):
+        place, numbers, score = {0: 0}, [[0, -1, 0, 1]], [0.0]
         for at, node in enumerate(nodes, 1):
             parent = place[offer.parents[node]]
             place[node] = at
-            numbers[:, i, at] = offer.tokens[node], parent, numbers[2, i, parent] + 1
-            score[i, at] = score[i, parent] + offer.log_q[node]
-        valid[i, 1 : len(nodes) + 1] = True
-        # The chain's nodes but the last were run, each in the scratch slot of its depth.
-        for depth, node in enumerate(offer.chain[: levels - 1], 1):
-            memo[i, depth] = place.get(node, -1)
-    device = batch.device
-    tree = TokenTree.of_host(batch.roots, numbers, valid, score)
+            numbers.append([offer.tokens[node], parent, numbers[parent][2] + 1, 1])
+            score.append(score[parent] + offer.log_q[node])
+        missing = size - len(numbers)
+        tokens.append(numbers + [padding] * missing)
+        scores.append(score + [0.0] * missing)
+        # The chain's nodes but the last were run, each in the scratch slot of its depth; without a draft not even the root.
+        run = [0, *(place.get(node, -1) for node in offer.chain[: levels - 1])] if levels else [-1]
+        memo.append(run + [-1] * (max(1, levels) - len(run)))
+    array = np.array(tokens, dtype=np.int64).transpose(2, 0, 1)
+    tree = TokenTree.of_host(batch.roots, array[:3].copy(), array[3] > 0, np.array(scores, dtype=np.float32))
     if drafts:
-        tree.memo = to_device(memo, device)
+        tree.memo = to_device(memo, batch.device)
     return tree

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOW, FAST = 1 / 32, 1 / 4
+LARGEST = 4.0  # times what prices say
 LONGEST = 24  # rounds between two probes, at most
 
 
@@ -26,6 +27,45 @@ class Rate:
         """A row's tokens of a round and their expected cost, in plain steps."""
         self.tokens[kind] += SLOW * (tokens - self.tokens[kind])
         self.cost[kind] += SLOW * (cost - self.cost[kind])
+
+
+class Drift:
+    """How the rounds of now differ from the prices that were measured: a machine is shared, gets warm, and is used otherwise.
+
+    Attributes:
+        step: a plain round over its price.
+        extra: what a round costs above a plain one, over what the prices say. Running means, one value a kind of law.
+    """
+
+    FIRST, EVERY = 8, 64  # rounds without an empty proposal after which one is made, so that `step` is known
+
+    def __init__(self, kinds: int) -> None:
+        self.step: list[float | None] = [None] * kinds
+        self.extra = [1.0] * kinds
+        self.since = [0] * kinds
+
+    def asks(self, kind: int) -> bool:
+        """Is it time for a round without a proposal?"""
+        self.since[kind] += 1
+        return self.since[kind] > (self.FIRST if self.step[kind] is None else self.EVERY)
+
+    def learn(self, kind: int, price: float | None, ratio: float) -> float:
+        """What a round really cost, in plain rounds.
+
+        Args:
+            price: of the round, in plain rounds; None: nothing was proposed.
+            ratio: its seconds over those that prices say of a plain round.
+        """
+        step = self.step[kind]
+        if price is None:
+            self.since[kind] = 0
+            self.step[kind] = ratio if step is None else step + FAST * (min(ratio, 2 * step) - step)
+            return 1.0
+        if step is None or price <= 1.0:
+            return price
+        found = min(LARGEST, max(1 / LARGEST, (ratio / step - 1) / (price - 1)))
+        self.extra[kind] += SLOW * (found - self.extra[kind])
+        return 1 + self.extra[kind] * (price - 1)
 
 
 class Worth:
