@@ -40,7 +40,6 @@ def auto(target: Target, world, prices: Prices | None = None, base: str = "glide
     assert isinstance(made, AutoDrafter)
     if prices is not None:
         made.set_prices([prices, prices])
-        made.clock = None  # prices are what counts, not what rounds take here
     return made
 
 
@@ -77,7 +76,7 @@ def test_a_hopeless_draft_is_asked_ever_more_rarely(target) -> None:
     draft = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target).serve())
     drafter = make_drafter("glide+auto", draft)
     assert isinstance(drafter, AutoDrafter)
-    drafter.copying, drafter.clock = False, None
+    drafter.copying = False
     drafter.set_prices([Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((0.25,),), ((0.2,),))] * 2)
     drafted(target, drafter, 100)
     asked: list[int] = []

@@ -21,7 +21,6 @@ class RoundCosts:
             the last it goes on with the last slope.
         start: of a round's drafting, whatever its length; nothing where nothing is drafted.
         whole: of drafting `length` depths by one program; infinite where there is none.
-        step_s: seconds of a plain target step.
 
     >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
     1.65
@@ -33,7 +32,6 @@ class RoundCosts:
     start: float = 0.0
     length: int = 0
     whole: float = math.inf
-    step_s: float = 1.0
 
     @classmethod
     def linear(cls, draft: float, node: float, start: float = 0.0) -> RoundCosts:
@@ -123,7 +121,7 @@ class Prices:
         ratios = tuple(max(1e-9, time) / step for time in times)
         draft, start = (max(0.0, mean(one)) / step for one in (self.draft, self.start))
         whole = max(0.0, mean(self.whole)) / step if self.length else math.inf
-        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, step)
+        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole)
 
 
 def _place(points: Sequence[int], at: int) -> tuple[int, int, float]:

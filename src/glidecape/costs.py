@@ -133,6 +133,7 @@ def _in_turn(timed: Sequence[Callable[[], float]], turns: int = 4, patience: flo
 
 ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
+ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
 
 
@@ -174,8 +175,11 @@ class Cell:
 
 
 def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float) -> Cell:
-    """Of so many rows with so many tokens before them; whole rounds are timed, since drafting and verification drive one
-    another's weights out of the CPU's cache."""
+    """Of so many rows with so many tokens before them.
+
+    Whole rounds are timed, since drafting and verification drive one another's weights out of the CPU's cache. What a plain
+    round takes longer among others than among its like is a part of the price of drafting.
+    """
     params = SamplingParams(temperature, max_new_tokens=max(NODES) + 1, ignore_eos=True)
     text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
     engine = Engine(target, drafter, count, context + max(NODES) + 2, max(NODES) + 1)
@@ -203,16 +207,18 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
 
     try:
         times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
+        alone = statistics.median([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
     finally:
         drafter.forced = None
+    among = max(0.0, times[0] - alone) if deepest else 0.0
     of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
     # More nodes never take less time, whatever was measured.
-    rising = tuple(np.maximum.accumulate(of_nodes).tolist())
+    rising = tuple((np.maximum.accumulate(of_nodes) - among).tolist())
     if not deepest:
         return Cell(rising)
     bare, short, long = rest[:3]
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
-    return Cell(rising, depth, max(0.0, short - bare - depth), max(0.0, rest[-1] - bare))
+    return Cell(rising, depth, max(0.0, short - bare - depth) + among, max(0.0, rest[-1] - bare) + among)
 
 
 def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:

@@ -14,7 +14,6 @@ and the draft's own steps are priced, too, and probabilities are learned online.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +34,7 @@ from ..law import draft_law
 from ..lookup import NgramIndex
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, width_of
-from .rate import Drift, Rate, Worth
+from .rate import Depths, Rate, Worth
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
@@ -43,7 +42,6 @@ CHAIN = 4  # of which one program drafts so many
 RANKED = 5  # tokens after a node that are looked at
 NGRAM = 3  # longest n-gram that is looked for; a match may be longer
 LEAST = 0.02  # nodes that are less probable are never worth verifying
-DEEP = 0.1  # of a newest round in the mean of the depths that were worth drafting
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
 GREEDY, SAMPLED = 0, 1
@@ -94,15 +92,12 @@ class Plan:
         kinds: of law, of each row.
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
         cost: in plain rounds; empty: nothing was proposed.
-        step_s: what a plain round takes by its price; started: when this one began.
     """
 
     kinds: list[int]
     copies: list[tuple[int, list[int]]]
     levels: list[Level] = field(default_factory=list)
     cost: float = 0.0
-    step_s: float = 0.0
-    started: float = 0.0
     empty: bool = False
     first: list[float] = field(default_factory=list)
 
@@ -143,10 +138,9 @@ class AutoDrafter:
         self.copying, self.ranked = copying, RANKED if siblings else 1
         self.calibrated, self.priced = calibrated, priced
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
-        self.rate, self.worth, self.drift = Rate(2), Worth(2), Drift(2)
-        self.clock: Callable[[], float] | None = time.perf_counter  # None: prices are taken for what rounds cost
+        self.rate, self.worth = Rate(2), Worth(2)
         self.forced: Forced | None = None
-        self.depths = [2.0, 2.0]  # that were worth drafting lately, greedily and sampled
+        self.depths = Depths(2, DEPTH)
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
     def __repr__(self) -> str:
@@ -201,13 +195,9 @@ class AutoDrafter:
         batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
         costs, verify = self._costs_of(batch, max(kinds))
-        rate = len(rows) * self.rate.of(kinds) * self.drift.extra[max(kinds)]
-        plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)], step_s=costs.step_s)
+        rate = len(rows) * self.rate.of(kinds)
+        plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
         around.plan = plan
-        if self.clock is not None:
-            plan.started = self.clock()
-            if self.forced is None and self.drift.asks(max(kinds)):
-                return self._nothing(batch, plan)
         plan.first = [
             self.copies.one(kind, (1.0, math.log(match), 0.0, one.copied)) if words else 0.0
             for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
@@ -248,9 +238,9 @@ class AutoDrafter:
         frontier = torch.zeros(len(batch.rows), 1, dtype=torch.long, device=batch.device)
         # Constraints and penalties look at the path.
         tree = lone_roots(batch.roots) if laws.bare else TokenTree(batch.roots, 1 + DEPTH)
-        whole = (
-            runner.draft_whole(batch, cache, costs.length, RANKED) if self._by_one_program(plan.kinds, costs) else None
-        )
+        whole = None
+        if self._by_one_program(plan.kinds, costs, rate):
+            whole = runner.draft_whole(batch, cache, costs.length, RANKED)
         if whole is None:
             plan.cost = costs.start
             law = draft_law(batch, tree, frontier, runner.first_step(batch, cache), 0, False)
@@ -272,14 +262,18 @@ class AutoDrafter:
             law = draft_law(batch, tree, frontier, runner.next_step(batch, cache, level.first, depth), depth, False)
             plan.levels += self._levels([*law.first(RANKED), law.entropy], depth + 1, plan.kinds, recent)
         plan.cost += costs.draft * len(plan.levels)
-        for kind in plan.kinds:
-            self.depths[kind] += DEEP * (wanted - self.depths[kind])
+        reached = np.cumprod([level.p[:, 0] for level in plan.levels], 0).T.tolist()
+        for kind, one in zip(plan.kinds, reached, strict=True):
+            self.depths.learn(kind, wanted, one)
 
-    def _by_one_program(self, kinds: list[int], costs: RoundCosts) -> bool:
-        if self.forced is not None:
-            return self.forced.whole
-        deep = max(self.depths[kind] for kind in kinds)
-        return costs.whole <= costs.start + costs.draft * deep
+    def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
+        """Is a chain by one program expected to gain more than one that ends where the next depth is not worth it?"""
+        if self.forced is not None or not costs.length:
+            return self.forced is not None and self.forced.whole
+        deep = max(self.depths.wanted[kind] for kind in kinds)
+        node = (costs.verify(1 + costs.length) - 1.0) / costs.length
+        of_steps = self.depths.gain(kinds, deep) - rate * (costs.start + (costs.draft + node) * deep)
+        return self.depths.gain(kinds, costs.length) - rate * (costs.whole + node * costs.length) >= of_steps
 
     def _goes_on(self, depth: int, reach: Array, costs: RoundCosts, rate: float) -> bool:
         if self.forced is not None:
@@ -337,12 +331,13 @@ class AutoDrafter:
         width = width_of(reaches, verify, rate) if self.forced is None else self.forced.nodes
         kept = [offer.numbered(order[:width]) for offer, order in zip(offers, orders, strict=True)]
         width = max(map(len, kept))
-        plan.cost += float(verify[width])
         if plan.levels and self.forced is None:
-            extra = (plan.cost - 1.0) * rate / len(plan.kinds)
+            share = rate / len(plan.kinds)
             for i, kind in enumerate(plan.kinds):
-                gain = sum(offers[i].reach[node] for node in kept[i])
-                self.worth.learn(kind, gain, extra)
+                gain = sum(offers[i].reach[node] for node in kept[i]) - share * (float(verify[width]) - 1.0)
+                missing = max(0.2, 1.0 - plan.first[i])
+                self.worth.learn(kind, (gain - _copies_gain(chances[i], verify, share)) / missing, share * plan.cost)
+        plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
         return _tree_of(batch, offers, kept, width, len(plan.levels), self.runner is not None)
@@ -373,13 +368,9 @@ class AutoDrafter:
             self.runner.commit(batch, outcomes)
         if plan is None or self.forced is not None:
             return
-        cost = plan.cost
-        if self.clock is not None:
-            ratio = (self.clock() - plan.started) / plan.step_s
-            cost = self.drift.learn(max(plan.kinds), None if plan.empty else cost, ratio)
         for i, outcome in enumerate(outcomes):
             kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
-            self.rate.learn(kind, len(outcome.tokens), cost)
+            self.rate.learn(kind, len(outcome.tokens), plan.cost)
             true = outcome.tokens
             if words:
                 own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
@@ -403,6 +394,14 @@ class AutoDrafter:
             own.drafted += NEAR * (float(hits[0] - level.p[i, 0]) - own.drafted)
             if not hits[0]:
                 return
+
+
+def _copies_gain(chance: Array, verify: Array, rate: float) -> float:
+    """What copied tokens with these probabilities, each given the one before, would bring over their cost without a draft."""
+    if not len(chance):
+        return 0.0
+    gain = np.cumsum(np.cumprod(chance)) - rate * (verify[1 : len(chance) + 1] - verify[0])
+    return max(0.0, float(gain.max()))
 
 
 def _forced_copies(batch: Batch, nodes: int) -> tuple[list[tuple[int, list[int]]], list[Array]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOW, FAST = 1 / 32, 1 / 4
-LARGEST = 4.0  # times what prices say
 LONGEST = 24  # rounds between two probes, at most
 
 
@@ -29,43 +28,30 @@ class Rate:
         self.cost[kind] += SLOW * (cost - self.cost[kind])
 
 
-class Drift:
-    """How the rounds of now differ from the prices that were measured: a machine is shared, gets warm, and is used otherwise.
+class Depths:
+    """How far chains went lately: running means, one value a kind of law.
 
     Attributes:
-        step: a plain round over its price.
-        extra: what a round costs above a plain one, over what the prices say. Running means, one value a kind of law.
+        wanted: depths after which another one was not worth its cost.
+        reach: by depth, the probability that the chain's token there is accepted.
     """
 
-    FIRST, EVERY = 8, 64  # rounds without an empty proposal after which one is made, so that `step` is known
+    def __init__(self, kinds: int, most: int) -> None:
+        self.wanted = [2.0] * kinds
+        self.reach = [[0.7 ** (1 + depth) for depth in range(most)] for _ in range(kinds)]
 
-    def __init__(self, kinds: int) -> None:
-        self.step: list[float | None] = [None] * kinds
-        self.extra = [1.0] * kinds
-        self.since = [0] * kinds
+    def learn(self, kind: int, wanted: int, reach: Sequence[float]) -> None:
+        """A row's chain: depths that were worth drafting, and the reach of those that were drafted."""
+        self.wanted[kind] += SLOW * (wanted - self.wanted[kind])
+        mean = self.reach[kind]
+        for depth, one in enumerate(reach):
+            mean[depth] += SLOW * (one - mean[depth])
 
-    def asks(self, kind: int) -> bool:
-        """Is it time for a round without a proposal?"""
-        self.since[kind] += 1
-        return self.since[kind] > (self.FIRST if self.step[kind] is None else self.EVERY)
-
-    def learn(self, kind: int, price: float | None, ratio: float) -> float:
-        """What a round really cost, in plain rounds.
-
-        Args:
-            price: of the round, in plain rounds; None: nothing was proposed.
-            ratio: its seconds over those that prices say of a plain round.
-        """
-        step = self.step[kind]
-        if price is None:
-            self.since[kind] = 0
-            self.step[kind] = ratio if step is None else step + FAST * (min(ratio, 2 * step) - step)
-            return 1.0
-        if step is None or price <= 1.0:
-            return price
-        found = min(LARGEST, max(1 / LARGEST, (ratio / step - 1) / (price - 1)))
-        self.extra[kind] += SLOW * (found - self.extra[kind])
-        return 1 + self.extra[kind] * (price - 1)
+    def gain(self, kinds: Sequence[int], depths: float) -> float:
+        """Tokens that chains of so many depths are expected to bring, all rows together."""
+        whole = int(depths)
+        means = [self.reach[kind] for kind in kinds]
+        return sum(sum(mean[:whole]) + (depths - whole) * sum(mean[whole : whole + 1]) for mean in means)
 
 
 class Worth:
