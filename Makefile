@@ -22,7 +22,7 @@ PIP = $(BIN)/python -m pip
 LOCKED = $(PIP) install -c $(LOCK)
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
-# llama.cpp is built by its own recipe into its own environment, .venv-peers.
+# Other libraries have a recipe and environments of their own, in .venv-peers.
 .PHONY: peers help venv install demo test test-all test-serve test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
 
 help: ## list the targets
@@ -88,8 +88,8 @@ bench: $(VENV)/.installed-plots ## measure the shipped pair, ten minutes on four
 bench-all: $(VENV)/.installed-plots ## measure every suite, with ../shared/data/eval when it is there; hours
 	runs/bench.sh all
 
-peers: $(VENV)/.installed-peers ## build llama.cpp beside the benchmark, ten minutes on two cores (JOBS=2)
-	PYTHON=$(PYTHON) runs/peers.sh
+peers: $(VENV)/.installed-peers ## build llama.cpp and install OpenVINO for the benchmark, ten minutes on two cores (JOBS=2)
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" runs/peers.sh
 
 clean: ## remove caches and build outputs; keeps .venv
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,14 +12,16 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from glidecape.bench.peers.base import PeerSource, draft_lm
 from glidecape.bench.peers.gguf import interleaved, write_gguf
-from glidecape.bench.peers.llama_cpp import LlamaCppPeer, LlamaServer, find_program
+from glidecape.bench.peers.llama_cpp import NGRAMS, LlamaCppPeer, LlamaServer, find_program
 from glidecape.bench.peers.registry import make_peers
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import NoDraft
@@ -256,6 +258,18 @@ def test_the_server_is_asked_with_token_ids_and_ends_when_closed(program: Path, 
         server.complete([1], params)
 
 
+def test_n_grams_are_asked_for_by_type(program: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    for ngrams, words in (
+        ("lookup", "--spec-type ngram-simple --spec-ngram-simple-size-n 2 --spec-ngram-simple-size-m 10"),
+        ("ngram-cache", "--spec-type ngram-cache"),
+    ):
+        server = LlamaServer(model, 1, 64, program=program, ngrams=ngrams)
+        server.complete([4, 5], GREEDY)
+        server.close()
+        assert " ".join(json.loads(model.read_text())["words"]).endswith(words)
+
+
 def test_a_server_that_cannot_start_says_why(program: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ended with code 3 before it was ready: something about the model"):
         LlamaServer(tmp_path / "broken", 1, 64, program=program)
@@ -325,6 +339,62 @@ def test_transformers_speculates_and_emits_the_same_tokens(folder: Path, target:
     assert len(drawn) == 24
 
 
+def compiled_by(monkeypatch, backend) -> None:
+    """Dynamo traces as always; a backend that is quicker than Inductor takes the graphs."""
+    from glidecape.bench.peers import transformers as transformers_peers
+
+    monkeypatch.setattr(transformers_peers, "CompileConfig", partial(CompileConfig, backend=backend))
+
+
+def test_transformers_compiles_outside_the_timing(folder: Path, target: Target, monkeypatch) -> None:
+    """The same tokens; once there is room, prompts of any length run the graph that there is."""
+    graphs = []
+
+    def backend(graph, inputs, **_):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled_by(monkeypatch, backend)
+    (peer,) = make_peers(["transformers+compile"], PeerSource(str(folder), target))
+    assert graphs
+    peer.run([1] * 120, SamplingParams(max_new_tokens=120, ignore_eos=True))
+    before = len(graphs)
+    for prompt in ([5, 9, 13, 5, 9, 13, 5, 9], [250, 1, 2, 3], [7] * 90):
+        tokens, seconds = peer.run(prompt, GREEDY)
+        assert tokens == run(target, NoDraft(), [prompt], GREEDY).tokens[0]
+        assert seconds > 0
+    assert len(graphs) == before
+    drawn, _ = peer.run([5, 9, 13], SamplingParams(1.0, max_new_tokens=24, ignore_eos=True))
+    assert len(drawn) == 24
+
+
+def test_a_run_in_which_something_was_compiled_is_made_again(folder: Path, target: Target, monkeypatch) -> None:
+    from glidecape.bench.peers import transformers as transformers_peers
+
+    compiled_by(monkeypatch, "eager")
+    (peer,) = make_peers(["transformers+compile"], PeerSource(str(folder), target))
+    runs, counts = iter([([1], 9.0), ([1], 0.5)]), iter([1, 2, 2, 2])
+    monkeypatch.setattr(transformers_peers.TransformersPeer, "run", lambda *_: next(runs))
+    monkeypatch.setattr(transformers_peers, "_graphs", lambda: next(counts))
+    assert peer.run([5, 9], GREEDY) == ([1], 0.5)
+
+
+def test_a_model_that_cannot_be_compiled_is_refused_with_the_reason(folder: Path, target: Target, monkeypatch) -> None:
+    def backend(graph, inputs, **_):
+        raise RuntimeError("no such operator\nand a long story")
+
+    compiled_by(monkeypatch, backend)
+    with pytest.raises(InputError, match=r"torch\.compile fails on this model: .*no such operator.*leave transformers"):
+        make_peers(["transformers+compile"], PeerSource(str(folder), target))
+
+
+@pytest.mark.slow
+def test_transformers_compiled_by_inductor_emits_the_same_tokens(folder: Path, target: Target) -> None:
+    (peer,) = make_peers(["transformers+compile"], PeerSource(str(folder), target))
+    prompt = [5, 9, 13, 5, 9, 13, 5, 9]
+    assert peer.run(prompt, GREEDY)[0] == run(target, NoDraft(), [prompt], GREEDY).tokens[0]
+
+
 def test_the_time_of_the_first_round_is_not_counted(folder: Path, target: Target, monkeypatch) -> None:
     """The assistant is the target itself, so the first round emits several tokens: the others took 4 seconds here."""
     from glidecape.bench.peers import transformers as transformers_peers
@@ -358,15 +428,130 @@ def test_a_peer_that_drafts_needs_a_draft_lm(tmp_path: Path, target: Target) -> 
         make_peers(["vllm"], PeerSource("x", target))
 
 
-def test_llama_cpp_emits_the_targets_tokens(folder: Path, target: Target) -> None:
+def built(name: str) -> None:
+    """Skip where `make peers` did not make this program."""
     try:
-        find_program()
-    except InputError:
-        pytest.skip("llama.cpp is not built here (make peers)")
+        find_program(name)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+PROMPTS = ([5, 9, 13, 5, 9, 13, 5, 9], [250, 1, 2, 3])
+
+
+@pytest.mark.parametrize("how", ["plain", "draft", *NGRAMS])
+def test_llama_cpp_emits_the_targets_tokens(folder: Path, target: Target, how: str) -> None:
+    built("llama-server")
+    name = "llama.cpp" if how == "plain" else f"llama.cpp+{how}"
+    (peer,) = make_peers([name], PeerSource(str(folder), target, {"vanilla": str(folder)}))
+    assert peer.name == name
+    for prompt in PROMPTS:
+        tokens, seconds = peer.run(prompt, GREEDY)
+        assert tokens == run(target, NoDraft(), [prompt], GREEDY).tokens[0]
+        assert seconds > 0
+    peer.server.close()
+
+
+@pytest.mark.parametrize("ngrams", ["ngram-map-k", "ngram-mod", "ngram-cache"])
+def test_llama_cpps_n_grams_know_nothing_of_earlier_runs(folder: Path, target: Target, ngrams: str) -> None:
+    """The answer to a prompt seen before is drafted no better than at first."""
+    built("llama-server")
+    peer = LlamaCppPeer(PeerSource(str(folder), target), ngrams=ngrams)
+    params = SamplingParams(max_new_tokens=120, ignore_eos=True)
+    drafted = []
+    complete = LlamaServer.complete
+    for _ in range(2):
+        found = complete(peer.server, PROMPTS[0], params)["timings"]
+        drafted.append((found.get("draft_n", 0), found.get("draft_n_accepted", 0)))
+        peer.run(PROMPTS[0], params)
+    peer.server.close()
+    assert drafted[0] == drafted[1]
+
+
+def test_in_bfloat16_llama_cpp_gets_weights_in_bfloat16(folder: Path, program: Path, monkeypatch) -> None:
+    bin = program.parent / "env" / "bin"
+    bin.mkdir(parents=True)
+    shutil.copy(program, bin / "llama-server")
+    monkeypatch.setenv("GLIDECAPE_PEERS", str(program.parent / "env"))
+    target = Target.from_pretrained(folder, torch.bfloat16)
+    peer = LlamaCppPeer(PeerSource(str(folder), target), draft=str(folder))
+    for name in ("target", "draft"):
+        tensors = Reader(Path(peer.made.name) / f"{name}.gguf").tensors
+        assert {one.dtype for one in tensors.values() if one.ndim == 2} == {torch.bfloat16}
+    peer.server.close()
+
+
+def test_llama_cpp_decodes_in_bfloat16(folder: Path) -> None:
+    built("llama-server")
+    target = Target.from_pretrained(folder, torch.bfloat16)
+    peer = LlamaCppPeer(PeerSource(str(folder), target))
+    tokens, _ = peer.run(PROMPTS[0], GREEDY)
+    peer.server.close()
+    right = run(target, NoDraft(), [PROMPTS[0]], GREEDY).tokens[0]
+    assert len(tokens) == len(right)
+    assert tokens[0] == right[0]  # later ones may fall to the other side of a rounding
+
+
+CHILD = """#!{python}
+import json, sys
+started = json.loads(sys.argv[-1])
+if "broken" in started["target"]:
+    print("something about the model", file=sys.stderr)
+    sys.exit(3)
+print(json.dumps({{"version": "7"}}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if len(asked["prompt"]) > 8:
+        print(json.dumps({{"error": "ValueError: too long"}}), flush=True)
+        sys.exit(1)
+    print(json.dumps({{"tokens": [asked["max_new_tokens"], *asked["eos"], started["threads"]], "seconds": 0.25}}), flush=True)
+"""
+
+
+def test_openvinos_process_is_spoken_to_in_json_lines(
+    folder: Path, target: Target, tmp_path: Path, monkeypatch
+) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "openvino-python").write_text(CHILD.format(python=sys.executable))
+    (bin / "openvino-python").chmod(0o700)
+    monkeypatch.setenv("GLIDECAPE_PEERS", str(tmp_path))
+    peers = make_peers(["openvino", "openvino+lookup", "openvino+draft"], PeerSource(str(folder), target, {"a": "lm"}))
+    assert [peer.name for peer in peers] == ["openvino", "openvino+lookup", "openvino+draft"]
+    for peer in peers:
+        assert peer.version == "7"
+        assert peer.run([4, 5], GREEDY) == ([24, 0, torch.get_num_threads()], 0.25)
+    with pytest.raises(InputError, match=r"openvino\+lookup failed: ValueError: too long"):
+        peers[1].run([1] * 9, GREEDY)
+    with pytest.raises(InputError, match=r"openvino\+lookup failed: it ended with code 1"):
+        peers[1].run([1], GREEDY)
+    for peer in peers:
+        peer.close()
+    with pytest.raises(InputError, match="ended with code 3: something about the model"):
+        make_peers(["openvino"], PeerSource("broken", target))
+    monkeypatch.setenv("GLIDECAPE_PEERS", str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="openvino-python is not there: run `make peers`"):
+        make_peers(["openvino"], PeerSource(str(folder), target))
+
+
+def test_openvino_emits_the_targets_tokens(folder: Path, target: Target) -> None:
+    built("openvino-python")
     source = PeerSource(str(folder), target, {"vanilla": str(folder)})
-    for peer in (LlamaCppPeer(source), LlamaCppPeer(source, str(folder))):
-        for prompt in ([5, 9, 13, 5, 9, 13, 5, 9], [250, 1, 2, 3]):
+    for peer in make_peers(["openvino", "openvino+lookup", "openvino+draft"], source):
+        for prompt in PROMPTS:
             tokens, seconds = peer.run(prompt, GREEDY)
-            assert tokens == run(target, NoDraft(), [prompt], GREEDY).tokens[0]
+            assert tokens == run(target, NoDraft(), [prompt], GREEDY).tokens[0], peer.name
             assert seconds > 0
-        peer.server.close()
+        drawn, _ = peer.run(PROMPTS[0], SamplingParams(1.0, max_new_tokens=24, ignore_eos=True))
+        assert len(drawn) == 24
+        peer.close()
+
+
+def test_openvino_decodes_in_bfloat16(folder: Path) -> None:
+    built("openvino-python")
+    target = Target.from_pretrained(folder, torch.bfloat16)
+    (peer,) = make_peers(["openvino"], PeerSource(str(folder), target))
+    tokens, _ = peer.run(PROMPTS[0], GREEDY)
+    peer.close()
+    right = run(target, NoDraft(), [PROMPTS[0]], GREEDY).tokens[0]
+    assert (len(tokens), tokens[0]) == (len(right), right[0])  # later ones may fall to the other side of a rounding

@@ -90,7 +90,7 @@ def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None
         warnings.warn(
             f"the draft in {where} was trained for other weights of this architecture; the output stays the target's, "
             "but fewer tokens may be accepted",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -215,26 +215,36 @@ def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[
     return tensors
 
 
-def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:
-    """A draft network for its target, in the target's dtype unless told otherwise.
+def read_network(folder: Path, target: Target) -> Network:
+    """The weights of a draft network, bound to its target; in float32, and not made ready for decoding.
 
     Raises:
         CheckpointError: see `read_card`; also weights that don't fit the description.
         MismatchError: trained for another target.
     """
     card, path = read_card(folder), folder / WEIGHTS
-    form, network, draft = KINDS[card.kind]
+    form, network, _ = KINDS[card.kind]
     try:
         fields = _config_from_format_1(card.config, target) if card.format == 1 else card.config
         config = checked(form, fields)
         check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
         _check_config(config, target, path)
-        module = network(config).bind(target)
+        module: Network = network(config).bind(target)
         module.load_state_dict(_read_tensors(path, card, config, module))
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
+    return module
+
+
+def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:
+    """A draft network for its target, in the target's dtype unless told otherwise.
+
+    Raises:
+        CheckpointError, MismatchError: see `read_network`.
+    """
+    module, card = read_network(folder, target), read_card(folder)
     module.to(dtype or target.dtype).serve()
-    loaded: NetworkDraft = draft(module, card.figures)
+    loaded: NetworkDraft = KINDS[card.kind][2](module, card.figures)
     loaded.folder, loaded.target_name = folder, target.name
     return loaded
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: its own server program, which takes and gives token ids, with and without a draft model.
+"""llama.cpp as a peer: its own server program, which takes and gives token ids, plain, with a draft model or n-grams.
 
 The server runs beside the benchmark as a child process and is asked for one prompt at a time over a socket, so its runs
 can be interleaved with everything else. It times itself: prompt and generation apart. `runs/peers.sh` builds it from the
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ from .gguf import write_gguf
 
 PROGRAM = "llama-server"
 FOLDER = "GLIDECAPE_PEERS"  # environment variable: the folder that `make peers` made
+# Its own n-gram drafts by the name of --spec-type, at its defaults but for "lookup": the sizes of transformers' lookup.
+NGRAMS = {
+    "lookup": ("ngram-simple", "--spec-ngram-simple-size-n", "2", "--spec-ngram-simple-size-m", "10"),
+    **{kind: (kind,) for kind in ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")},
+}
 START_S = 120.0  # to load a model
 ANSWER_S = 3600.0
 # A server never outlives this process: its keeper ends it when the pipe from this process closes, even by SIGKILL.
@@ -69,7 +75,7 @@ class _Socket(http.client.HTTPConnection):
 
 
 class LlamaServer:
-    """A running server on a GGUF file; with `draft`, its speculative decoding (type draft-simple).
+    """A running server on a GGUF file; with `draft` or `ngrams`, its speculative decoding.
 
     Args:
         model, draft: GGUF files of the target and of an independent draft LM.
@@ -77,6 +83,7 @@ class LlamaServer:
         context: tokens of the longest prompt and its output together.
         draft_length: tokens drafted a round; not used without a draft.
         program: None: see `find_program`.
+        ngrams: instead of a draft LM, one of `NGRAMS`.
 
     It ends when the last reference to it is gone, or with this process.
 
@@ -92,6 +99,7 @@ class LlamaServer:
         draft: Path | None = None,
         draft_length: int = 5,
         program: Path | None = None,
+        ngrams: str | None = None,
     ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="glidecape-"))
         self.socket, self.log = folder / "llama.sock", folder / "log"
@@ -101,6 +109,8 @@ class LlamaServer:
         if draft is not None:
             words += ["--spec-type", "draft-simple", "--spec-draft-model", str(draft)]
             words += ["--spec-draft-n-max", str(draft_length), "--spec-draft-threads", str(threads)]
+        if ngrams is not None:
+            words += ["--spec-type", *NGRAMS[ngrams]]
         with self.log.open("wb") as log:
             kept = ["sh", "-c", KEEPER, "sh", *words]
             self.process = subprocess.Popen(kept, stdin=subprocess.PIPE, stdout=log, stderr=log)
@@ -184,31 +194,44 @@ class LlamaCppPeer:
     """llama.cpp as a `Peer`, on the target's weights written as GGUF in the target's dtype.
 
     Args:
-        draft: folder of an independent draft LM; None: plain decoding.
+        draft: folder of an independent draft LM; None: plain decoding, or by n-grams.
+        ngrams: one of `NGRAMS`, drafts from the prompt and the output.
         context: tokens that a prompt and its output may have.
 
     Raises:
         InputError: see `write_gguf` and `LlamaServer`; or a target that does not run on the CPU.
     """
 
-    def __init__(self, source: PeerSource, draft: str | None = None, context: int = 8192) -> None:
+    def __init__(
+        self, source: PeerSource, draft: str | None = None, ngrams: str | None = None, context: int = 8192
+    ) -> None:
         target = source.target
         if target.device.type != "cpu":
             raise InputError("llama.cpp is built for the CPU here: measure it beside a target on the CPU")
-        self.name = "llama.cpp" if draft is None else "llama.cpp+draft"
-        with tempfile.TemporaryDirectory(prefix="glidecape-") as made:
-            files = {"model": Path(made) / "target.gguf"}
-            write_gguf(source.source, files["model"], target.dtype)
-            if draft is not None:
-                files["draft"] = Path(made) / "draft.gguf"
-                write_gguf(draft, files["draft"], target.dtype)
-            threads, length = torch.get_num_threads(), source.draft_length
-            self.server = LlamaServer(
-                threads=threads, context=min(context, target.context), draft_length=length, **files
-            )
+        self.name = "+".join(["llama.cpp", *([ngrams] if ngrams else []), *(["draft"] if draft else [])])
+        self.made = tempfile.TemporaryDirectory(prefix="glidecape-")
+        files = {"model": Path(self.made.name) / "target.gguf"}
+        write_gguf(source.source, files["model"], target.dtype)
+        if draft is not None:
+            files["draft"] = Path(self.made.name) / "draft.gguf"
+            write_gguf(draft, files["draft"], target.dtype)
+        self.start = partial(
+            LlamaServer,
+            threads=torch.get_num_threads(),
+            context=min(context, target.context),
+            draft_length=source.draft_length,
+            ngrams=ngrams,
+            **files,
+        )
+        # What n-grams remember of an earlier prompt is its output, too: on a repeat they would copy the answer.
+        self.forgetful = ngrams in (None, "lookup", "ngram-simple")
+        self.server = self.start()
         self.version = self.server.build
 
     def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
         """See `Peer.run`. The server's own time: the first token comes from the prompt's forward and is not in it."""
         answer = self.server.complete(prompt, params)
+        if not self.forgetful:
+            self.server.close()
+            self.server = self.start()
         return list(answer["tokens"]), answer["timings"]["predicted_ms"] / 1000

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ...errors import InputError
 from .base import Peer, PeerSource, draft_lm
-
-
-def _transformers(source: PeerSource) -> Peer:
-    from .transformers import TransformersPeer
-
-    return TransformersPeer(source)
-
-
-def _lookup(source: PeerSource) -> Peer:
-    from .transformers import SpeculativePeer
-
-    return SpeculativePeer(source)
-
-
-def _assisted(source: PeerSource) -> Peer:
-    from .transformers import SpeculativePeer
-
-    return SpeculativePeer(source, draft_lm(source))
-
-
-def _llama_cpp(source: PeerSource) -> Peer:
-    from .llama_cpp import LlamaCppPeer
-
-    return LlamaCppPeer(source)
-
-
-def _llama_cpp_draft(source: PeerSource) -> Peer:
-    from .llama_cpp import LlamaCppPeer
-
-    return LlamaCppPeer(source, draft_lm(source))
-
+from .llama_cpp import NGRAMS, LlamaCppPeer
+from .openvino import OpenVinoPeer
+from .transformers import CompiledPeer, SpeculativePeer, TransformersPeer
 
 PEERS: dict[str, Callable[[PeerSource], Peer]] = {
-    "transformers": _transformers,
-    "transformers+lookup": _lookup,
-    "transformers+draft": _assisted,
-    "llama.cpp": _llama_cpp,
-    "llama.cpp+draft": _llama_cpp_draft,
+    "transformers": TransformersPeer,
+    "transformers+compile": CompiledPeer,
+    "transformers+lookup": SpeculativePeer,
+    "transformers+draft": lambda source: SpeculativePeer(source, draft_lm(source)),
+    "llama.cpp": LlamaCppPeer,
+    "llama.cpp+draft": lambda source: LlamaCppPeer(source, draft_lm(source)),
+    **{f"llama.cpp+{kind}": partial(LlamaCppPeer, ngrams=kind) for kind in NGRAMS},
+    "openvino": OpenVinoPeer,
+    "openvino+lookup": partial(OpenVinoPeer, lookup=True),
+    "openvino+draft": lambda source: OpenVinoPeer(source, draft_lm(source)),
 }
 
 

@@ -1,21 +1,27 @@
-"""transformers' `generate` as a peer: plain, with an assistant model, and with prompt lookup, at its default settings."""
+"""transformers' `generate` as a peer: plain, compiled, with an assistant model, and with prompt lookup, at its default
+settings."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 from ...core.params import SamplingParams
+from ...errors import InputError
 from ...target.loading import load_model
 from ...target.target import Target
 from .base import PeerSource
 
 LOOKUP_TOKENS = 10  # proposed a round: the number in transformers' documentation
+ROOM = 256  # a static cache has a multiple of so many slots: each size is compiled anew
+RETRIES = 4
 
 
 class _FirstRound(StoppingCriteria):
@@ -37,6 +43,16 @@ class _FirstRound(StoppingCriteria):
         if self.at is None and self.model_ran:
             self.at, self.length = time.perf_counter(), input_ids.shape[1]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Until(StoppingCriteria):
+    """Stops at so many tokens, prompt and all, without making the cache smaller as `max_length` would."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 def _model(name: str, target: Target) -> Any:
@@ -68,18 +84,70 @@ class TransformersPeer:
     def __init__(self, source: PeerSource) -> None:
         self.eos = list(source.target.eos_token_ids)
         self.model = _model(source.source, source.target)
+        self.options: dict[str, Any] = {}
 
     @torch.no_grad()
     def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
         """See `Peer.run`; prefill is taken off by a second call for one token."""
         ids = torch.tensor([prompt], device=self.model.device)
-        options = _options(ids, params, self.eos)
+        options = _options(ids, params, self.eos) | self.options
         times = []
         for new in (1, params.max_new_tokens):
             started = time.perf_counter()
             out = self.model.generate(ids, max_new_tokens=new, **options)
             times.append(time.perf_counter() - started)
         return out[0, len(prompt) :].tolist(), times[1] - times[0]
+
+
+class CompiledPeer(TransformersPeer):
+    """`generate` with a static cache and a compiled forward, its defaults for them. Compilation is not timed.
+
+    Raises:
+        InputError: torch.compile cannot compile this model here.
+    """
+
+    name = "transformers+compile"
+
+    def __init__(self, source: PeerSource) -> None:
+        super().__init__(source)
+        compiled = CompileConfig()
+        compiled._compile_all_devices = True  # without it, `generate` compiles on a GPU only
+        self.options = {"cache_implementation": "static", "compile_config": compiled}
+        self.room = 0
+        try:
+            self._compile([0], 1)
+        except Exception as error:  # whatever a compiler says
+            reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+            raise InputError(
+                f"torch.compile fails on this model: {reason}; leave {self.name} out of --peers"
+            ) from error
+
+    @torch.no_grad()
+    def _compile(self, prompt: list[int], new: int) -> None:
+        """Compile for a cache that has room for the prompt and `new` tokens; later caches are no smaller."""
+        self.room = max(self.room, -(-(len(prompt) + new) // ROOM) * ROOM)
+        ids = torch.tensor([prompt], device=self.model.device)
+        options = _options(ids, SamplingParams(ignore_eos=True), self.eos) | self.options
+        until = StoppingCriteriaList([_Until(len(prompt) + 3)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the compiler warns of is not ours
+            self.model.generate(ids, max_length=self.room, stopping_criteria=until, **options)
+
+    def run(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], float]:
+        """See `Peer.run`. A run in which something was compiled is made again."""
+        if len(prompt) + params.max_new_tokens > self.room:
+            self._compile(prompt, params.max_new_tokens)
+        for _ in range(RETRIES):
+            before = _graphs()
+            made = super().run(prompt, params)
+            if _graphs() == before:
+                break
+        return made
+
+
+def _graphs() -> int:
+    """Graphs that torch.compile made so far in this process."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 class SpeculativePeer:
