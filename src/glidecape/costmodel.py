@@ -20,7 +20,8 @@ class RoundCosts:
         sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
             the last it goes on with the last slope.
         start: of a round's drafting, whatever its length; nothing where nothing is drafted.
-        whole: of drafting `length` depths by one program; infinite where there is none.
+        whole: of drafting `length` depths by one program that ranks several tokens at each; infinite where there is none.
+        chain: of drafting a chain of `length` by one program, and of verifying it; infinite where there is none.
 
     >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
     1.65
@@ -32,6 +33,7 @@ class RoundCosts:
     start: float = 0.0
     length: int = 0
     whole: float = math.inf
+    chain: float = math.inf
 
     @classmethod
     def linear(cls, draft: float, node: float, start: float = 0.0) -> RoundCosts:
@@ -60,7 +62,8 @@ class Prices:
         sizes: nodes a row, the root counted; the first is 1.
         verify: `[rows][contexts][sizes]`, all of a round but drafting.
         draft, start: `[rows][contexts]`, one more depth drafted, and what drafting takes besides, however deep.
-        length, whole: `[rows][contexts]`, so many depths drafted by one program; 0 and none where there is no such program.
+        length, whole, chain: `[rows][contexts]`, so many depths drafted by one program, and so many drafted and verified as
+            one chain; 0 and none where there is no such program.
 
     >>> prices = Prices((1, 4), (100,), (1, 5), (((1.0, 1.4),), ((1.6, 3.2),)), ((0.1,), (0.4,)), ((0.0,), (0.0,)))
     >>> costs = prices.at(4, 900)
@@ -76,6 +79,7 @@ class Prices:
     start: tuple[tuple[float, ...], ...]
     length: int = 0
     whole: tuple[tuple[float, ...], ...] = ()
+    chain: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def guess(cls, draft: float) -> Prices:
@@ -91,21 +95,22 @@ class Prices:
         """
         of_rows, of_contexts, of_sizes = ([int(n) for n in found[name]] for name in ("rows", "contexts", "sizes"))
         verify, draft, start = (np.array(found[name], dtype=float) for name in ("verify", "draft", "start"))
-        length, whole = int(found["length"]), np.array(found["whole"], dtype=float)
+        length = int(found["length"])
+        whole, chain = (np.array(found[name], dtype=float) for name in ("whole", "chain"))
         shape = len(of_rows), len(of_contexts)
-        of_cells = [draft, start, whole] if length else [draft, start]
+        of_cells = [draft, start, whole, chain] if length else [draft, start]
         if (
             verify.shape != (*shape, len(of_sizes))
             or any(one.shape != shape for one in of_cells)
-            or (whole.size and not length)
+            or ((whole.size or chain.size) and not length)
             or of_sizes[:1] != [1]
         ):
             raise ValueError("prices of another shape")
         if not (np.isfinite(verify).all() and (verify > 0).all() and all((one >= 0).all() for one in of_cells)):
             raise ValueError("prices that are no times")
-        drafted, begun, chains = (tuple(map(tuple, one.tolist())) for one in (draft, start, whole))
+        drafted, begun, wholes, chains = (tuple(map(tuple, one.tolist())) for one in (draft, start, whole, chain))
         nested = tuple(tuple(map(tuple, one)) for one in verify.tolist())
-        return cls(tuple(of_rows), tuple(of_contexts), tuple(of_sizes), nested, drafted, begun, length, chains)
+        return cls(tuple(of_rows), tuple(of_contexts), tuple(of_sizes), nested, drafted, begun, length, wholes, chains)
 
     def at(self, rows: int, context: int) -> RoundCosts:
         """Costs of a round of so many rows and tokens before them, over a plain step of it: linear between what was measured,
@@ -120,8 +125,8 @@ class Prices:
         step = max(1e-9, times[0])
         ratios = tuple(max(1e-9, time) / step for time in times)
         draft, start = (max(0.0, mean(one)) / step for one in (self.draft, self.start))
-        whole = max(0.0, mean(self.whole)) / step if self.length else math.inf
-        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole)
+        whole, chain = (max(0.0, mean(one)) / step if self.length else math.inf for one in (self.whole, self.chain))
+        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, chain)
 
 
 def _place(points: Sequence[int], at: int) -> tuple[int, int, float]:

@@ -161,6 +161,7 @@ def measured_prices(
         table(lambda cell: cell.start),
         drafter.length,
         table(lambda cell: cell.whole) if drafter.length else (),
+        table(lambda cell: cell.chain) if drafter.length else (),
     )
 
 
@@ -172,6 +173,7 @@ class Cell:
     draft: float = 0.0
     start: float = 0.0
     whole: float = 0.0
+    chain: float = 0.0
 
 
 def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float) -> Cell:
@@ -194,7 +196,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     if deepest:
         shapes += [Forced(0, LONG), Forced(SHORT, LONG), Forced(deepest, LONG)]
     if drafter.length:
-        shapes.append(Forced(drafter.length, LONG, whole=True))
+        shapes += [Forced(drafter.length, LONG, whole=True), Forced(drafter.length, drafter.length, chain=True)]
 
     def round_of(shape: Forced) -> float:
         drafter.forced, stats = shape, Stats()
@@ -218,7 +220,9 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         return Cell(rising)
     bare, short, long = rest[:3]
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
-    return Cell(rising, depth, max(0.0, short - bare - depth) + among, max(0.0, rest[-1] - bare) + among)
+    whole, chain = rest[3:] or (0.0, 0.0)
+    start = max(0.0, short - bare - depth) + among
+    return Cell(rising, depth, start, max(0.0, whole - bare) + among, max(0.0, chain - alone))
 
 
 def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
-from .auto.drafter import AutoDrafter
+from .auto.drafter import CHAIN, AutoDrafter
 from .drafter import Drafter, ModelDrafter, NoDraft
 from .expansions.base import Expansion
 from .expansions.beam import Beam
@@ -132,9 +132,9 @@ def make_drafter(
             f"method '{method}' needs {WANTS[base]}, and this is {WANTS[made_for]}: use {made_for}, {made_for}+svip, …, or "
             "name another draft"
         )
-    stop = _stop_policy(added, chosen)
     if AUTO in added:
-        return AutoDrafter(drafter_of(draft, Chain(), stop))
+        return AutoDrafter(drafter_of(draft, Chain(), FixedLength(CHAIN)))
+    stop = _stop_policy(added, chosen)
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
         "cape": lambda: Cape(chosen.bins),

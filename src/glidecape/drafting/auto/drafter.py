@@ -43,6 +43,8 @@ RANKED = 5  # tokens after a node that are looked at
 NGRAM = 3  # longest n-gram that is looked for; a match may be longer
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
+LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
+PROBE = 24  # of so many chains one is made node by node
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
 GREEDY, SAMPLED = 0, 1
 
@@ -65,11 +67,13 @@ class RowState:
 
 @dataclass(frozen=True)
 class Forced:
-    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row."""
+    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row; or
+    the runner's own chain."""
 
     depths: int
     nodes: int
     whole: bool = False
+    chain: bool = False
 
 
 @dataclass
@@ -91,7 +95,7 @@ class Plan:
     Attributes:
         kinds: of law, of each row.
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
-        cost: in plain rounds; empty: nothing was proposed.
+        cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
     """
 
     kinds: list[int]
@@ -99,6 +103,7 @@ class Plan:
     levels: list[Level] = field(default_factory=list)
     cost: float = 0.0
     empty: bool = False
+    chain: bool = False
     first: list[float] = field(default_factory=list)
 
 
@@ -141,6 +146,7 @@ class AutoDrafter:
         self.rate, self.worth = Rate(2), Worth(2)
         self.forced: Forced | None = None
         self.depths = Depths(2, DEPTH)
+        self.chains = 0  # proposals one after another that were the runner's own chain
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
     def __repr__(self) -> str:
@@ -156,7 +162,7 @@ class AutoDrafter:
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """See `Drafter`."""
-        if self.runner is None or not self.runner.model.compile(mode, say):
+        if self.runner is None or not self.runner.compile(mode, say):
             return False
         model = self.runner.model
         if isinstance(model, NetworkDraft):
@@ -170,7 +176,7 @@ class AutoDrafter:
         if not isinstance(model, NetworkDraft):
             return 0
         length = min(CHAIN, model.max_lag)
-        return length if (length, RANKED) in model.chains else 0
+        return length if {(length, RANKED), (length, 1)} <= model.chains.keys() else 0
 
     def budget(self, tokens: int) -> int:
         return max(1 + NODES, 0 if self.runner is None else self.runner.budget(tokens))
@@ -202,7 +208,12 @@ class AutoDrafter:
             self.copies.one(kind, (1.0, math.log(match), 0.0, one.copied)) if words else 0.0
             for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
         ]
-        if self._drafts(kinds, [1.0 - p for p in plan.first]):
+        missing = [1.0 - p for p in plan.first]
+        if self._chain_is_best(batch, kinds, missing, costs, rate):
+            assert self.runner is not None
+            plan.cost, plan.chain = 1.0 + costs.chain, True
+            return self.runner.propose(batch)
+        if self._drafts(kinds, missing):
             self._draft(batch, plan, own, costs, rate)
         elif self.forced is None and sum(plan.first) <= rate * (verify[1] - verify[0]):
             return self._nothing(batch, plan)
@@ -214,6 +225,19 @@ class AutoDrafter:
                 for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
             ]
         return self._chosen(batch, plan, chances, costs, verify, rate)
+
+    def _chain_is_best(
+        self, batch: Batch, kinds: list[int], missing: list[float], costs: RoundCosts, rate: float
+    ) -> bool:
+        """Is the runner's own chain worth more than a proposal node by node, which takes longer to think of?"""
+        if self.forced is not None:
+            return self.forced.chain
+        if self.runner is None or not costs.length or not batch.laws.bare or min(missing) < 1 - LIKELY:
+            return False
+        gains = self.depths.gain(kinds, costs.length) - rate * costs.chain
+        self.chains = self.chains + 1 if gains > max(0.0, self.worth.of(kinds, missing)) else 0
+        # Now and then the other way is tried, too, for what it gains may have changed.
+        return self.chains % PROBE > 0
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
         if self.runner is None or self.forced is not None:
@@ -384,6 +408,9 @@ class AutoDrafter:
                 y[-1] = float(same is None)
                 self.copies.learn(kind, x, y)
             self._learn_levels(i, kind, own, plan.levels, true)
+            if plan.chain:
+                accepted = len(outcome.path) - 1
+                self.depths.note(kind, [1.0] * accepted + [0.0] * (outcome.depth - accepted))
         around.plan = None
 
     def _learn_levels(self, i: int, kind: int, own: RowState, levels: list[Level], true: list[int]) -> None:

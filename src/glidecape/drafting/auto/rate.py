@@ -43,6 +43,10 @@ class Depths:
     def learn(self, kind: int, wanted: int, reach: Sequence[float]) -> None:
         """A row's chain: depths that were worth drafting, and the reach of those that were drafted."""
         self.wanted[kind] += SLOW * (wanted - self.wanted[kind])
+        self.note(kind, reach)
+
+    def note(self, kind: int, reach: Sequence[float]) -> None:
+        """The reach of a row's chain, depth by depth; of one that was verified 1 or 0."""
         mean = self.reach[kind]
         for depth, one in enumerate(reach):
             mean[depth] += SLOW * (one - mean[depth])
@@ -67,10 +71,14 @@ class Worth:
         self.pause = [1] * kinds
         self.waited = [0] * kinds
 
+    def of(self, kinds: Sequence[int], missing: Sequence[float]) -> float:
+        """What drafting is expected to gain over its cost. `missing`: of each row, the part that copied tokens do not bring
+        already."""
+        return sum(self.gain[kind] * part - self.cost[kind] for kind, part in zip(kinds, missing, strict=True))
+
     def drafts(self, kinds: Sequence[int], missing: Sequence[float]) -> bool:
-        """Draft in this round? `missing`: of each row, the part of the gain that copied tokens do not bring already."""
-        expected = sum(self.gain[kind] * part for kind, part in zip(kinds, missing, strict=True))
-        if expected >= sum(self.cost[kind] for kind in kinds):
+        """Draft in this round? See `of`."""
+        if self.of(kinds, missing) >= 0:
             return True
         for kind in set(kinds):
             self.waited[kind] += 1
