@@ -12,7 +12,7 @@ from pathlib import Path
 from drawings import Picture
 
 LEFT, TOP, ROW, SPAN = 150, 58, 30, 190
-OTHERS = ("llama.cpp", "transformers")
+OTHERS = ("OpenVINO GenAI", "llama.cpp", "transformers")
 
 
 def figures(readme: Path) -> list[tuple[str, list[float], list[str]]]:
