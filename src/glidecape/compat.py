@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -95,10 +96,28 @@ def export_program(program: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[A
         import torch.fx.experimental._config as export_config
 
         patch: Any = export_config
-        with patch.patch(backed_size_oblivious=True):
+        with patch.patch(backed_size_oblivious=True), _OuterProducts():
             return torch.export.export(
                 program, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
             )
+
+
+class _OuterProducts(TorchFunctionMode):
+    """A column times a row is a product that broadcasts, not a matrix product.
+
+    transformers 5.17 computes rotary angles as such a matrix product; a program exported with it asserts that there is more
+    than one row.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            column, row = args
+            inner = column.shape[-1]
+            if isinstance(inner, int) and inner == 1 and row.ndim > 1:
+                return (row.mT * column.mT).mT
+        return function(*args, **(kwargs or {}))
 
 
 def compile_to(path: str, exported: Any, functions: dict[str, str]) -> None:
