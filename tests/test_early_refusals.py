@@ -18,7 +18,8 @@ from glidecape.train.draft import make_draft, train_draft
 from glidecape.train.loop import STATE_FILE, Budget, Clock, fit, hidden_matrices
 from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
 from glidecape.train.rows import pieces_of
-from glidecape.train.study import run_study, study_rows
+from glidecape.train.study import run_study
+from glidecape.train.study_rows import study_rows
 from glidecape.train.target import new_model, train_target, valid_loss
 from test_command_line import run
 from tinyworld import write_packages

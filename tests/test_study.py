@@ -13,7 +13,8 @@ from glidecape.train import study
 from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, Budget
 from glidecape.train.recipe import DraftRecipe
-from glidecape.train.study import Trial, changes_of, run_study, study_rows
+from glidecape.train.study import Trial, run_study
+from glidecape.train.study_rows import FACTORS, changes_of, study_rows
 from glidecape.train.study_table import summary, table_of
 from test_command_line import run
 
@@ -173,7 +174,7 @@ def test_rows_that_cannot_be_are_refused(name):
 
 
 def test_every_named_factor_is_a_recipe():
-    for factor in study.FACTORS:
+    for factor in FACTORS:
         assert len(study_rows(DraftRecipe(), [factor])) >= 2
     read = study_rows(DraftRecipe(), ["read"], (), 8)
     assert [recipe.read for recipe in read.values()] == ["", "0", "last", "mix", "2", "4"]

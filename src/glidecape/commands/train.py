@@ -125,7 +125,7 @@ def train_target(
 
 
 def _joint_recipe(changes: str, seed: int) -> DraftRecipe:
-    from ..train.study import changes_of
+    from ..train.study_rows import changes_of
 
     wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
     if given := {"length", "rows", "accumulate", "clip", "loss_on"} & wanted.keys():
