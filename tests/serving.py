@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from glidecape.serve.app import create_app
 from glidecape.serve.server import bind, make_service
 from glidecape.serve.settings import ServeSettings
 from glidecape.target.target import Target
+from processes import Child, glidecape
 
 PROMPTS = [
     "def read_lines(path):\n    ",
@@ -66,9 +65,7 @@ class Process(Asking):
 
     def __init__(self, *words: str) -> None:
         given = list(words) if "--port" in words else ["--port", "0", *words]
-        command = [sys.executable, "-m", "glidecape.cli", "serve", "--dtype", "float32", "--threads", "1", *given]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
+        self.process = Child(glidecape, "serve", "--dtype", "float32", "--threads", "1", *given)
         self.log: list[dict[str, Any]] = []
         lines = (json.loads(line) for line in self.process.stderr if line.startswith("{"))  # before that come notes
         for entry in lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.options import MethodOptions
 from glidecape.drafting.stop import FixedLength
 from glidecape.target.target import Target
+from processes import Child, glidecape
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
 
 VOCAB = 64
@@ -259,8 +259,8 @@ def run_cli(monkeypatch, capfd, argv: list[str]) -> tuple[int, str, str]:
 def finished(world, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its command, made in a process of its own that is killed once and torn on the way."""
     out = tmp_path_factory.mktemp("runs") / "killed"
-    command = [sys.executable, "-m", "glidecape.cli", *words(world, prompts, out, watch=1)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command, said = words(world, prompts, out, watch=1), tmp_path_factory.mktemp("said")
+    process = Child(glidecape, *command, said=said / "first")
     records = out / "records.jsonl"
     until = time.monotonic() + 200
     while not (records.is_file() and records.read_bytes().count(b"\n") >= 5):
@@ -272,8 +272,8 @@ def finished(world, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with records.open("ab") as file:
         file.write(b'{"job":0,"repeat":1,"meth')
     (out.parent / "before").write_bytes(records.read_bytes())
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    again = Child(glidecape, *command, said=said / "second")
+    assert again.wait() == 0, again.stderr.read()
     return out
 
 

@@ -1,10 +1,7 @@
 """`glidecape regenerate`: the target's own continuations, whatever draft, batch or interruption there was."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -21,6 +18,7 @@ from glidecape.train.draft import train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.regenerate import Regeneration, prompts_of, regenerate
+from processes import Child
 from test_command_line import run
 
 PLAN = Regeneration(prompt_tokens=12, new_tokens=16, seed=3)
@@ -79,24 +77,14 @@ def test_a_file_cut_anywhere_is_finished(torn, world, target, made, tmp_path):
     assert regenerate(target, world["corpus"], tmp_path / "own.jsonl", PLAN)["tokens"] == 0
 
 
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from glidecape.target.target import Target
-from glidecape.train.regenerate import regenerate
-from test_regenerate import PLAN
-target = Target.from_pretrained(sys.argv[1], dtype=torch.float32)
-regenerate(target, Path(sys.argv[2]), Path(sys.argv[3]), PLAN, batch=2)
-"""
+def regenerate_slowly(target, data, out):
+    """In a process of its own."""
+    regenerate(Target.from_pretrained(target, dtype=torch.float32), data, out, PLAN, batch=2)
 
 
 def test_sigkill_costs_nothing_but_time(world, target, made, tmp_path):
     out = tmp_path / "own.jsonl"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-c", CHILD, world["target"], world["corpus"], out]
-    child = subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.PIPE, text=True)
+    child = Child(regenerate_slowly, world["target"], world["corpus"], out)
     while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.001)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,41 +17,35 @@ from glidecape.drafts.checkpoint import CARD, WEIGHTS
 from glidecape.errors import CheckpointError
 from glidecape.files import only_writer, remove_leftovers, write_folder
 from glidecape.target.target import Target
+from glidecape.train import figures
 from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
 from glidecape.train.recipe import DraftRecipe
+from processes import Child
 
 STEPS, ROWS, LENGTH = 60, 4, 32
 RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
 BUDGET = Budget(tokens=STEPS * 2 * ROWS * LENGTH)
 
-# Arguments: target, data, out, and the save before whose rename the process kills itself (0: never).
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from glidecape.target.target import Target
-from glidecape.train.draft import train_draft
-from test_resume import BUDGET, RECIPE
-target, data, out = map(Path, sys.argv[1:4])
-left, rename = int(sys.argv[4]), os.replace
-def replace(*paths):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*paths)
-os.replace = replace
-model = Target.from_pretrained(target, dtype=torch.float32)
-train_draft(model, data, out, RECIPE, BUDGET, "test", prompts=0, save_every_s=0)
-"""
+
+def train(target, data, out, dies_at_save):
+    """In a process of its own, which kills itself before a save is renamed; 0: never."""
+    left, rename = dies_at_save, os.replace
+
+    def replace(*paths):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = replace
+    model = Target.from_pretrained(target, dtype=torch.float32)
+    train_draft(model, data, out, RECIPE, BUDGET, "test", prompts=0, save_every_s=0)
 
 
 def start(world, out, dies_at_save=0):
-    words = [sys.executable, "-c", CHILD, world["target"], world["corpus"], out, dies_at_save]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.PIPE, text=True)
+    return Child(train, world["target"], world["corpus"], out, dies_at_save)
 
 
 def wait_for_saves(child, path, count):
@@ -94,35 +89,30 @@ def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
     assert not [p.name for p in killed.iterdir() if p.name.startswith(".")]
 
 
-# Arguments: target, data, out, kind, and where the process kills itself: in a function, or before a file is renamed.
-LATE = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from glidecape.target.target import Target
-from glidecape.train import figures
-from glidecape.train.draft import train_draft
-from test_resume import SHORT, short_recipe
-target, data, out, kind, moment = sys.argv[1:]
-rename = os.replace
-def dies(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-def replace(source, place):
-    if Path(place).name == moment:
-        dies()
-    rename(source, place)
-os.replace = replace
-if moment == "evaluation":
-    figures.decode = dies
-model = Target.from_pretrained(Path(target), dtype=torch.float32, pack=False)
-train_draft(model, Path(data), Path(out), short_recipe(kind), SHORT, "test", prompts=1)
-"""
 SHORT = Budget(tokens=4 * 2 * 32)
 
 
 def short_recipe(kind):
     return DraftRecipe(kind=kind, length=32, rows=2, rate=1e-2)
+
+
+def train_late(target, data, out, kind, moment):
+    """In a process of its own, which kills itself in the evaluation, or before a file is renamed."""
+    rename = os.replace
+
+    def dies(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace(source, place):
+        if Path(place).name == moment:
+            dies()
+        rename(source, place)
+
+    os.replace = replace
+    if moment == "evaluation":
+        figures.decode = dies
+    model = Target.from_pretrained(target, dtype=torch.float32, pack=False)
+    train_draft(model, data, out, short_recipe(kind), SHORT, "test", prompts=1)
 
 
 def test_sigkill_in_evaluation_or_export_costs_nothing_but_time(world, tmp_path):
@@ -131,9 +121,7 @@ def test_sigkill_in_evaluation_or_export_costs_nothing_but_time(world, tmp_path)
     children = {}
     for kind, moment in moments:
         out = tmp_path / f"{kind}-{moment}"
-        words = [sys.executable, "-c", LATE, world["target"], world["corpus"], out, kind, moment]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        children[out] = subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.PIPE, text=True)
+        children[out] = Child(train_late, world["target"], world["corpus"], out, kind, moment)
     target = Target.from_pretrained(world["target"], dtype=torch.float32, pack=False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
