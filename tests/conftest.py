@@ -23,6 +23,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of compiled programs, one for all workers: compiling takes seconds."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
 
 
