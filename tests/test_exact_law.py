@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -198,9 +198,22 @@ def test_dropping_a_drawn_token_by_its_price_breaks_the_law() -> None:
     assert distance(Pruned(runner), PARAMS["temperature 1"]) > 0.01
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("expansion", EXPANSIONS)
+def triples() -> Iterator[Any]:
+    """Every expansion, stop policy and sampling setting. The default suite has so many of them that each expansion meets each
+    stop policy and each setting, and each stop policy each setting."""
+    for e, s, p in itertools.product(range(len(EXPANSIONS)), range(len(STOPS)), range(len(PARAMS))):
+        names = (list(EXPANSIONS)[e], list(STOPS)[s], list(PARAMS)[p])
+        yield pytest.param(*names, marks=[] if (e + p) % len(STOPS) == s else [pytest.mark.slow])
+
+
+def test_every_two_of_an_expansion_a_stop_policy_and_a_setting_meet_in_the_default_suite() -> None:
+    fast = [one.values for one in triples() if not one.marks]
+    for a, b in itertools.combinations((EXPANSIONS, STOPS, PARAMS), 2):
+        met = {(x, y) for names in fast for x, y in itertools.permutations(names, 2)}
+        assert set(itertools.product(a, b)) <= met, "choose more in `triples`"
+
+
+@pytest.mark.parametrize(("expansion", "stop", "params"), triples())
 def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, params: str) -> None:
     drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
     assert distance(drafter, PARAMS[params]) <= 1e-12
