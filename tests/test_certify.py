@@ -93,7 +93,7 @@ def test_a_row_that_disturbs_its_neighbours_is_a_bug(pair, monkeypatch):
 def test_bfloat16_is_equal_or_a_near_tie(temperature):
     target, reference, drafters = build(torch.bfloat16, vocab=800)
     prompts = [[i + 3, 2 * i + 5, 7] for i in range(6)]
-    found = certify(target, reference, drafters, prompts, SamplingParams(temperature, max_new_tokens=48))
+    found = certify(target, reference, drafters, prompts, SamplingParams(temperature, max_new_tokens=32))
     assert {f.verdict for f in found} <= {EQUAL, NEAR_TIE}
     for f in found:
         assert f.explained == (f.verdict == NEAR_TIE)
@@ -190,18 +190,19 @@ def test_the_command(world, capfd, monkeypatch, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "def save_"}\n')
     drafts = ["--draft", f"glide={world['glide']}", "--draft", f"small={world['lm']}"]
     words = ["certify", "--target", world["target"], *drafts, "--dtype", "float32", "--max-new-tokens", "16"]
-    code, out, _ = run(capfd, monkeypatch, *words, "--prompts", tmp_path / "p.jsonl", "--json")
+    one = [*words, "--prompts", tmp_path / "p.jsonl"]
+    code, out, _ = run(capfd, monkeypatch, *one, "--json")
     assert code == 0
     result = json.loads(out)
     methods = {f["method"] for f in result["findings"]}
     assert {"plain", "lookup", "glide+cape+svip"} <= methods
     assert result["verdict"] == EQUAL
-    code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide,glide+cape")
+    code, out, _ = run(capfd, monkeypatch, *one, "--methods", "glide,glide+cape")
     assert (code, "verdict: equal" in out) == (0, True)
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide+cape", "--batch", "5", "--json")
     assert (code, json.loads(out)["batch"]) == (0, 5)
     monkeypatch.setattr(verify_module, "verify_points", broken_points)
-    code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide", "--temperature", "1")
+    code, out, _ = run(capfd, monkeypatch, *one, "--methods", "glide", "--temperature", "1")
     assert (code, "verdict: bug" in out) == (1, True)
     code, _, err = run(capfd, monkeypatch, *words, "--methods", "vanilla")
     assert (code, "needs a draft named 'vanilla'" in err) == (2, True)

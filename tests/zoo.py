@@ -148,7 +148,7 @@ def refused_by_config(kind):
     return None
 
 
-def expected_tokens(reference, prompt, use_cache=True):
+def expected_tokens(reference, prompt, use_cache=True, new=NEW):
     ids = torch.tensor([prompt])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -156,7 +156,7 @@ def expected_tokens(reference, prompt, use_cache=True):
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=NEW,
+            max_new_tokens=new,
             eos_token_id=None,
             pad_token_id=0,
             use_cache=use_cache,
@@ -164,12 +164,16 @@ def expected_tokens(reference, prompt, use_cache=True):
     return out[0, len(prompt) :].tolist()
 
 
-def check(kind):
-    """Plain, chain, CaPE and beam, alone and in a ragged batch, with a draft that is often right, and GliDe with CaPE."""
+def check(kind, new=NEW):
+    """Plain, chain, CaPE and beam, alone and in a ragged batch, with a draft that is often right, and GliDe with CaPE.
+
+    Args:
+        new: tokens of each output.
+    """
     try:
         model = build(kind)
         reference = copy.deepcopy(model)
-        expected = [expected_tokens(reference, p) for p in PROMPTS]
+        expected = [expected_tokens(reference, p, new=new) for p in PROMPTS]
     except Exception as error:
         if reason := refused_by_config(kind):
             return Verdict(kind, "refused", f"{reason} (by its configuration; not built here)")
@@ -192,10 +196,10 @@ def check(kind):
             drafters["glide+cape"] = make_drafter("glide+cape", glide)
         except GlideCapeError as error:
             note = f"without GliDe: {_sentence(error)}"
-        params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
         if generate(target, PROMPTS, NoDraft(), params)[1].tokens != expected[1]:
             # A cache of theirs may drop what their own mask still shows, past a window.
-            expected = [expected_tokens(reference, p, use_cache=False) for p in PROMPTS]
+            expected = [expected_tokens(reference, p, use_cache=False, new=new) for p in PROMPTS]
             note = "as transformers' generate without a cache: its cache forgets what its mask shows" + (
                 note and f"; {note}"
             )
