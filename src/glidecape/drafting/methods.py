@@ -22,7 +22,7 @@ from .expansions.eagle_tree import EagleTree
 from .expansions.static_tree import StaticTree
 from .lookup import LookupDrafter
 from .medusa import MedusaDrafter
-from .options import MethodOptions
+from .options import AUTO_PARTS, MethodOptions
 from .stop import Entropy, FixedLength, Heuristic, StopPolicy
 
 BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")
@@ -123,7 +123,7 @@ def make_drafter(
     if base == "plain":
         return NoDraft()
     if base == "lookup":
-        return AutoDrafter(None) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
+        return _auto(None, chosen) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     kind = getattr(draft, "kind", None)  # None: anything that can draft
@@ -133,7 +133,7 @@ def make_drafter(
             "name another draft"
         )
     if AUTO in added:
-        return AutoDrafter(drafter_of(draft, Chain(), FixedLength(CHAIN)))
+        return _auto(drafter_of(draft, Chain(), FixedLength(CHAIN)), chosen)
     stop = _stop_policy(added, chosen)
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
@@ -143,6 +143,11 @@ def make_drafter(
         "static": lambda: StaticTree(chosen.top, chosen.total, min(stop.cap, draft.max_lag)),
     }
     return drafter_of(draft, makers[form_of(base, added)](), stop)
+
+
+def _auto(runner: ModelDrafter | None, options: MethodOptions) -> AutoDrafter:
+    copying, siblings, calibrated, priced = (part not in options.without for part in AUTO_PARTS)
+    return AutoDrafter(runner, (), copying, siblings, calibrated, priced)
 
 
 def _stop_policy(added: set[str], options: MethodOptions) -> StopPolicy:
