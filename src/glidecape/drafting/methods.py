@@ -13,6 +13,7 @@ from typing import Any
 from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
 from .auto.drafter import CHAIN, AutoDrafter
+from .auto.stored import begin_with_stored
 from .drafter import Drafter, ModelDrafter, NoDraft
 from .expansions.base import Expansion
 from .expansions.beam import Beam
@@ -112,6 +113,7 @@ def make_drafter(
         changes: single fields of `MethodOptions`, such as `length=8`, in the place of those in `options`.
 
     Raises:
+        CheckpointError: with auto, what was stored beside the draft is damaged.
         InputError: unknown method or option, no draft model for a method that needs one, one of another kind, or options out
             of range.
 
@@ -123,7 +125,7 @@ def make_drafter(
     if base == "plain":
         return NoDraft()
     if base == "lookup":
-        return _auto(None, chosen) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
+        return _auto(None, None, chosen) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     kind = getattr(draft, "kind", None)  # None: anything that can draft
@@ -133,7 +135,7 @@ def make_drafter(
             "name another draft"
         )
     if AUTO in added:
-        return _auto(drafter_of(draft, Chain(), FixedLength(CHAIN)), chosen)
+        return _auto(draft, drafter_of(draft, Chain(), FixedLength(CHAIN)), chosen)
     stop = _stop_policy(added, chosen)
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
@@ -145,9 +147,12 @@ def make_drafter(
     return drafter_of(draft, makers[form_of(base, added)](), stop)
 
 
-def _auto(runner: ModelDrafter | None, options: MethodOptions) -> AutoDrafter:
+def _auto(draft: AnyDraft | None, runner: ModelDrafter | None, options: MethodOptions) -> AutoDrafter:
+    """Raises CheckpointError: see `begin_with_stored`."""
     copying, siblings, calibrated, priced = (part not in options.without for part in AUTO_PARTS)
-    return AutoDrafter(runner, (), copying, siblings, calibrated, priced)
+    drafter = AutoDrafter(runner, (), copying, siblings, calibrated, priced)
+    begin_with_stored(drafter, draft)
+    return drafter
 
 
 def _stop_policy(added: set[str], options: MethodOptions) -> StopPolicy:
