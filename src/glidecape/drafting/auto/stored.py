@@ -1,4 +1,4 @@
-"""What `auto` has learned of a draft's acceptance, kept beside its weights, so that it need not begin with that of another pair."""
+"""What `auto` has learned of a draft's acceptance, kept beside its weights, so that it need not begin with another pair's."""
 
 from __future__ import annotations
 
