@@ -96,4 +96,4 @@ def _print(found: Diagnosis, out: TextIO | None) -> None:
     if depths := list(cells(found)):
         heads = ["depth", "in training", "teacher-forced", "decoded (nodes tested)"]
         TextTable("acceptance by depth", heads, depths).print(console)
-    console.print(found.sentence)
+    console.print(found.sentence, soft_wrap=True)

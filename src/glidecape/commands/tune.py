@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from ..errors import InputError
 from ..progress import bar, note
 from .shared import AsJson, Draft, Output, ServingMachine, TargetOrShipped, opened, pair_or_shipped, read_prompts
+
+if TYPE_CHECKING:
+    from ..drafting.auto.stored import Stored
+    from ..tune import Tuned
 
 
 def tune(
@@ -40,8 +44,7 @@ def tune(
     from ..drafting.auto.stored import store as keep
     from ..drafting.methods import base_for, make_drafter
     from ..drafts.checkpoint import load_draft
-    from ..tables import wide_console
-    from ..tune import learn, tables_of, tuned
+    from ..tune import learn, tuned
 
     if prompts is not None and not store:
         raise InputError("--prompts are what --store learns from: give --store, too, or leave --prompts out")
@@ -69,14 +72,20 @@ def tune(
                 json.dumps({"target": target, "draft": drafts[0] if drafts else None} | found.as_dict() | learned),
                 file=out,
             )
-            return
-        console = wide_console(out)
-        for table in tables_of(found):
-            table.print(console)
-        when = "measured now" if found.measured else "measured before"
-        console.print(f"prices: {when}, kept in {found.file or 'no file: there is no folder for it'}")
-        if kept is not None:
-            greedy, sampled = kept[1].observations
-            console.print(
-                f"acceptance: learned from {greedy:,} greedy and {sampled:,} sampled tokens, kept in {kept[0]}"
-            )
+        else:
+            _print(found, kept, out)
+
+
+def _print(found: Tuned, kept: tuple[Path, Stored] | None, out: TextIO | None) -> None:
+    from ..tables import wide_console
+    from ..tune import tables_of
+
+    console = wide_console(out)
+    for table in tables_of(found):
+        table.print(console)
+    when = "measured now" if found.measured else "measured before"
+    console.print(f"prices: {when}, kept in {found.file or 'no file: there is no folder for it'}", soft_wrap=True)
+    if kept is not None:
+        greedy, sampled = kept[1].observations
+        said = f"acceptance: learned from {greedy:,} greedy and {sampled:,} sampled tokens, kept in {kept[0]}"
+        console.print(said, soft_wrap=True)
