@@ -38,11 +38,13 @@ class Length:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Attributes:
-    file: where the prices are kept; None: nowhere on this machine.
-    measured: just now, or by an earlier process.
-    prices: greedily and at temperature 1.
-    lengths: for each of them.
+    """What auto goes by.
+
+    Attributes:
+        file: where the prices are kept; None: nowhere on this machine.
+        measured: just now, or by an earlier process.
+        prices: greedily and at temperature 1.
+        lengths: for each of them.
     """
 
     file: Path | None

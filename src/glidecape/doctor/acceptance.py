@@ -24,12 +24,14 @@ WINDOW = 128  # tokens of a window, teacher-forced
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Attributes:
-    forced: at each lag how often draft and target agree, teacher-forced on the prompts and what follows them: greedily the
-        most likely token, else the overlap of the two laws at temperature 1. Empty where the text is too short.
-    decoded: at each depth, of the nodes that were tested, the share that was accepted; and how many were tested.
-    alpha: accepted / tested over all depths.
-    outputs: what the target wrote, a list a prompt; looping: how many looping ones were left out.
+    """Of some prompts, and of what the target wrote after them.
+
+    Attributes:
+        forced: at each lag how often draft and target agree, teacher-forced on the prompts and what follows them: greedily the
+            most likely token, else the overlap of the two laws at temperature 1. Empty where the text is too short.
+        decoded: at each depth, of the nodes that were tested, the share that was accepted; and how many were tested.
+        alpha: accepted / tested over all depths.
+        outputs: what the target wrote, a list a prompt; looping: how many looping ones were left out.
     """
 
     forced: list[float]

@@ -37,11 +37,13 @@ Measure = Callable[[AutoDrafter], Sequence[Prices]]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Attributes:
-    rows: the causes, those that are to be changed first before others.
-    training, forced, decoded: acceptance by depth: as the draft's card has it, teacher-forced, and while decoding.
-    costs: of a round over a plain one; None: the draft could not be loaded.
-    length, speedup: of the fastest chain, and what it is expected to bring over plain decoding; 0: none is faster.
+    """What an examination came to.
+
+    Attributes:
+        rows: the causes, those that are to be changed first before others.
+        training, forced, decoded: acceptance by depth: as the draft's card has it, teacher-forced, and while decoding.
+        costs: of a round over a plain one; None: the draft could not be loaded.
+        length, speedup: of the fastest chain, and what it is expected to bring over plain decoding; 0: none is faster.
     """
 
     rows: list[Row]

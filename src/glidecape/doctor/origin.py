@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -39,10 +40,12 @@ class Figures(BaseModel):
 
 @dataclass(frozen=True)
 class Origin:
-    """Attributes:
-    kind: of the draft: "glide", "eagle", "medusa" or "lm".
-    fingerprint: of the target that it was trained for; None: it is a causal LM, which names none.
-    figures: that its training left.
+    """What a draft's folder tells of its training.
+
+    Attributes:
+        kind: of the draft: "glide", "eagle", "medusa" or "lm".
+        fingerprint: of the target that it was trained for; None: it is a causal LM, which names none.
+        figures: that its training left.
     """
 
     kind: str
@@ -52,20 +55,18 @@ class Origin:
     @classmethod
     def of(cls, folder: Path) -> Origin:
         """Raises CheckpointError: see `read_card`; or the figures are no figures."""
-        kind, digests, figures, path = "lm", None, {}, folder / CARD
+        path = folder / CARD
+        figures: Any = {}
         if (folder / WEIGHTS).is_file():
             card = read_card(folder)
-            kind, digests, figures, path = card.kind, card.fingerprint, card.figures, folder / WEIGHTS
-        elif path.is_file():  # a draft LM of ours
+            return cls(card.kind, card.fingerprint, _figures(card.figures, folder / WEIGHTS))
+        if path.is_file():  # a draft LM of ours
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 figures = found.get("figures", {}) if isinstance(found, dict) else {}
             except (OSError, ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path} is no card of a draft ({first_line(error)})") from None
-        try:
-            return cls(kind, digests, checked(Figures, figures))
-        except ValueError as error:
-            raise CheckpointError(f"{path} holds figures that cannot be read: {first_line(error)}") from None
+        return cls("lm", None, _figures(figures, path))
 
     def acceptance(self, temperature: float) -> list[float]:
         """By depth, teacher-forced on text that was held out of training; empty: not stored."""
@@ -80,19 +81,23 @@ class Origin:
         return self.figures.trained_on
 
 
+def _figures(found: Any, path: Path) -> Figures:
+    try:
+        return checked(Figures, found)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds figures that cannot be read: {first_line(error)}") from None
+
+
 def refusals(origin: Origin, target: Target) -> Iterator[Row]:
     """What makes the draft unusable with this target, if it is: another shape, another tokenizer."""
     if origin.fingerprint is None:
         return
     own, saved = fingerprint(target), origin.fingerprint.model_dump()
-    for part, cause, same in (
-        ("shape", "shape of the target", "as in training"),
-        ("tokenizer", "tokenizer", "as in training"),
-    ):
+    for part, cause in (("shape", "shape of the target"), ("tokenizer", "tokenizer")):
         if part == "tokenizer" and target.tokenizer is None:
             yield Row(cause, "this target has none", known=False)
         elif saved[part] == own[part]:
-            yield Row(cause, same)
+            yield Row(cause, "as in training")
         else:
             yield Row(cause, "another than the draft was trained for: it cannot be used", AGAIN)
 
@@ -122,11 +127,13 @@ def differences(origin: Origin, target: Target, fell: bool) -> Iterator[Row]:
         "as in training" if same else f"another one: {had} in training, {has} now" if had != has else "another one",
         "" if same else f"use the tokenizer of the training, or {AGAIN}",
     )
-    now, same = _dtype(target), trained.dtype == _dtype(target)
+    now, same, without = _dtype(target), trained.dtype == _dtype(target), ""
+    if target.quantized:
+        without = ", and without --quantize"
     yield Row(
         "dtype",
         now if same else f"{now}; in training {trained.dtype}",
-        f"load the target with --dtype {trained.dtype}" if fell and not same else "",
+        f"load the target with --dtype {trained.dtype}{without}" if fell and not same else "",
     )
 
 
