@@ -60,8 +60,7 @@ def doctor(
         ids = [prompt.ids(model, chat) for prompt in texts]
 
         def measure(drafter: AutoDrafter) -> Sequence[Prices]:
-            inner = [] if drafter.runner is None else [drafter.runner]
-            machine.compile_models(model, inner, len(ids) * max_new_tokens)
+            machine.compile_models(model, [drafter], len(ids) * max_new_tokens, price=False)
             return prices_of(model, drafter, note)
 
         with bar("examining"):

@@ -57,7 +57,7 @@ def tune(
         loaded = load_draft(drafts[0], model) if drafts else None
         drafter = make_drafter("lookup+auto" if loaded is None else f"{base_for(loaded.kind)}+auto", loaded)
         assert isinstance(drafter, AutoDrafter)
-        machine.compile_models(model, [] if drafter.runner is None else [drafter.runner], 0)
+        machine.compile_models(model, [drafter], 0, price=False)
         with bar("measuring"):
             found = tuned(model, drafter, note, again)
         kept = None
