@@ -33,7 +33,9 @@ from test_command_line import run
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
 CHEAP = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((0.05,),), ((0.02,),))
 DEAR = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((1.5,),), ((0.1,),))
-STEEP = Prices((1,), (1,), (1, 31), (((1.0, 22.0),),), ((0.01,),), ((0.0,),))
+STEEP = Prices((1,), (1,), (1, 31), (((1.0, 10.0),),), ((0.01,),), ((0.0,),))
+USUAL = Prices((1,), (1,), (1, 31), (((1.0, 3.4),),), ((0.12,),), ((0.1,),))
+MORE = [1.3] * 8  # more than can be accepted, so that any acceptance now is below it
 PROMPTS = ("def load_table(table, size=0):\n", "def save_index(index, size=1):\n    for", "def merge_frame(frame")
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 OTHER = "0" * 64
@@ -78,7 +80,7 @@ def test_a_healthy_pair_has_no_finding(tmp_path) -> None:
     folder = planted(MODELS / "glide", tmp_path / "glide", lambda card: card["figures"].update(trained_on=trained))
     prompts = [target.encode(prompt.turns[0]) for prompt in read_suites(["own:4"], None, False)[0].prompts[:4]]
     params = SamplingParams(max_new_tokens=48, ignore_eos=True)
-    found = examine(target, folder, prompts, params, lambda _: [CHEAP, CHEAP])
+    found = examine(target, folder, prompts, params, lambda _: [USUAL, USUAL])
     assert [row.verdict for row in found.rows] == ["fine"] * len(found.rows), found.rows
     assert found.sentence.endswith("there is nothing to change.")
     assert found.length is not None
@@ -102,7 +104,7 @@ def test_what_training_stores_is_compared_and_what_it_did_not_store_is_said(targ
     [
         ("weights of the target", lambda card: card["fingerprint"].update(weights=OTHER)),
         ("context", lambda card: card["figures"]["trained_on"].update(length=24)),
-        ("acceptance on this text", lambda card: card["figures"].update(greedy_acceptance_by_lag=[0.999] * 8)),
+        ("acceptance on this text", lambda card: card["figures"].update(greedy_acceptance_by_lag=MORE)),
         ("acceptance in training", lambda card: card["figures"].update(greedy_acceptance_by_lag=[0.1] * 8)),
         ("chat template", lambda card: card["figures"]["trained_on"].update(chat_template=OTHER)),
     ],
@@ -155,7 +157,7 @@ def test_another_dtype_is_a_cause_only_where_less_is_accepted(target, world, bef
 
     def worse(card: dict[str, Any]) -> None:
         other(card)
-        card["figures"]["greedy_acceptance_by_lag"] = [0.999] * 8
+        card["figures"]["greedy_acceptance_by_lag"] = MORE
 
     mild = diagnosis(target, planted(world["glide"], tmp_path / "mild", other))
     assert causes(mild) == before

@@ -17,6 +17,7 @@ from .target.target import Target
 
 ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
 HEAT = ("greedily", "at T=1")
+FREE = Prices((1,), (1,), (1, 2), (((1.0, 1.0),),), ((0.0,),), ((0.0,),))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def lengths_of(prices: Prices, deepest: int) -> list[Length]:
 
     >>> one = Prices((1,), (128,), (1, 25), (((1.0, 3.4),),), ((0.1,),), ((0.0,),))
     >>> [(n.copied, n.acceptance, n.length) for n in lengths_of(one, 8)][::4]
-    [(False, 0.5, 1), (False, 0.9, 8), (True, 0.8, 7)]
+    [(False, 0.5, 2), (False, 0.9, 7), (True, 0.8, 6)]
     """
     found, context = [], prices.contexts[0]
     for rows in prices.rows:
@@ -125,11 +126,13 @@ def _prices_table(heat: str, prices: Prices) -> TextTable:
 
 
 def learn(target: Target, drafter: AutoDrafter, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Decode the prompts, greedily and at temperature 1, for `auto` to learn what this draft's tokens are worth.
+    """Decode the prompts, greedily and at temperature 1, for `auto` to learn what this draft's tokens are worth. It goes by no
+    prices afterwards: everything is free, so that it drafts deep in every round.
 
     Raises:
         InputError: a prompt that does not fit the context.
     """
+    drafter.set_prices([FREE, FREE])
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature, max_new_tokens=max_new_tokens, seed=1)
         for number, prompt in enumerate(prompts):

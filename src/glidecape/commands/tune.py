@@ -62,7 +62,6 @@ def tune(
             found = tuned(model, drafter, note, again)
         kept = None
         if store:
-            drafter.set_prices(found.prices)
             with bar("learning"):
                 learn(model, drafter, [model.encode(text) for text in texts], max_new_tokens)
             kept = keep(drafter, loaded)
