@@ -15,9 +15,10 @@ from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
 from glidecape.costs import measured_prices, prices_of
 from glidecape.drafting.auto.acceptance import OnlineLogistic
-from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
 from glidecape.drafting.auto.rate import LONGEST, Worth
+from glidecape.drafting.auto.reliability import Offered
 from glidecape.drafts.glide.adapter import GlideDraft
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
@@ -152,6 +153,33 @@ def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path
         assert costs.verify(1) == 1.0
         assert math.isfinite(costs.draft)
         assert costs.verify(25) >= costs.verify(5) >= 1.0
+
+
+def test_a_part_that_is_left_out_is_not_used(target, world) -> None:
+    """What `--auto-without` and `@without=` name, by its effect on what is offered."""
+    draft = load_draft(world["glide"], target)
+
+    def offers(without: str) -> list[Offered]:
+        drafter = make_drafter("glide+auto", draft, without=without)
+        assert isinstance(drafter, AutoDrafter)
+        drafter.set_prices([CHEAP, CHEAP])
+        drafter.offered = []
+        drafted(target, drafter)
+        return drafter.offered
+
+    def siblings(found: list[Offered]) -> int:
+        below = [[one.offer.parents[node] for node in one.kept] for one in found]
+        return sum(len(own) - len(set(own)) for own in below)
+
+    whole, alone, neither = offers(""), offers("siblings/copying"), offers("copying, cost")
+    assert siblings(whole) > 0 == siblings(alone)
+    assert max(len(one.kept) for one in alone) <= DEPTH
+    assert sum(len(one.kept) for one in neither) > sum(len(one.kept) for one in alone)  # nodes are free
+    at_first = offers("calibration")[0].offer
+    first = at_first.chain[0]
+    assert at_first.reach[first] == pytest.approx(min(0.999, math.exp(at_first.log_q[first])))
+    with pytest.raises(InputError, match="auto has no part 'sibling'"):
+        make_drafter("glide+auto", draft, without="sibling")
 
 
 def test_auto_takes_no_other_part(target) -> None:

@@ -21,6 +21,7 @@ from glidecape.bench import runner
 from glidecape.bench.draw import Drawn, draw, encode, in_jobs, pad
 from glidecape.bench.headline import headline
 from glidecape.bench.methods import read_methods
+from glidecape.bench.metrics import summarise
 from glidecape.bench.peers.registry import PEERS
 from glidecape.bench.plots import have_matplotlib
 from glidecape.bench.records import Difference, Item, RunFolder
@@ -30,10 +31,13 @@ from glidecape.bench.settings import Settings
 from glidecape.bench.suites import Prompt, Suite
 from glidecape.bench.watch import overlap, watch
 from glidecape.core.params import SamplingParams
+from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.auto.reliability import Bin
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.chain import Chain
 from glidecape.drafting.options import MethodOptions
 from glidecape.drafting.stop import FixedLength
+from glidecape.errors import DataError
 from glidecape.target.target import Target
 from processes import Child, glidecape
 from toys import ToyDraft, ToyTarget, run_checked, scripted_rule
@@ -660,3 +664,48 @@ def test_plots_are_in_the_page(finished: Path) -> None:
     assert "plots need matplotlib" not in page
     assert page.count("<svg") == page.count("<figure>") >= 3
     assert "accepted / tested" in page
+
+
+# --- what auto predicted
+
+
+def test_a_record_of_auto_counts_what_it_offered_by_predicted_probability() -> None:
+    drafter = AutoDrafter(ModelDrafter(DRAFT, Chain(), FixedLength(3)))
+    record, _ = run_job(TARGET, drafter, [toy_item()], Settings(max_new_tokens=40))
+    bins = [Bin(*each) for each in record.calibration]
+    (row,) = record.rows
+    assert sum(one.offered for one in bins) == sum(row.drafted)
+    # At its end a row emits less than was accepted, by a round at most.
+    assert 0 <= sum(one.accepted for one in bins) - sum(row.accepted) <= 12
+    assert all(one.offered >= one.reached >= one.accepted for one in bins)
+    assert sum(one.reached for one in bins) < sum(one.offered for one in bins)  # siblings below a rejection
+    assert drafter.offered is None  # later decoding keeps nothing
+    assert run_job(TARGET, NoDraft(), [toy_item()], Settings(max_new_tokens=4))[0].calibration == []
+
+
+def test_the_report_shows_behind_a_fold_how_true_auto_s_predictions_are(tmp_path: Path, monkeypatch) -> None:
+    import report_runs
+
+    monkeypatch.setattr(report_runs, "METHODS", {"plain": (0.0, 1.0), "glide+auto": (2.2, 1.5)})
+    monkeypatch.setattr(report_runs, "PEERS", {})
+    folder = report_runs.made(tmp_path / "run", 0.0)
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        if (
+            line["method"] == "glide+auto"
+        ):  # 0.1 of 40 nodes were accepted where 0.05 was predicted, 0.9 of 60 as predicted
+            line["calibration"] = [[90, 40, 2.0, 4], *([[0, 0, 0.0, 0]] * 8), [70, 60, 54.0, 54]]
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarise(RunFolder(folder))
+    (row,) = [row for row in summary["groups"][0]["rows"] if row["method"] == "glide+auto"]
+    assert row["calibration"] == {"error": 0.02, "bins": [[0.05, 0.1, 360, 810], [0.9, 0.9, 540, 630]]}
+    page = html([summary], ["run"]).replace("<wbr>", "")
+    shown, folded = page.split("<details", 1)
+    assert "What auto predicted of the nodes that it offered" in folded
+    assert "calibration" not in shown
+    if have_matplotlib():
+        assert "glide+auto, expected calibration error 0.020" in folded
+    lines[-1]["calibration"] = [[1, 2, 0.5, 3]] * 10
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="a calibration that counts no nodes"):
+        RunFolder(folder)

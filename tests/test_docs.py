@@ -38,7 +38,8 @@ BLOCK = re.compile(r"(?:^<!-- ([^\n]*?) -->\n)?^```(\w*)[^\n]*\n(.*?)^```$", re.
 LANGUAGES = {"bash", "python", "yaml", "json", "text"}
 
 # These take a second or more even on tiny models: their options are checked, and the slow suite runs them.
-LONG = {"bench", "measure", "study", "train", "train-target", "data", "regenerate", "plan", "report"}
+LONG = {"bench", "measure", "study", "train", "train-target", "data", "regenerate", "plan", "report", "doctor"}
+LONG |= {"tune"}
 TRAINS = ROOT / "docs" / "tutorials" / "train.md"  # the page whose trainings run always
 ELSEWHERE = {"serve"}  # does not end: tests/test_serve.py runs it, and tests/test_chat.py what has a --url
 # Budgets that suit a tiny model; all else is run as it is written.

@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.certify import certify
 from .commands.chat import chat
 from .commands.data import app as data_app
+from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.measure import app as measure_app
 from .commands.parsing import add_to
@@ -24,6 +25,7 @@ from .commands.report import report
 from .commands.serve import serve
 from .commands.study import study
 from .commands.train import train, train_target
+from .commands.tune import tune
 from .errors import GlideCapeError
 from .progress import note
 
@@ -106,6 +108,14 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     certify: (
         f"glidecape certify {_PAIR}",
         f"glidecape certify {_PAIR} --methods glide+cape,lookup --temperature 1 --prompts prompts.jsonl",
+    ),
+    doctor: (
+        f"glidecape doctor {_PAIR}",
+        f"glidecape doctor {_PAIR} --prompts prompts.jsonl --chat --json --output why.json",
+    ),
+    tune: (
+        f"glidecape tune {_PAIR}",
+        f"glidecape tune {_PAIR} --again --store --prompts prompts.jsonl",
     ),
     bench: (
         f"glidecape bench {_PAIR} --prompts prompts.jsonl --output run",

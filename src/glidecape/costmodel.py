@@ -146,3 +146,27 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """
     slope = max(0.0, (y[1] - y[0]) / (x[1] - x[0]) if x[1] > x[0] else y[1] / x[1])
     return slope, max(0.0, y[0] - slope * x[0])
+
+
+def chain_speedup(costs: RoundCosts, acceptance: Sequence[float]) -> float:
+    """Tokens of a chain for their cost, over plain decoding.
+
+    Args:
+        acceptance: at each depth the chance that a node is accepted, given that the one above was; as many as are drafted.
+
+    >>> chain_speedup(RoundCosts(0.25), [0.5, 0.5])
+    1.1666666666666667
+    """
+    tokens = 1.0 + float(np.cumprod(acceptance).sum())
+    return tokens / costs.of(len(acceptance), len(acceptance))
+
+
+def best_length(costs: RoundCosts, acceptance: Sequence[float]) -> tuple[int, float]:
+    """The length of a chain that is fastest, and its speed-up; 0 where none is faster than plain decoding.
+
+    >>> best_length(RoundCosts.linear(0.1, 0.05), [0.6] * 8), best_length(RoundCosts(0.9), [0.5])
+    ((2, 1.5076923076923077), (0, 1.0))
+    """
+    found = [(chain_speedup(costs, acceptance[:length]), -length) for length in range(len(acceptance) + 1)]
+    speedup, length = max(found)
+    return -length, speedup

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from .drafts.base import DraftModel
 from .engine.decode import new_rows, start
 from .engine.engine import Engine
 from .engine.round import run_round, seconds
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .files import write_atomic
 from .target.packages import CompileError, cache_folder, environment
 from .target.target import Target
@@ -225,8 +226,8 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     return Cell(rising, depth, start, max(0.0, whole - bare) + among, max(0.0, chain - alone))
 
 
-def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print) -> list[Prices]:
-    """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said."""
+def prices_file(target: Target, drafter: AutoDrafter) -> Path | None:
+    """Where the prices of this pair on this machine are kept, whether they are there or not; None: nowhere."""
     model = None if drafter.runner is None else drafter.runner.model
     facts = {
         "target": target.weights_digest,
@@ -242,9 +243,33 @@ def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] =
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     try:
-        path = cache_folder() / f"prices-{name}.json"
+        return cache_folder() / f"prices-{name}.json"
     except CompileError:
-        return [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
+        return None
+
+
+def prices_of(
+    target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print, again: bool = False
+) -> list[Prices]:
+    """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said.
+
+    Args:
+        again: measure in any case.
+    """
+    path = prices_file(target, drafter)
+    kept = None if path is None or again else _kept(path, say)
+    if kept is not None:
+        return kept
+    say("measuring what a round costs on this machine, once for this pair: a few seconds")
+    prices = [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
+    if path is not None:
+        with contextlib.suppress(CheckpointError):
+            write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))
+    return prices
+
+
+def _kept(path: Path, say: Callable[[str], None]) -> list[Prices] | None:
+    """The prices of an earlier process; None: there are none, or none that can be read, which is said."""
     try:
         greedy, sampled = (Prices.of_json(one) for one in json.loads(path.read_text()))
         return [greedy, sampled]
@@ -252,8 +277,4 @@ def prices_of(target: Target, drafter: AutoDrafter, say: Callable[[str], None] =
         pass
     except (OSError, ValueError, TypeError, KeyError):
         say(f"{path} is damaged, and is made anew")
-    say("measuring what a round costs on this machine, once for this pair: a few seconds")
-    prices = [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
-    with contextlib.suppress(OSError):
-        write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))
-    return prices
+    return None

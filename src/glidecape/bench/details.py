@@ -19,7 +19,7 @@ def details_of(summary: Summary) -> list[TextTable]:
         made.append(TextTable(f"Speed-up over plain by category (prompts), {kind}", heads, rows))
     made += [sheet(group, summary["settings"]) for group in summary["groups"] if group["category"] != "all"]
     made += [_pairs(kind, pairs) for kind, pairs in summary["pairs"].items()]
-    made += [*_depths(summary), *_costs(summary["costs"]), *_policies(summary["watched"])]
+    made += [*_depths(summary), *_calibration(summary), *_costs(summary["costs"]), *_policies(summary["watched"])]
     return [table for table in made if table.rows]
 
 
@@ -47,6 +47,17 @@ def _depths(summary: Summary) -> Iterable[TextTable]:
         counts = [[str(row["accepted_lengths"].get(str(n), 0)) for n in range(longest + 1)] for row in rows]
         texts = [[row["method"], *own] for row, own in zip(rows, counts, strict=True)]
         yield TextTable(f"Rounds by accepted nodes, {group['kind']}", ["method", *map(str, range(longest + 1))], texts)
+
+
+def _calibration(summary: Summary) -> Iterable[TextTable]:
+    heads = ["method", "predicted", "accepted", "nodes reached", "nodes offered", "expected calibration error"]
+    for group in (g for g in summary["groups"] if g["category"] == "all"):
+        rows = []
+        for row in (row for row in group["rows"] if "calibration" in row):
+            error = f"{row['calibration']['error']:.3f}"
+            for p, rate, reached, offered in row["calibration"]["bins"]:
+                rows.append([row["method"], f"{p:.2f}", f"{rate:.2f}", str(reached), str(offered), error])
+        yield TextTable(f"What auto predicted of the nodes that it offered, {group['kind']}", heads, rows)
 
 
 def _costs(costs: Mapping[str, Any] | None) -> Iterable[TextTable]:

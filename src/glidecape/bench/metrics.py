@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.stats import repetition
+from ..drafting.auto.reliability import Bin, calibration_error
 from ..significance import bootstrap_ratio, paired_permutation
 from .curves import watched_figures
 from .draw import KINDS
@@ -231,7 +232,23 @@ def _row(total: Totals, plain: Totals, records: Sequence[Record]) -> dict[str, A
                 "ours": round(_over(total.acceptance_length, length * c + v), 4),
             },
         }
+    if calibrated := [record for record in records if record.calibration]:
+        row["calibration"] = _calibration(calibrated)
     return row
+
+
+def _calibration(records: Sequence[Record]) -> dict[str, Any]:
+    """The expected calibration error, and for each tenth of predicted probability that has any: mean prediction, share
+    accepted, nodes reached, nodes offered."""
+    bins = [Bin(*map(sum, zip(*each, strict=True))) for each in zip(*(r.calibration for r in records), strict=True)]
+    return {
+        "error": round(calibration_error(bins), 4),
+        "bins": [
+            [round(one.predicted / one.reached, 4), round(one.accepted / one.reached, 4), one.reached, one.offered]
+            for one in bins
+            if one.reached
+        ],
+    }
 
 
 def pairs_of(one: Group, peers: Sequence[str]) -> list[dict[str, Any]]:

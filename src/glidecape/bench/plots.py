@@ -194,6 +194,21 @@ def _confidence(axes: Any, shown: Shown) -> bool:
     return bool(list(shown.watched()))
 
 
+def _reliability(axes: Any, shown: Shown) -> bool:
+    rows = [row for row in shown.rows() if "calibration" in row]
+    for row in rows:
+        found = row["calibration"]
+        label = f"{row['method']}, expected calibration error {found['error']:.3f}"
+        places = [one[0] for one in found["bins"]], [one[1] for one in found["bins"]]
+        axes.plot(*places, label=label, **shown.methods[row["method"]])
+    axes.plot([0, 1], [0, 1], color=LINES, linewidth=1)
+    axes.set_xlabel("predicted probability that the target takes a node")
+    axes.set_ylabel("share that it took")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    return bool(rows)
+
+
 def _oracle(axes: Any, shown: Shown) -> bool:
     for name, one in list(shown.watched())[:2]:  # three lines each
         style = shown.drafts[name]
@@ -209,7 +224,7 @@ def _oracle(axes: Any, shown: Shown) -> bool:
     return bool(list(shown.watched()))
 
 
-OF_METHODS = ("speed", "depth", "lengths")
+OF_METHODS = ("speed", "depth", "lengths", "reliability")
 PLOTS: dict[str, tuple[str, Callable[[Any, Shown], bool]]] = {
     "speed": ("Speed-up over plain decoding by category, with 95 % intervals over prompts.", _speed),
     "depth": ("Acceptance rate by depth: rounds that accepted a node of the depth, of those that tested one.", _depth),
@@ -218,6 +233,11 @@ PLOTS: dict[str, tuple[str, Callable[[Any, Shown], bool]]] = {
     "confidence": (
         "The draft's confidence against how often its token is the target's (the GliDe paper's figure 1b).",
         _confidence,
+    ),
+    "reliability": (
+        "Reliability of auto's estimates: of the offered nodes whose ancestors were accepted, the predicted probability "
+        "against the share that was accepted, by tenths.",
+        _reliability,
     ),
     "oracle": (
         "Depths drafted against tokens emitted a round, replayed on the target's own output: constant lengths, SVIP's "

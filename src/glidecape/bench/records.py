@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from ..drafting.auto.reliability import BINS
 from ..errors import DataError, InputError
 from ..files import write_atomic
 from .schema import EXACT, HEADER, checked, unreadable
@@ -85,6 +86,8 @@ class Record:
         prefill_us: reading the prompt, the draft's part included.
         peak_bytes: most memory in use while it ran: the device's, or the process's; None where that is not known.
         differs: outputs that are not plain decoding's.
+        calibration: of a method with auto, the nodes that it offered, by tenths of their predicted probability; each as in
+            `reliability.Bin`. Of other methods empty.
         peer: another library: one entry of `emitted` and `round_us` a prompt, for the tokens after the first.
     """
 
@@ -98,6 +101,7 @@ class Record:
     prefill_us: int = 0
     peak_bytes: int | None = None
     differs: list[Difference] = field(default_factory=list)
+    calibration: list[tuple[int, int, float, int]] = field(default_factory=list)
     peer: bool = False
 
     @property
@@ -237,6 +241,8 @@ class RunFolder:
                 raise unreadable(self.measured.path, f"line {number}: a job or a method that is not of this run")
             if not record.peer and not len(record.draft_us) == len(record.verify_us) == len(record.round_us):
                 raise unreadable(self.measured.path, f"line {number}: lists of different lengths")
+            if record.calibration and not _is_calibration(record.calibration):
+                raise unreadable(self.measured.path, f"line {number}: a calibration that counts no nodes")
             if not record.peer and record.seconds <= 0:
                 raise unreadable(self.measured.path, f"line {number}: no time was taken")
 
@@ -263,6 +269,13 @@ class RunFolder:
     def tokens(self) -> dict[int, list[int]]:
         """Plain decoding's output by number of the item."""
         return {line["item"]: line["tokens"] for line in self.outputs.lines}
+
+
+def _is_calibration(bins: Sequence[tuple[int, int, float, int]]) -> bool:
+    return len(bins) == BINS and all(
+        0 <= accepted <= reached <= offered and 0 <= predicted <= reached + 1e-3
+        for offered, reached, predicted, accepted in bins
+    )
 
 
 def _refuse_other(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
+from ..drafting.auto.drafter import AutoDrafter
+from ..drafting.auto.reliability import reliability
 from ..drafting.drafter import Drafter
 from ..drafting.methods import AnyDraft
 from ..drafts.base import DepthModel
@@ -227,6 +229,8 @@ def run_job(
     if peak:
         peak.reset()
     params = [settings.params(item.id, item.chat) for item in items]
+    if isinstance(drafter, AutoDrafter):
+        drafter.offered = []
     for event in decode(target, drafter, [item.ids for item in items], params, stats):
         if stats.rounds > seen.rounds:  # the first row of a round
             record.draft_us.append(round(1e6 * (stats.draft_s - seen.draft_s)))
@@ -245,6 +249,11 @@ def run_job(
         for i, (right, own) in enumerate(zip(expected, tokens, strict=True)):
             if i not in found and len(own) < len(right):
                 found[i] = Difference(items[i].number, len(own), right[len(own)], -1)
+    if isinstance(drafter, AutoDrafter) and drafter.offered:
+        record.calibration = [
+            (one.offered, one.reached, round(one.predicted, 4), one.accepted) for one in reliability(drafter.offered)
+        ]
+        drafter.offered = None
     record.prefill_us = round(1e6 * stats.prefill_s)
     record.peak_bytes = peak.read() if peak else None
     record.differs = list(found.values())

@@ -28,7 +28,7 @@ Methods = Annotated[
     str,
     typer.Option(
         help="Methods, joined by commas. NAME:method uses the draft of that name; method@length=8 sets an option "
-        "(length, bins, threshold, cap, over, beams, ngram, top, total) for that method alone."
+        "(length, bins, threshold, cap, over, beams, ngram, top, total, without) for that method alone."
     ),
 ]
 SuiteNames = Annotated[

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import typer
 
-from ..drafting.options import CAPPED, FIXED, LOOKUP, SVIP, TREE, MethodOptions
+from ..drafting.options import CAPPED, FIXED, LOOKUP, PRICED, SVIP, TREE, MethodOptions
 from ..errors import InputError
 from ..options import option_of
 from ..progress import note
@@ -36,7 +36,7 @@ def uses_of(method: str) -> set[str]:
     if base == "plain":
         return set()
     if AUTO in added:  # a length only where it drafts a chain, under the residual rule
-        return set() if base == "lookup" else {FIXED}
+        return {PRICED} if base == "lookup" else {PRICED, FIXED}
     uses = {LOOKUP} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
     uses |= {f"+{name}" for name in added}
     if {"svip", "heuristic"} & added:

@@ -99,12 +99,14 @@ class ServingMachine(Machine):
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
 
-    def compile_models(self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf) -> None:
-        """Compile what decodes, if that was asked for or is worth it for so many tokens."""
+    def compile_models(
+        self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, price: bool = True
+    ) -> None:
+        """Compile what decodes, if that was asked for or is worth it for so many tokens; see `interface.load`."""
         from ..interface.load import compile_models
 
         with bar("compiling"):
-            compile_models(target, drafters, self.compile, tokens)
+            compile_models(target, drafters, self.compile, tokens, price=price)
 
 
 def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from ..drafts.base import DepthModel, DraftModel
 from ..errors import InputError
 from .auto.drafter import CHAIN, AutoDrafter
+from .auto.stored import begin_with_stored
 from .drafter import Drafter, ModelDrafter, NoDraft
 from .expansions.base import Expansion
 from .expansions.beam import Beam
@@ -22,7 +23,7 @@ from .expansions.eagle_tree import EagleTree
 from .expansions.static_tree import StaticTree
 from .lookup import LookupDrafter
 from .medusa import MedusaDrafter
-from .options import MethodOptions
+from .options import AUTO_PARTS, MethodOptions
 from .stop import Entropy, FixedLength, Heuristic, StopPolicy
 
 BASES = ("plain", "lookup", "vanilla", "glide", "eagle", "medusa")
@@ -112,6 +113,7 @@ def make_drafter(
         changes: single fields of `MethodOptions`, such as `length=8`, in the place of those in `options`.
 
     Raises:
+        CheckpointError: with auto, what was stored beside the draft is damaged.
         InputError: unknown method or option, no draft model for a method that needs one, one of another kind, or options out
             of range.
 
@@ -123,7 +125,7 @@ def make_drafter(
     if base == "plain":
         return NoDraft()
     if base == "lookup":
-        return AutoDrafter(None) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
+        return _auto(None, None, chosen) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
         raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
     kind = getattr(draft, "kind", None)  # None: anything that can draft
@@ -133,7 +135,7 @@ def make_drafter(
             "name another draft"
         )
     if AUTO in added:
-        return AutoDrafter(drafter_of(draft, Chain(), FixedLength(CHAIN)))
+        return _auto(draft, drafter_of(draft, Chain(), FixedLength(CHAIN)), chosen)
     stop = _stop_policy(added, chosen)
     makers: dict[str, Callable[[], Expansion]] = {
         "chain": Chain,
@@ -143,6 +145,14 @@ def make_drafter(
         "static": lambda: StaticTree(chosen.top, chosen.total, min(stop.cap, draft.max_lag)),
     }
     return drafter_of(draft, makers[form_of(base, added)](), stop)
+
+
+def _auto(draft: AnyDraft | None, runner: ModelDrafter | None, options: MethodOptions) -> AutoDrafter:
+    """Raises CheckpointError: see `begin_with_stored`."""
+    copying, siblings, calibrated, priced = (part not in options.without for part in AUTO_PARTS)
+    drafter = AutoDrafter(runner, (), copying, siblings, calibrated, priced)
+    begin_with_stored(drafter, draft)
+    return drafter
 
 
 def _stop_policy(added: set[str], options: MethodOptions) -> StopPolicy:

@@ -14,6 +14,8 @@ NAMED_BINS = {"paper": PAPER_BINS, "small": SMALL_BINS}
 
 SVIP, CAPE, BEAM, TREE, LOOKUP = "+svip", "+cape", "+beam", "+tree or +static", "lookup"
 CAPPED, FIXED = "+svip or +heuristic", "a fixed length"
+PRICED = "+auto"
+AUTO_PARTS = ("copying", "siblings", "calibration", "cost")
 
 
 def bins_from(text: str) -> tuple[int, ...]:
@@ -33,6 +35,18 @@ def bins_text(bins: tuple[int, ...]) -> str:
     return next((name for name, known in NAMED_BINS.items() if known == bins), ",".join(map(str, bins)))
 
 
+def parts_from(text: str) -> tuple[str, ...]:
+    """Parts of `auto` from their names joined by commas or slashes.
+
+    Raises:
+        InputError: something else.
+    """
+    parts = tuple(part.strip() for part in text.replace("/", ",").split(",") if part.strip())
+    if unknown := [part for part in parts if part not in AUTO_PARTS]:
+        raise InputError(f"auto has no part '{unknown[0]}' (--auto-without): choose from {', '.join(AUTO_PARTS)}")
+    return parts
+
+
 @dataclass(frozen=True)
 class MethodOptions:
     """The options of all methods; a method uses those of its parts, see docs/methods.md.
@@ -45,6 +59,7 @@ class MethodOptions:
         beams: of the beam expansion.
         top, total: of a tree: choices of a node that may go on, and nodes of the proposal, the root included.
         ngram: longest match of prompt lookup.
+        without: parts that auto leaves out, to see what each of them brings.
 
     >>> MethodOptions().changed(length="8", bins="2/1").bins
     (2, 1)
@@ -92,6 +107,16 @@ class MethodOptions:
     )
     total: int = option(60, "With tree or static: nodes verified, the root included.", flag="tree-total", needs=TREE)
     ngram: int = option(3, "Longest n-gram that prompt lookup matches.", flag="lookup-ngram", needs=LOOKUP)
+
+    without: tuple[str, ...] = option(
+        (),
+        f"With auto, for comparisons: parts to leave out, {', '.join(AUTO_PARTS)}, joined by commas.",
+        flag="auto-without",
+        needs=PRICED,
+        type=str,
+        read=parts_from,
+        write=",".join,
+    )
 
     def changed(self, **changes: Any) -> MethodOptions:
         """These options with some changed; text becomes what the field holds.

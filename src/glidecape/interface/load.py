@@ -158,15 +158,17 @@ def compile_models(
     compile: str,
     tokens: float = math.inf,
     say: Callable[[str], None] = note,
+    price: bool = True,
 ) -> None:
-    """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round costs."""
+    """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round costs,
+    unless `price` is False."""
     mode = "on" if compile == "on" or (compile == "auto" and tokens >= WORTH) else "kept"
     if compile != "off":
         target.compile(mode, say)
     for drafter in drafters:
         if compile != "off":
             drafter.compile(mode, say)
-        if isinstance(drafter, AutoDrafter):
+        if price and isinstance(drafter, AutoDrafter):
             drafter.set_prices(prices_of(target, drafter, say))
 
 

@@ -29,7 +29,7 @@ from ..progress import say
 from ..target.target import Target
 from .data import Windows, load_streams
 from .features import eagle_loss, medusa_loss
-from .figures import evaluate_draft, figures_by_lag, trial_prompts, write_curve
+from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
 from .lags import lag_visible
 from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .losses import distillation_loss
@@ -271,6 +271,7 @@ def finish_draft(
         losses: of each step.
         length: of a window, in tokens.
     """
+    figures["trained_on"] = trained_on(target, length)
     if prompts:
         figures |= figures_by_lag(target, module, held_out, length)
         chosen, new_tokens = trial_prompts(held_out, prompts, target.context, seed)

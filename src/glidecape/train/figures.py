@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def steady_prompts(
 
 @torch.no_grad()
 def figures_by_lag(
-    target: Target, module: nn.Module, tokens: np.ndarray, length: int, max_windows: int = 16
+    target: Target, module: nn.Module | Target, tokens: np.ndarray, length: int, max_windows: int = 16
 ) -> dict[str, Any]:
     """How well the draft agrees with the target at each lag, teacher-forced on held-out text.
 
@@ -139,7 +140,8 @@ def figures_by_lag(
         return {}
     teacher = Teacher(target, 1, length, hidden=reads_hidden(module))
     overlap, same = [0.0] * len(lags), [0] * len(lags)
-    module.eval()
+    if isinstance(module, nn.Module):
+        module.eval()
     for at in np.linspace(0, len(tokens) - length, windows).astype(int):
         batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
         output = teacher(batch)[0, deepest:]
@@ -155,6 +157,22 @@ def figures_by_lag(
         "overlap_by_lag": [round(value / count, 4) for value in overlap],
         "greedy_acceptance_by_lag": [round(value / count, 4) for value in same],
     }
+
+
+def trained_on(target: Target, length: int) -> dict[str, Any]:
+    """What a draft was trained with, kept among its figures, so that `glidecape doctor` can say what has changed since: tokens
+    of a window, dtype of the target, digest of its chat template."""
+    return {
+        "length": length,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "chat_template": template_digest(target),
+    }
+
+
+def template_digest(target: Target) -> str | None:
+    """sha256 of the tokenizer's chat template; None: it has none."""
+    template = getattr(target.tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
 def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[str, Any]) -> None:

@@ -26,7 +26,15 @@ from ..progress import say
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
 from .draft import DraftLoss, make_draft, save_draft
-from .figures import as_draft, evaluation_prompts, figures_by_lag, stats_by_prompt, steady_prompts, write_curve
+from .figures import (
+    as_draft,
+    evaluation_prompts,
+    figures_by_lag,
+    stats_by_prompt,
+    steady_prompts,
+    trained_on,
+    write_curve,
+)
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .recipe import DraftRecipe
 from .study_table import summary, table_of
@@ -256,6 +264,7 @@ def _figures(
         "loss": [round(value, 5) for value in losses],
         "prompts": len(prompts[0]),
         "prompts_drawn": prompts[1],
+        "trained_on": trained_on(target, trained.length),
     }
     module.eval()
     figures |= figures_by_lag(target, module, text.tokens, trained.length)

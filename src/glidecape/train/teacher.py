@@ -120,7 +120,7 @@ def hidden_by_lag(
         yield above
 
 
-def num_lags(module: nn.Module) -> int:
+def num_lags(module: nn.Module | Target) -> int:
     """At how many lags `logits_by_lag` judges a draft."""
     if isinstance(module, MedusaModel):
         return module.config.heads
@@ -129,14 +129,14 @@ def num_lags(module: nn.Module) -> int:
     return 1
 
 
-def reads_hidden(module: nn.Module) -> bool:
+def reads_hidden(module: nn.Module | Target) -> bool:
     """Does the draft read the target's last hidden states?"""
     return isinstance(module, EagleModel | MedusaModel) or (isinstance(module, GlideModel) and module.config.glimpse)
 
 
-def logits_by_lag(module: nn.Module, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
+def logits_by_lag(module: nn.Module | Target, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
     """Teacher-forced logits `(batch, length, vocab)` of the token after each position, at lags 1 .. `num_lags`; the first
-    positions have no such lag and hold anything."""
+    positions have no such lag and hold anything. A draft LM is a module while it is trained, and a `Target` once loaded."""
     if isinstance(module, GlideModel):
         yield from map(module.logits, hidden_by_lag(module, tokens, teacher.positions, teacher.cache, num_lags(module)))
     elif isinstance(module, EagleModel):
@@ -146,6 +146,8 @@ def logits_by_lag(module: nn.Module, tokens: Tensor, teacher: Teacher) -> Iterat
         for lag in range(1, module.config.heads + 1):
             found = module.head_logits(lag - 1, teacher.features(tokens)[:, :-lag])
             yield nn.functional.pad(found, (0, 0, lag, 0))
+    elif isinstance(module, Target):
+        yield Teacher(module, *tokens.shape)(tokens)
     else:
         yield module(input_ids=tokens).logits
 

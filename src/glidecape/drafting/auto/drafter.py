@@ -35,6 +35,7 @@ from ..lookup import NgramIndex
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, width_of
 from .rate import Depths, Rate, Worth
+from .reliability import Offered
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
@@ -105,6 +106,8 @@ class Plan:
     empty: bool = False
     chain: bool = False
     first: list[float] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
 
 
 class AutoRows:
@@ -147,6 +150,7 @@ class AutoDrafter:
         self.forced: Forced | None = None
         self.depths = Depths(2, DEPTH)
         self.chains = 0  # proposals one after another that were the runner's own chain
+        self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
     def __repr__(self) -> str:
@@ -355,6 +359,7 @@ class AutoDrafter:
         width = width_of(reaches, verify, rate) if self.forced is None else self.forced.nodes
         kept = [offer.numbered(order[:width]) for offer, order in zip(offers, orders, strict=True)]
         width = max(map(len, kept))
+        plan.offers, plan.kept = offers, kept
         if plan.levels and self.forced is None:
             share = rate / len(plan.kinds)
             for i, kind in enumerate(plan.kinds):
@@ -392,6 +397,9 @@ class AutoDrafter:
             self.runner.commit(batch, outcomes)
         if plan is None or self.forced is not None:
             return
+        if self.offered is not None:
+            chosen = (outcome.tokens for outcome in outcomes)
+            self.offered += map(Offered, plan.offers, plan.kept, chosen)
         for i, outcome in enumerate(outcomes):
             kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
             self.rate.learn(kind, len(outcome.tokens), plan.cost)
