@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
+from pydantic import BaseModel, Field
 
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import Drafter
@@ -21,6 +22,7 @@ from glidecape.serve.server import bind, make_service
 from glidecape.serve.settings import ServeSettings
 from glidecape.target.target import Target
 
+MODELS = Path(__file__).parents[1] / "models" / "pysource"
 PROMPTS = [
     "def read_lines(path):\n    ",
     "import os\n\nclass Config:\n    ",
@@ -39,6 +41,17 @@ PROMPTS = [
     "if __name__ == ",
     'return "hello ',
 ]
+
+SAY = [{"role": "user", "content": "def add(a, b):"}]
+
+
+class Point(BaseModel):
+    kind: Literal["left", "right"]
+    x: int = Field(ge=0, le=99)
+    labels: list[Literal["a", "b"]] = Field(max_length=2)
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "point", "schema": Point.model_json_schema(), "strict": True}}
 
 
 class Asking:
