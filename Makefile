@@ -41,7 +41,7 @@ test: $(VENV)/.installed-dev ## run the default test suite
 test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not serve"
 
-test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory, the pages in Chromium; fifteen minutes
+test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory, older clients, the pages in Chromium; fifteen minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_playground_browser.py tests/test_report_browser.py tests/test_serve_long.py
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows

@@ -15,6 +15,13 @@ torch.set_num_threads(1)
 os.environ["GLIDECAPE_COMPILE"] = "off"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured is kept for this session, by all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["GLIDECAPE_CACHE"] = str((base.parent if base.name.startswith("popen-") else base) / "cache")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny corpus, target and drafts, made by the shipped commands once a session."""
@@ -59,6 +66,22 @@ def running(target: Any, drafter: Any) -> Iterator[Any]:
     made = Running(target, drafter)
     yield made
     made.close()
+
+
+@pytest.fixture
+def server(target: Any, drafter: Any) -> Iterator[Any]:
+    """Makes servers with settings of their own."""
+    from serving import Running
+
+    made = []
+
+    def make(**settings: Any) -> Any:
+        made.append(Running(target, settings.pop("drafter", drafter), **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 # Files that take longest, the longest first: two workers then end at about the same time.

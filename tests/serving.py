@@ -7,9 +7,10 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
+from pydantic import BaseModel, Field
 
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.drafter import Drafter
@@ -20,6 +21,7 @@ from glidecape.serve.settings import ServeSettings
 from glidecape.target.target import Target
 from processes import Child, glidecape
 
+MODELS = Path(__file__).parents[1] / "models" / "pysource"
 PROMPTS = [
     "def read_lines(path):\n    ",
     "import os\n\nclass Config:\n    ",
@@ -38,6 +40,17 @@ PROMPTS = [
     "if __name__ == ",
     'return "hello ',
 ]
+
+SAY = [{"role": "user", "content": "def add(a, b):"}]
+
+
+class Point(BaseModel):
+    kind: Literal["left", "right"]
+    x: int = Field(ge=0, le=99)
+    labels: list[Literal["a", "b"]] = Field(max_length=2)
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "point", "schema": Point.model_json_schema(), "strict": True}}
 
 
 class Asking:

@@ -126,6 +126,40 @@ def test_a_row_takes_the_prefix_of_one_that_is_still_being_decoded() -> None:
     assert_as_alone(target, [long, late])
 
 
+def test_rows_that_come_together_and_begin_alike_read_what_they_share_once() -> None:
+    """The first one is read; the others wait for its prefix, keep their places, and take it while the first is decoding."""
+    target = ToyTarget(random_rule("target", VOCAB), VOCAB)
+    engine = Engine(target, DRAFTERS["cape"](), 3, 200, 200)
+    begin = [1, 2, 3, 4] * 15
+    alike = [row_of(target, [*begin, k, 3], new=20 + k) for k in range(3)]
+    other, nobody = row_of(target, [4, 4, 1], new=5), row_of(target, [*begin, 1], salt=None)
+    for row in (*alike[:2], other, alike[2], nobody):
+        engine.submit(row)
+    engine.step()
+    assert engine.batch.slots == [other, alike[0]]  # the second waits, and its slot is not given away
+    while not alike[1].reused:
+        engine.step()
+    assert alike[0].finish is None
+    run(engine)
+    assert [row.reused for row in (alike[0], other, nobody)] == [0, 0, 0]
+    assert all(60 - LEAST < row.reused <= 60 for row in alike[1:])
+    assert_as_alone(target, [*alike, other, nobody])
+
+
+def test_a_row_that_waits_for_a_prefix_reads_by_itself_when_its_source_goes_away() -> None:
+    target = ToyTarget(random_rule("target", VOCAB), VOCAB)
+    engine = Engine(target, DRAFTERS["chain"](), 4, 200, 200)
+    first, second = row_of(target, [1, 2, 3, 4] * 15), row_of(target, [1, 2, 3, 4] * 15)
+    engine.submit(first)
+    engine.submit(second)
+    engine.step()
+    assert engine.batch.slots == [first]
+    engine.abort(first)
+    run(engine)
+    assert second.finish == "length"
+    assert_as_alone(target, [second])
+
+
 def test_the_oldest_tokens_make_room_and_failed_rows_leave_none() -> None:
     target = ToyTarget(random_rule("target", VOCAB), VOCAB)
     engine = SteadyEngine(target, DRAFTERS["chain"](), 3, 200, 200)

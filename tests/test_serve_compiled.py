@@ -10,23 +10,39 @@ import torch
 
 from glidecape import Target, load_draft, make_drafter
 from glidecape.core.constraint import Constraint
+from glidecape.costmodel import Prices
+from glidecape.drafting.priced import PricedDrafter
 from glidecape.target import packages
-from serving import PROMPTS, Running, alone
+from serving import MODELS, PROMPTS, Running, alone
 
-MODELS = Path(__file__).parents[1] / "models" / "pysource"
 CALL = r"[a-z]{3,9}\([a-z]{1,8}\)"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("programs")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not packages.have_compiler(), reason="no C++ compiler on this machine")
-def test_answers_of_a_compiled_server_are_eager_decoding_s(target, tmp_path, monkeypatch) -> None:
-    """Ragged rows that join and leave, greedy and with seeds, with a constraint, and with prefixes taken from each other."""
-    monkeypatch.setenv(packages.FOLDER, str(tmp_path))
+@pytest.mark.parametrize("method", ["glide", "glide+auto"])
+def test_answers_of_a_compiled_server_are_eager_decoding_s(target, programs, monkeypatch, method) -> None:
+    """Ragged rows that join and leave, greedy and with seeds, with a constraint, with prefixes taken from each other, and
+    with drafts that are whole, shortened and left out."""
+    monkeypatch.setenv(packages.FOLDER, str(programs))
     compiled = Target.from_pretrained(MODELS / "target", dtype=torch.float32)
-    drafter = make_drafter("glide", load_draft(MODELS / "glide", compiled), length=4)
+    drafter = make_drafter(
+        method, load_draft(MODELS / "glide", compiled), **({"length": 4} if method == "glide" else {})
+    )
     assert compiled.compile("on")
     assert drafter.compile("on")
-    one = Running(compiled, drafter, max_batch=4)
+    # A node costs nothing for one row, a fifth of a plain round for two, and more than it brings for four.
+    prices = Prices(
+        (1, 2, 4), (1,), (1, 11), (((1.0, 1.0),), ((1.0, 3.0),), ((1.0, 21.0),)), ((0.1,),) * 3, ((0.0,),) * 3
+    )
+    weighed = PricedDrafter(drafter) if method == "glide" else drafter
+    weighed.set_prices([prices, prices])
+    one = Running(compiled, weighed, max_batch=4)
     begin = "import os\nimport sys\n\n\ndef main(path):\n    with open(path) as file:\n        "
     asked = [(begin + "x = 1\n" * (i % 4) + prompt, float(i % 2), i) for i, prompt in enumerate(PROMPTS[:10])]
     pattern = {"structured_outputs": {"regex": CALL}}
@@ -44,4 +60,6 @@ def test_answers_of_a_compiled_server_are_eager_decoding_s(target, tmp_path, mon
             assert text == alone(target, prompt, max_new_tokens=12 + seed, **options), seed
     assert one.metric("prefix_cache_hits_total") > 100
     assert one.metric("draft_failures_total") == 0
+    assert one.metric("spec_decode_num_drafts_total") > 0
+    assert one.metric("spec_decode_num_skipped_drafts_total") > 0
     one.close()

@@ -1,9 +1,11 @@
-"""The server tried long (`make test-serve`): generated requests, and many clients at once of which some go away."""
+"""The server tried long (`make test-serve`): generated requests, many clients at once of which some go away, and
+older releases of the official client."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import re
 import subprocess
@@ -22,6 +24,8 @@ from serving import PROMPTS, Process, alone, wait_for
 pytestmark = pytest.mark.serve
 MODELS = Path(__file__).parents[1] / "models" / "pysource"
 CASES = 2000
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+CLIENTS = ("1.109.1", "2.8.0")  # of September and November 2025
 
 
 def test_generated_requests_end_in_no_5xx_and_no_hang() -> None:
@@ -116,3 +120,21 @@ def test_128_streams_some_aborted_some_slow_are_all_right_and_leak_nothing() -> 
     assert outcomes["whole"] > 1000
     ended = sum(float(number) for number in re.findall(r"request_success_total\{.*\} (\S+)", metrics))
     assert ended == 2000
+
+
+@pytest.mark.parametrize("version", CLIENTS)
+def test_older_clients_are_served(version, tmp_path) -> None:
+    """The tests of today's client, run with an older one that stands before it on the path."""
+    lock = "\n".join(line for line in LOCK.read_text().splitlines() if not line.startswith("openai=="))
+    (tmp_path / "lock").write_text(lock)
+    python, client = sys.executable, tmp_path / "client"
+    install = [python, "-m", "pip", "install", "--quiet", "--target", client, "-c", tmp_path / "lock"]
+    done = subprocess.run([*install, f"openai=={version}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = os.pathsep.join(filter(None, (str(client), os.environ.get("PYTHONPATH"))))
+    tests = Path(__file__).with_name("test_serve_client.py")
+    code = f"import openai, pytest, sys; assert openai.__version__ == '{version}'; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [python, "-c", code, "-p", "no:cacheprovider", "-W", "default", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"1\d passed", done.stdout), done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import openai
 import pytest
@@ -12,19 +11,6 @@ from glidecape.serve.prompts import plain_chat
 from serving import PROMPTS, Running, alone, wait_for
 
 TEXT = "def read_lines(path, limit):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef "
-
-
-@pytest.fixture
-def server(target, drafter):
-    made = []
-
-    def make(**settings):
-        made.append(Running(target, drafter, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def cached(one: Running, prompt: str = TEXT, headers: dict[str, str] | None = None, **fields) -> int:
@@ -98,14 +84,16 @@ def test_a_failed_engine_forgets_all_prefixes(server, monkeypatch) -> None:
     assert cached(one) > 16
 
 
-def test_time_won_against_plain_rounds_is_counted_by_their_measured_cost(server) -> None:
-    one = server()
-    plain = one.service.worker.plain
-    assert plain.rows == (1, 4, 16)
-    assert 0 < plain.of(1) <= plain.of(16)
-    for seconds, name in ((1.0, "won"), (0.0, "lost")):
-        one.service.worker.plain = replace(plain, seconds=(seconds,) * 3)
-        before = one.metric(f"draft_time_{name}_seconds_total")
-        one.complete(PROMPTS[0], max_tokens=20, ignore_eos=True)
-        assert one.metric(f"draft_time_{name}_seconds_total") > before
-    assert 5 < one.metric("draft_time_won_seconds_total") < 20  # a second a token, less what the rounds took
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_several_answers_to_one_prompt_read_it_once(server, target, temperature) -> None:
+    one, read = server(), []
+    whole = one.engine._read
+    one.engine._read = lambda first, last, chunk: (read.append(last - first), whole(first, last, chunk))
+    body = {"prompt": TEXT * 2, "max_tokens": 12, "temperature": temperature, "seed": 5, "n": 4}
+    _, answer, _ = one.ask("/v1/completions", body)
+    for i, choice in enumerate(answer["choices"]):
+        options = {"temperature": float(temperature), "seed": 5 + i, "max_new_tokens": 12}
+        assert choice["text"] == alone(target, TEXT * 2, **options)
+    prompt = len(target.encode(TEXT * 2))
+    assert one.metric("prefix_cache_hits_total") == 3 * (prompt - 2)
+    assert read[0] == 1

@@ -128,6 +128,16 @@ class Prices:
         whole, chain = (max(0.0, mean(one)) / step if self.length else math.inf for one in (self.whole, self.chain))
         return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, chain)
 
+    def plain(self, rows: int, context: int) -> float:
+        """Seconds of a plain round of so many rows and tokens before them.
+
+        >>> Prices((1, 5), (9,), (1,), (((0.25,),), ((0.75,),)), ((0.0,),) * 2, ((0.0,),) * 2).plain(3, 9)
+        0.5
+        """
+        (low, high, between), (near, far, on) = _place(self.rows, rows), _place(self.contexts, context)
+        first, second = ((1 - on) * self.verify[row][near][0] + on * self.verify[row][far][0] for row in (low, high))
+        return max(1e-9, (1 - between) * first + between * second)
+
 
 def _place(points: Sequence[int], at: int) -> tuple[int, int, float]:
     """The two points to take a mean of, and the share of the second; above 1 beyond the last."""

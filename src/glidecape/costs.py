@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .batch.batch import Batch
+from .core.cache import KVCache
 from .core.params import SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
@@ -25,6 +28,7 @@ from .costmodel import Prices
 from .drafting.auto.drafter import AutoDrafter, Forced
 from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
+from .drafting.priced import PricedDrafter
 from .drafting.stop import FixedLength
 from .drafts.base import DraftModel
 from .engine.decode import new_rows, start
@@ -122,11 +126,18 @@ def _drafted(drafter: Drafter, batch: Batch) -> float:
     return took
 
 
-def _in_turn(timed: Sequence[Callable[[], float]], turns: int = 4, patience: float = 0.0) -> list[float]:
+def _in_turn(
+    timed: Sequence[Callable[[], float]], turns: int = 4, patience: float = 0.0, limit: float = math.inf
+) -> list[float]:
     """Median times, all one after the other in each turn, since a machine that drifts slows all of them; the first turn is a
-    warm-up. There are `turns`, and more as long as all took less than `patience` seconds."""
+    warm-up. There are `turns`, more as long as all took less than `patience` seconds, and only two where they take more than
+    `limit`."""
     times: list[list[float]] = [[] for _ in timed]
-    while len(times[0]) < turns or (len(times[0]) < 40 and sum(map(sum, times)) < patience):
+    while (
+        len(times[0]) < 2
+        or (len(times[0]) < turns and sum(map(sum, times)) < limit)
+        or (len(times[0]) < 40 and sum(map(sum, times)) < patience)
+    ):
         for column, one in zip(times, timed, strict=True):
             column.append(one())
     return [statistics.median(column[1:]) for column in times]
@@ -136,6 +147,8 @@ ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest mu
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
+TOKENS = 4096  # of a row, most, where nobody says
+LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
 
 
 @torch.no_grad()
@@ -183,15 +196,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     Whole rounds are timed, since drafting and verification drive one another's weights out of the CPU's cache. What a plain
     round takes longer among others than among its like is a part of the price of drafting.
     """
-    params = SamplingParams(temperature, max_new_tokens=max(NODES) + 1, ignore_eos=True)
-    text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
-    engine = Engine(target, drafter, count, context + max(NODES) + 2, max(NODES) + 1)
-    batch, known = engine.batch, [context - 1] * count
-    for row in new_rows(target, [text] * count, params):
-        batch.admit(row)
-    batch.use(0, count)
-    batch.cache.commit(known)
-    batch.draft.own.commit(known)
+    batch = _unread(target, drafter, count, context, temperature, max(NODES))
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
     shapes = [Forced(0, nodes - 1) for nodes in NODES]
     if deepest:
@@ -200,13 +205,8 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         shapes += [Forced(drafter.length, LONG, whole=True), Forced(drafter.length, drafter.length, chain=True)]
 
     def round_of(shape: Forced) -> float:
-        drafter.forced, stats = shape, Stats()
-        run_round(target, drafter, batch, stats)
-        for row in batch.rows:
-            del row.tokens[row.prompt_length :]
-        batch.cache.truncate(known)
-        batch.draft.own.truncate(known)
-        return stats.total_s
+        drafter.forced = shape
+        return _forgotten(target, drafter, batch)
 
     try:
         times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
@@ -226,9 +226,77 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     return Cell(rising, depth, start, max(0.0, whole - bare) + among, max(0.0, chain - alone))
 
 
-def prices_file(target: Target, drafter: AutoDrafter) -> Path | None:
+def _unread(target: Target, drafter: Drafter, count: int, context: int, temperature: float, nodes: int) -> Batch:
+    """So many rows with so many tokens before them, which nobody has read: for rounds of so many nodes, most."""
+    params = SamplingParams(temperature, max_new_tokens=nodes + 1, ignore_eos=True)
+    text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
+    batch = Engine(target, drafter, count, context + nodes + 2, nodes + 1).batch
+    for row in new_rows(target, [text] * count, params):
+        batch.admit(row)
+    batch.use(0, count)
+    for cache in _caches(batch):
+        cache.commit([context - 1] * count)
+    return batch
+
+
+def _caches(batch: Batch) -> list[KVCache]:
+    own = getattr(batch.draft, "own", None)
+    return [batch.cache] if own is None else [batch.cache, own]
+
+
+def _forgotten(target: Target, drafter: Drafter, batch: Batch) -> float:
+    """Seconds of a round; the batch is as before then."""
+    stats = Stats()
+    run_round(target, drafter, batch, stats)
+    for row in batch.rows:
+        del row.tokens[row.prompt_length :]
+    for cache in _caches(batch):
+        cache.truncate([row.prompt_length - 1 for row in batch.rows])
+    return stats.total_s
+
+
+@torch.no_grad()
+def length_prices(
+    target: Target, drafter: PricedDrafter, rows: Sequence[int], tokens: int, temperature: float = 0.0
+) -> Prices:
+    """Prices of a method's whole rounds by their length, for `PricedDrafter`: a size is so many depths and the root.
+
+    Args:
+        tokens: of a row, most.
+    """
+    longest, inner = drafter.longest, drafter.inner
+    sizes = sorted({1 + length for length in (0, 1, 2, 4, 8, 16, longest) if length <= longest})
+    # A stop policy that looks at the text would end its drafts early in this one; prompt lookup would find nothing to copy.
+    whole: Any = _Sized(longest)
+    if isinstance(inner, ModelDrafter):
+        whole = type(inner)(inner.model, inner.expansion, FixedLength(longest))
+    nodes = max(whole.budget(1 + longest), 1 + longest)
+    room = min(tokens, target.context) - nodes - 2
+    contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
+
+    def times(count: int, context: int) -> tuple[float, ...]:
+        batch = _unread(target, whole, count, context, temperature, nodes)
+
+        def round_of(size: int) -> float:
+            whole.limit = whole.length = size - 1
+            return _forgotten(target, whole if size > 1 else NoDraft(), batch)
+
+        found = _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S)
+        # A server that drafts nothing runs plain rounds among their like.
+        alone = statistics.median([round_of(1) for _ in range(2 * ALONE)][ALONE:]) if sum(found) < LIMIT_S else found[0]
+        return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
+
+    verify = tuple(tuple(times(count, context) for context in contexts) for count in rows)
+    nothing = ((0.0,) * len(contexts),) * len(rows)  # drafting is in the rounds
+    return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing)
+
+
+def prices_file(
+    target: Target, drafter: AutoDrafter | PricedDrafter, rows: Sequence[int] = ROWS, tokens: int = TOKENS
+) -> Path | None:
     """Where the prices of this pair on this machine are kept, whether they are there or not; None: nowhere."""
-    model = None if drafter.runner is None else drafter.runner.model
+    runner: Any = drafter.runner if isinstance(drafter, AutoDrafter) else drafter.inner
+    model = getattr(runner, "model", None)
     facts = {
         "target": target.weights_digest,
         "dtype": str(target.dtype),
@@ -238,7 +306,7 @@ def prices_file(target: Target, drafter: AutoDrafter) -> Path | None:
         "draft": repr(model),
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
-        "chain": drafter.length,
+        "chain": drafter.length if isinstance(drafter, AutoDrafter) else [repr(drafter), list(rows), tokens],
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -249,19 +317,30 @@ def prices_file(target: Target, drafter: AutoDrafter) -> Path | None:
 
 
 def prices_of(
-    target: Target, drafter: AutoDrafter, say: Callable[[str], None] = print, again: bool = False
+    target: Target,
+    drafter: AutoDrafter | PricedDrafter,
+    say: Callable[[str], None] = print,
+    again: bool = False,
+    rows: Sequence[int] = ROWS,
+    tokens: int = TOKENS,
 ) -> list[Prices]:
     """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said.
 
     Args:
         again: measure in any case.
+        rows, tokens: of `length_prices`.
     """
-    path = prices_file(target, drafter)
+    path = prices_file(target, drafter, rows, tokens)
     kept = None if path is None or again else _kept(path, say)
     if kept is not None:
         return kept
     say("measuring what a round costs on this machine, once for this pair: a few seconds")
-    prices = [measured_prices(target, drafter, temperature) for temperature in (0.0, 1.0)]
+    measure: Callable[[float], Prices] = (
+        partial(measured_prices, target, drafter)
+        if isinstance(drafter, AutoDrafter)
+        else partial(length_prices, target, drafter, rows, tokens)
+    )
+    prices = [measure(temperature) for temperature in (0.0, 1.0)]
     if path is not None:
         with contextlib.suppress(CheckpointError):
             write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))

@@ -11,7 +11,7 @@ from ..core.cache import KVCache
 from ..core.noise import Noise, gumbel
 from ..core.transfer import to_device
 from .laws import Laws
-from .prefixes import Held, Prefixes
+from .prefixes import LEAST, Held, Prefixes, shared
 from .row import Row
 
 
@@ -83,6 +83,16 @@ class Batch:
             if one.salt is not None
         }
         return self.prefixes.find(row, running)
+
+    def worth_waiting(self, row: Row, first: int) -> bool:
+        """Will a row in the slots from `first` on, which are being read, soon hold much more of a new row's first tokens than
+        any slot does now? Then most of them need not be read twice."""
+        if row.salt is None:
+            return False
+        here = self.find(row)[1]
+        alike = (one for one in self.slots[first:] if one.salt == row.salt)
+        coming = max((shared(row.tokens[:-2], one.tokens[:-1]) for one in alike), default=0)
+        return coming - here >= max(LEAST, (len(row.tokens) - here) // 2)
 
     def release(self, slot: int, ready: int | None = None) -> None:
         """Let a row go; the last row takes its slot.

@@ -164,8 +164,15 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     >>> held_back("the EN", ("END", "N!")), held_back("the", ("END",))
     (2, 0)
     """
-    longest = min(len(text), max((len(s) - 1 for s in strings), default=0))
-    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in strings)), 0)
+    return max((_begun(text[max(0, len(text) - len(one) + 1) :], one) for one in strings), default=0)
+
+
+def _begun(end: str, string: str) -> int:
+    """Characters at the end of a text that begin this string; `end` is shorter than it."""
+    at = end.find(string[0])
+    while at >= 0 and not string.startswith(end[at:]):
+        at = end.find(string[0], at + 1)
+    return len(end) - at if at >= 0 else 0
 
 
 class TextStream:

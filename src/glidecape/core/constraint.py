@@ -32,6 +32,12 @@ class Constraint:
     def __post_init__(self) -> None:
         if self.kind not in (JSON_OBJECT, JSON_SCHEMA, REGEX):
             raise InputError(f"unknown kind of constraint '{self.kind}': use {JSON_OBJECT}, {JSON_SCHEMA} or {REGEX}")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the {self.kind.replace('_', ' ')} holds half of a character, which no text has"
+            ) from None
 
     @classmethod
     def json_object(cls) -> Constraint:

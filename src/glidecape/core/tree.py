@@ -134,7 +134,7 @@ class TokenTree:
             assert self._given is not None, "a tree of these tensors has no scores"
             above = self._given[:, :, 0].cumsum(1) - self._given[:, :, 0]
             below = (above[..., None] + self._given).flatten(1)
-            self._known_score = torch.cat([torch.zeros_like(below[:, :1]), below], 1)
+            self._known_score = torch.cat([below.new_zeros(len(below), 1), below], 1)
         return self._known_score
 
     @property

@@ -52,7 +52,8 @@ def acceptance_of(
     """
     kind: Any = getattr(draft, "kind", "")
     drafter = make_drafter(f"{base_for(kind)}+chain", draft, length=min(DEEPEST, draft.max_lag))
-    written, rounds = [], []
+    written: list[tuple[list[int], list[int]]] = []
+    rounds = []
     for first in range(0, len(prompts), BATCH):
         for ids in prompts[first : first + BATCH]:
             one = run(target, drafter, [ids], replace(params, seed=params.seed + len(written)))

@@ -24,6 +24,8 @@ from .expansions.chain import Chain
 from .law import draft_law
 from .stop import FixedLength, StopPolicy
 
+LAG = 32  # tokens that the first step of a draft catches up with, most
+
 
 class Drafter(Protocol):
     """Makes proposals. All its state lives in `batch.draft`, row by row; see `DrafterState`."""
@@ -153,11 +155,16 @@ class DraftState:
 
 
 class ModelDrafter:
-    """draft model x expansion x stop policy."""
+    """draft model x expansion x stop policy.
+
+    Attributes:
+        cap: depths of a proposal, most.
+        limit: the same for the next one; whoever lowers it does so by what is known before.
+    """
 
     def __init__(self, model: DraftModel, expansion: Expansion, stop: StopPolicy) -> None:
         self.model, self.expansion, self.stop = model, expansion, stop
-        self.cap = min(stop.cap, model.max_lag)
+        self.cap = self.limit = min(stop.cap, model.max_lag)
 
     @property
     def reads_hidden(self) -> bool:
@@ -179,7 +186,9 @@ class ModelDrafter:
         own.use(batch.first, batch.last)
         while max(want - have for have, want in zip(own.host_lengths, cache.host_lengths, strict=True)) > 0:
             spans = zip(batch.rows, own.host_lengths, cache.host_lengths, strict=True)
-            pieces = [row.tokens[have : min(want, have + chunk)] for row, have, want in spans]
+            # Padding is written, too, and must fit behind the row that is known best.
+            most = min(chunk, own.capacity - own.longest)
+            pieces = [row.tokens[have : min(want, have + most)] for row, have, want in spans]
             tokens, positions = _padded(pieces, own)
             self.model.catch_up(tokens, positions, own, cache)
             own.commit([len(piece) for piece in pieces])
@@ -203,8 +212,9 @@ class ModelDrafter:
     def propose(self, batch: Batch) -> TokenTree:
         own, rows = batch.draft.own, batch.rows
         own.use(batch.first, batch.last)
+        self.resume(batch)
         # A proposal longer than what its row may still emit would be verified for nothing.
-        caps = [min(self.cap, max(1, row.budget - 1)) for row in rows]
+        caps = [min(self.limit, max(1, row.budget - 1)) for row in rows]
         if batch.draft.lengths is not None:
             caps = [min(cap, length) for cap, length in zip(caps, batch.draft.lengths[batch.first :], strict=False)]
         shortest, longest = min(caps), max(caps)
@@ -234,6 +244,14 @@ class ModelDrafter:
         tree = self.expansion.finish(tree)
         tree.memo = torch.cat(batch.draft.ran, 1)
         return tree
+
+    def resume(self, batch: Batch) -> None:
+        """Catch up after many rounds without the draft: the first step takes a few tokens, and its padding must fit behind the
+        row that is known best."""
+        own = batch.draft.own
+        lag = max(want - have for want, have in zip(batch.cache.host_lengths, own.host_lengths, strict=True))
+        if lag > min(LAG, own.capacity - own.longest - self.budget(self.cap + 1)):
+            self.read(batch)
 
     def _compiled_chain(self, batch: Batch, own: KVCache, caps: list[int]) -> TokenTree | None:
         """The proposal of a whole chain by one program; None where there is none for it."""

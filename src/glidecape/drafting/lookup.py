@@ -95,6 +95,7 @@ class LookupDrafter:
         if length < 1 or ngram < 1:
             raise InputError(f"prompt lookup needs a length and an n-gram of at least 1, not {length} and {ngram}")
         self.length, self.ngram = length, ngram
+        self.limit = length  # of the next proposal
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """There is nothing to compile."""
@@ -111,7 +112,7 @@ class LookupDrafter:
 
     def propose(self, batch: Batch) -> TokenTree:
         copies = [
-            self._allowed(row, index.propose(row.tokens, min(self.length, max(1, row.budget - 1))))
+            self._allowed(row, index.propose(row.tokens, min(self.limit, max(1, row.budget - 1))))
             for row, index in zip(batch.rows, batch.draft.indexes[batch.first :], strict=False)
         ]
         width = max(map(len, copies))

@@ -30,7 +30,8 @@ class MedusaDrafter(ModelDrafter):
 
     def __init__(self, model: DepthModel, expansion: Expansion, stop: StopPolicy) -> None:
         self.model: Any = model  # takes the place of the node-by-node model, which is what this drafter does without
-        self.expansion, self.stop, self.cap = expansion, stop, min(stop.cap, model.max_lag)
+        self.expansion, self.stop = expansion, stop
+        self.cap = self.limit = min(stop.cap, model.max_lag)
 
     def begin(self, rows: int, capacity: int) -> MedusaState:
         state = self._begin(KVCache([], rows, 0), rows)

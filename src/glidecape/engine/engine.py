@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import torch
@@ -108,10 +109,13 @@ class Engine:
         for slot in reversed([i for i, row in enumerate(batch.slots) if row.finish is not None]):
             batch.release(slot, self.ready)
             self.ready -= slot < self.ready
-        newcomers = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(batch.slots)))]
+        newcomers = list(itertools.islice(self.waiting, self.slots - len(batch.slots)))
         # One that has little to read need not wait for one that has much.
         for row in sorted(newcomers, key=lambda one: len(one.tokens) - batch.find(one)[1]):
-            batch.admit(row)
+            # One that waits for a prefix keeps its place, and a slot stays free for it.
+            if not batch.worth_waiting(row, self.ready):
+                batch.admit(row)
+                self.waiting = deque(one for one in self.waiting if one is not row)
         self._count_ready()
 
     def _unread(self, slot: int) -> int:

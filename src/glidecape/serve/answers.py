@@ -107,8 +107,8 @@ class CompletionForm:
 
 async def whole_answer(
     http: HttpRequest, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int
-) -> BaseModel | None:
-    """The answer when all jobs have ended; None where the client went away before.
+) -> str | None:
+    """The answer as JSON when all jobs have ended; None where the client went away before.
 
     Raises:
         ApiError: one of the jobs failed, or there is no room.
@@ -137,7 +137,9 @@ async def whole_answer(
         work.cancel()
         gone.cancel()
         service.worker.abort(jobs)  # of jobs that have ended this does nothing
-    return form.whole(reply, list(zip(choices, entries, strict=True)), usage_of(jobs, prompts))
+    made = list(zip(choices, entries, strict=True))
+    # On another thread: with log-probabilities it is long, and other requests do not wait for it.
+    return await asyncio.to_thread(lambda: form.whole(reply, made, usage_of(jobs, prompts)).model_dump_json())
 
 
 async def _disconnect(http: HttpRequest) -> None:

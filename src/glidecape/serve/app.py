@@ -118,21 +118,24 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             events = stream_events(service.target.tokenizer, form, reply, jobs, len(prompts), body.wants_usage)
             return Stream(service, jobs, events)
         whole = await whole_answer(http, service, form, reply, jobs, len(prompts))
-        return Response(status_code=CLIENT_CLOSED) if whole is None else JSONResponse(whole.model_dump())
+        return Response(status_code=CLIENT_CLOSED) if whole is None else Response(whole, media_type="application/json")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         service.check_model(body.model)
         turns = [message.turn() for message in body.messages]
-        ids = await service.encode(lambda: chat_ids(service.target, turns), "messages")
+        size = sum(len(turn["content"]) for turn in turns)
+        ids = await service.encode(lambda: chat_ids(service.target, turns), "messages", size)
         return await answer(http, body, "chatcmpl", [ids])
 
     @app.post("/v1/completions", response_model=Completion, responses=STREAMS)
     async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
         service.check_model(body.model)
+        service.worker.check_count(len(body.prompts) * (body.n or 1))  # before any of them is read
         prompts = []
         for one in body.prompts:
-            prompts.append(await service.encode(lambda one=one: completion_ids(service.target, one), "prompt"))  # type: ignore[misc]
+            size = len(one) if isinstance(one, str) else 0
+            prompts.append(await service.encode(lambda one=one: completion_ids(service.target, one), "prompt", size))  # type: ignore[misc]
         return await answer(http, body, "cmpl", prompts)
 
 

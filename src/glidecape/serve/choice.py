@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..batch.row import Emitted
 from ..batch.text import HALF, TextStream
@@ -20,6 +22,7 @@ from .replies import (
 )
 
 Entry = tuple[int, TokenLogprobs]
+_NAMES: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()  # texts of tokens, by tokenizer
 
 
 class Choice:
@@ -53,8 +56,10 @@ class Choice:
 
     def named(self, token: int) -> str:
         """The text of a token alone."""
-        text: str = self.tokenizer.decode([token])
-        return text
+        known = _NAMES.setdefault(self.tokenizer, {})
+        if token not in known:
+            known[token] = self.tokenizer.decode([token])
+        return known[token]
 
     def chat_logprobs(self, entries: list[Entry]) -> ChatLogprobs | None:
         """As chat answers have them; None where nobody asked."""
@@ -81,7 +86,7 @@ class Choice:
             tokens=tokens,
             token_logprobs=[of.logprob for _, of in entries],
             top_logprobs=[{self.named(token): value for token, value in of.top} for _, of in entries],
-            text_offset=[offset + sum(map(len, tokens[:k])) for k in range(len(tokens))],
+            text_offset=list(accumulate(map(len, tokens), initial=offset))[: len(tokens)],
         )
 
 

@@ -70,7 +70,7 @@ class Constraints:
         if not answer:
             self.close()
             raise InputError(
-                f"the {constraint.kind.replace('_', ' ')} takes more than {SECONDS} seconds or {MEMORY // 2**20} MiB to read: "
+                f"the {constraint.kind.replace('_', ' ')} cannot be read in {SECONDS} seconds and {MEMORY // 2**20} MiB: "
                 "write a smaller one"
             )
         return float(answer)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from ..errors import GlideCapeError
 
+LONGEST = 600  # characters of a message
 # Fields of other servers, and what to send here.
 INSTEAD = {
     "guided_json": "write a response_format of type json_schema",
@@ -53,7 +54,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, _sendable(message), code
+        self.param = None if param is None else _sendable(param)
         self.headers = dict(headers or {})
 
     @property
@@ -62,6 +64,12 @@ class ApiError(Exception):
         usual = "invalid_request_error" if self.status < 500 else "server_error"
         detail = ErrorDetail(message=self.message, type=kind.get(self.status, usual), param=self.param, code=self.code)
         return ErrorReply(error=detail)
+
+
+def _sendable(text: str) -> str:
+    """What a request said may be in it: of any length, and with halves of characters, which UTF-8 has not."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def refused(error: GlideCapeError, param: str | None = None) -> ApiError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 # These need no key: a browser sends none when it opens a page.
 OPEN = ("/health", "/", "/playground/style.css", "/playground/script.js", "/playground/rounds.js")
+UPLOAD = 60.0  # seconds that a body may take to come
 SANE_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -53,8 +56,8 @@ class Gate:
 
         async def sent(message: Message) -> None:
             nonlocal state
-            if state == "open" and body.size > self.max_body:  # whatever the application made of it
-                await refuse(_too_large(body.size, self.max_body))
+            if state == "open" and body.error is not None:  # whatever the application made of it
+                await refuse(body.error)
             elif message["type"] == "http.response.start" and state == "open":
                 state = "started"
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
@@ -88,16 +91,27 @@ def _too_large(size: int, most: int) -> ApiError:
 
 
 class _Body:
-    """A request's body, of which hardly more than `most` bytes are read."""
+    """A request's body, of which hardly more than `most` bytes are read, for as long as `UPLOAD` seconds."""
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self.most, self.size = receive, most, 0
+        # None: all has come, and the next message is that the client left.
+        self._until: float | None = time.monotonic() + UPLOAD
+        self.error: ApiError | None = None
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout(None if self._until is None else max(0.0, self._until - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            self.error = ApiError(408, f"the body did not come within {UPLOAD:g} seconds", code="timeout")
+            raise self.error from None
+        if not message.get("more_body"):
+            self._until = None
         self.size += len(message.get("body", b""))
         if self.size > self.most:
-            raise _too_large(self.size, self.most)
+            self.error = _too_large(self.size, self.most)
+            raise self.error
         return message
 
 

@@ -46,6 +46,7 @@ class Metrics:
         self.accepted_at = self._many(
             Counter, "spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by depth.", "position"
         )
+        self.skipped = self._one(Counter, "spec_decode_num_skipped_drafts", "Rounds of a row without a proposal.")
         self.time_won = self._one(Counter, "draft_time_won_seconds", "Seconds that drafts won against plain decoding.")
         self.time_lost = self._one(Counter, "draft_time_lost_seconds", "Seconds that drafts lost against it.")
         self.draft_failures = self._one(Counter, "draft_failures", "Answers that go on without drafts after an error.")
@@ -72,6 +73,8 @@ class Metrics:
             self.accepted.inc(stats.accepted)
             for position in range(stats.accepted):
                 self.accepted_at(position).inc()
+        else:
+            self.skipped.inc()
 
     def text(self) -> bytes:
         """In Prometheus' format."""

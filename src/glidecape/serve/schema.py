@@ -10,18 +10,52 @@ import secrets
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ..core.constraint import Constraint
 from ..core.params import SamplingParams
+from ..errors import InputError
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 SEED = 2**63
 STOPS = 16  # stop strings of a request
+STOP_LENGTH = 256  # characters of one: each token's text is compared with it
+PROMPTS = 1024  # of a request
+FIELDS = 100  # of an object; no request has nearly as many
+LOGPROBS = 2**19  # log-probabilities of a request, all answers together: what they take in memory is to be bounded
+First = Field(fail_fast=True)  # of the items of a list that are wrong, only the first is told
+
+
+def _token_ids(given: Any) -> Any:
+    """A `logit_bias` from token ids to numbers; the first item that is wrong is told."""
+    for key, value in given.items() if isinstance(given, dict) else ():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError(f"keys are token ids, not {key[:20]!a}")
+        if type(value) not in (int, float) or not -100 <= value <= 100:
+            raise ValueError(f"values are numbers from -100 to 100, and that of '{key}' is something else")
+    return given
+
+
+def _few(most: int) -> BeforeValidator:
+    """So many items at most, seen before any of them is looked at."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, (dict, list)) and len(given) > most:
+            raise ValueError(f"there are {len(given)} of them, and at most {most} are taken")
+        return given
+
+    return BeforeValidator(check)
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > FIELDS:
+            raise ValueError(f"this object has {len(given)} fields, and at most {FIELDS} are taken")
+        return given
 
 
 class StreamOptions(Strict):
@@ -66,10 +100,12 @@ class Request(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-SEED, lt=SEED)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=STOPS), First] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_token_ids)] | None = (
+        None
+    )
     response_format: ResponseFormat | None = None
     # Beyond OpenAI's, as other local servers have them.
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="-1 and 0: all.")
@@ -77,25 +113,25 @@ class Request(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024), First] | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same one share prefixes."
     )
     # Without effect on the output.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _few(16)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    @field_validator("logit_bias")
+    @field_validator("stop")
     @classmethod
-    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if bad := [key for key in bias or {} if not (key.isascii() and key.isdigit() and len(key) < 10)]:
-            raise ValueError(f"keys are token ids, not '{bad[0]}'")
-        return bias
+    def _short_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if too_long := [one for one in ([stop] if isinstance(stop, str) else stop or ()) if len(one) > STOP_LENGTH]:
+            raise ValueError(f"a stop string has at most {STOP_LENGTH} characters, and one has {len(too_long[0])}")
+        return stop
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Request:
@@ -158,6 +194,11 @@ class Request(Strict):
         Raises:
             InputError: values that the core refuses.
         """
+        asked = max_new_tokens * (self.n or 1) * (1 + (self.top_logprobs_asked or 0))
+        if self.top_logprobs_asked is not None and asked > LOGPROBS:
+            raise InputError(
+                f"{asked} log-probabilities are asked for, and at most {LOGPROBS} are given: lower n or max_tokens"
+            )
         seed = secrets.randbits(62) if self.seed is None else self.seed
         common: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
@@ -188,7 +229,7 @@ class Message(Strict):
     """A turn of a conversation. `developer` is the newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1), First]
 
     def turn(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -197,7 +238,7 @@ class Message(Strict):
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), First]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -219,8 +260,11 @@ class ChatRequest(Request):
         return self.top_logprobs or 0 if self.logprobs else None
 
 
+Ids = Annotated[list[int], First]
+
+
 class CompletionRequest(Request):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], First, _few(PROMPTS)] | Ids | Annotated[list[Ids], First, _few(PROMPTS)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

@@ -15,17 +15,20 @@ import uvicorn
 
 from ..core.cache import KVCache
 from ..core.params import SamplingParams
-from ..drafting.drafter import Drafter, NoDraft
+from ..costs import prices_of
+from ..drafting.drafter import Drafter, ModelDrafter
+from ..drafting.lookup import LookupDrafter
+from ..drafting.priced import PricedDrafter
 from ..engine.decode import generate
 from ..engine.steady import SteadyEngine
 from ..errors import InputError
+from ..progress import note
 from ..target.target import Target
 from .app import create_app
 from .metrics import Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shadow import Shadow
-from .won import PlainRounds
 from .worker import Worker
 
 LOG = logging.getLogger("glidecape.serve")
@@ -104,9 +107,18 @@ def make_service(target: Target, drafter: Drafter, settings: ServeSettings, name
         raise InputError("this target has no tokenizer, and a server takes text: put one into its folder")
     engine, metrics = make_engine(target, drafter, settings), Metrics(name)
     shadow = Shadow(target, settings.shadow, metrics)
-    plain = None if isinstance(drafter, NoDraft) else PlainRounds.measured(target, settings.max_batch)
-    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow, plain)
+    worker = Worker(engine, settings.max_batch + settings.max_queue, metrics, shadow)
     return Service(target, worker, metrics, settings, name, method)
+
+
+def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter:
+    """A drafter that drafts as long as it pays on this machine. Its prices are kept, or measured now; auto has its own."""
+    if not isinstance(drafter, ModelDrafter | LookupDrafter):
+        return drafter
+    made, tokens = PricedDrafter(drafter), min(settings.max_context or target.context, target.context)
+    rows = sorted({settings.max_batch, *(count for count in (1, 4, 16) if count < settings.max_batch)})
+    made.set_prices(prices_of(target, made, note, rows=rows, tokens=tokens))
+    return made
 
 
 def bind(settings: ServeSettings) -> socket.socket:
@@ -133,6 +145,7 @@ def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, 
     for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
         log.handlers, log.propagate = [handler], False
         log.setLevel(level)
+    drafter = priced(target, drafter, settings)
     service = make_service(target, drafter, settings, name, method)
     listening = bind(settings)
     generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow

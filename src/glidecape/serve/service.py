@@ -50,6 +50,7 @@ class Service:
         # Another one for constraints, which take long to read: other requests do not wait for it.
         self.reader = ThreadPoolExecutor(1, "constraints")
         self.constraints = Constraints(self.target.tokenizer, self.target.vocab_size)
+        self.longest = max(map(len, self.target.tokenizer.get_vocab()))  # characters of a token
         self.numbers = itertools.count()
         self.fingerprint = f"fp_{self.target.weights_digest[:12]}"
 
@@ -74,25 +75,33 @@ class Service:
             id=f"{kind}-{request_id}", created=int(time.time()), model=self.name, system_fingerprint=self.fingerprint
         )
 
-    async def encode(self, make: Callable[[], list[int]], field: str) -> list[int]:
+    async def encode(self, make: Callable[[], list[int]], field: str, size: int = 0) -> list[int]:
         """Token ids, made on the encoder's thread; an error names the field.
+
+        Args:
+            size: characters of the text, so that one that cannot fit is not read.
 
         Raises:
             ApiError: there are none, or too many.
         """
+        if size > self.context * self.longest:
+            raise self._too_long(f"at least {size // self.longest}", field)
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self.encoder, make)
         except GlideCapeError as error:
             raise refused(error, field) from None
         if len(ids) >= self.context:
-            raise ApiError(
-                400,
-                f"the prompt has {len(ids)} tokens, and this server takes {self.context} tokens, prompt and answer "
-                "together: shorten the prompt",
-                field,
-                "context_length_exceeded",
-            )
+            raise self._too_long(str(len(ids)), field)
         return ids
+
+    def _too_long(self, count: str, field: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {count} tokens, and this server takes {self.context} tokens, prompt and answer together: shorten "
+            "the prompt",
+            field,
+            "context_length_exceeded",
+        )
 
     def check_model(self, asked: str | None) -> None:
         """Refuse another model's name.

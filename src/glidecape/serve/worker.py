@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ..batch.row import Emitted
+from ..costmodel import Prices
 from ..engine.steady import SteadyEngine
 from ..errors import GlideCapeError, InputError, first_line
 from .errors import ApiError
 from .job import Job, Update
 from .metrics import Metrics
 from .shadow import Shadow
-from .won import PlainRounds
 
 LOG = logging.getLogger("glidecape.serve")
 NAP = 0.5  # seconds after which an idle worker looks at its deadlines
@@ -31,14 +31,15 @@ class Worker(threading.Thread):
         engine: nobody else may touch it after `start`.
         room: answers that may be waiting or running together.
         shadow: what is decoded again when there is nothing else to do.
-        plain: what plain rounds take; None where the server decodes plainly itself.
+
+    Attributes:
+        prices: what rounds cost, greedily and sampled; none where the server does not know.
     """
 
-    def __init__(
-        self, engine: SteadyEngine, room: int, metrics: Metrics, shadow: Shadow, plain: PlainRounds | None = None
-    ) -> None:
+    def __init__(self, engine: SteadyEngine, room: int, metrics: Metrics, shadow: Shadow) -> None:
         super().__init__(name="engine", daemon=True)
-        self.engine, self.room, self.metrics, self.shadow, self.plain = engine, room, metrics, shadow, plain
+        self.engine, self.room, self.metrics, self.shadow = engine, room, metrics, shadow
+        self.prices: Sequence[Prices] = getattr(engine.drafter, "prices", ())
         self.inbox: queue.SimpleQueue[tuple[str, Sequence[Job]]] = queue.SimpleQueue()
         self.jobs: dict[int, Job] = {}  # by the number of their row
         self._open, self._lock = 0, threading.Lock()
@@ -59,11 +60,19 @@ class Worker(threading.Thread):
             self._open += len(jobs)
         self.inbox.put(("submit", jobs))
 
+    def check_count(self, count: int) -> None:
+        """Refuse more answers than there is ever room for.
+
+        Raises:
+            ApiError: they are.
+        """
+        if count > self.room:
+            raise ApiError(400, f"{count} answers were asked for, and this server holds {self.room} at most", "n")
+
     def _check_room(self, count: int) -> None:
         if self._stopping or not self.is_alive():
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        if count > self.room:
-            raise ApiError(400, f"{count} answers were asked for, and this server holds {self.room} at most", "n")
+        self.check_count(count)
         if self._open + count > self.room:
             wait = self._retry_after()
             raise ApiError(
@@ -169,16 +178,19 @@ class Worker(threading.Thread):
             job.last = now
 
     def _count_time(self, events: list[Emitted]) -> None:
-        """Count what drafts won or lost in a round in which all rows had some, and no prompt was read."""
+        """Count what drafts won or lost in a round in which all rows could have some, and no prompt was read."""
         jobs = [self.jobs.get(event.row) for event in events]
-        known = [job for job in jobs if job is not None and job.row.drafts]
-        seconds = self.engine.pace.last
-        if self.plain is None or seconds is None or not events or len(known) < len(jobs):
+        known = [job.row for job in jobs if job is not None and job.row.drafts]
+        seconds, emitted = self.engine.pace.last, sum(len(event.tokens) for event in events)
+        if not self.prices or seconds is None or len(known) < len(jobs) or not any(one.stats.drafted for one in events):
             return
-        won = self.plain.won(len(events), sum(len(event.tokens) for event in events), seconds)
+        prices = self.prices[0 if all(row.params.greedy for row in known) else 1]
+        # Plain rounds that emit as many tokens, all rows together, less what this one took.
+        won = prices.plain(len(known), max(len(row.tokens) for row in known)) * emitted / len(known) - seconds
         (self.metrics.time_won if won > 0 else self.metrics.time_lost).inc(abs(won))
-        for job in known:
-            job.won += won / len(known)
+        for job in jobs:
+            if job is not None:
+                job.won += won / len(known)
 
     def _told(self, error: Exception) -> ApiError:
         """What a client hears of an error: ours in full, of others nothing but the kind."""

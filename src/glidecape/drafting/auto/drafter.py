@@ -261,6 +261,7 @@ class AutoDrafter:
         program, where that is cheaper, and then depth by depth."""
         runner, cache, laws = self.runner, batch.draft.own, batch.laws
         assert runner is not None
+        runner.resume(batch)
         recent = np.array([one.drafted for one in own])
         caps = np.array([row.budget - 1 for row in batch.rows])
         frontier = torch.zeros(len(batch.rows), 1, dtype=torch.long, device=batch.device)
@@ -404,7 +405,7 @@ class AutoDrafter:
             kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
             self.rate.learn(kind, len(outcome.tokens), plan.cost)
             true = outcome.tokens
-            if words:
+            if words and plan.first:
                 own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
             own.seen += 1
             # Copies that are not worth verifying are learned from, too, if rarely: each costs time.

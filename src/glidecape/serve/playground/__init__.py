@@ -60,7 +60,7 @@ def add_playground(app: FastAPI, service: Service, streams: dict[int | str, dict
     async def playground_stream(http: HttpRequest, body: PlayRequest) -> Response:
         """For the page at `/` alone, and not stable: the answer as the rounds that made it."""
         service.check_model(body.model)
-        ids = await service.encode(lambda: _ids(service, body), "prompt")
+        ids = await service.encode(lambda: _ids(service, body), "prompt", len(body.prompt))
         (job,) = await service.jobs(body, [ids], http)
         job.row.watched, job.row.drafts = True, body.drafts
         return Stream(service, [job], _events(service, job))
@@ -90,7 +90,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
             yield f"data: {item.reply.model_dump_json()}\n\n"
             return
         finish = item.finish
-        won = None if service.worker.plain is None or not row.drafts else round(job.won, 5)
+        won = None if not service.worker.prices or not row.drafts else round(job.won, 5)
         yield _event("round", at=round(time.monotonic() - job.arrived, 5), won=won, **reader.read(item))
     yield _event("end", finish=finish, usage=usage_of([job]).model_dump())
     yield "data: [DONE]\n\n"
@@ -105,7 +105,8 @@ class _Reader:
 
     def __init__(self, service: Service, job: Job) -> None:
         self.tokenizer = service.target.tokenizer
-        self.copies = isinstance(service.worker.engine.drafter, LookupDrafter)
+        drafter = service.worker.engine.drafter
+        self.copies = isinstance(getattr(drafter, "inner", drafter), LookupDrafter)
         self.text = TextStream(self.tokenizer, job.row.params.stop, job.prompt)
 
     def read(self, event: Emitted) -> dict[str, Any]:
