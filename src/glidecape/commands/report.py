@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from ..progress import note
+from .waiting import waiting
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --output, finished or not.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER", help="Folders of glidecape bench --output, finished or not.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where report.html and report.md go; default: the first folder."),
@@ -21,7 +24,8 @@ def report(
     from ..bench.plots import have_matplotlib
     from ..bench.report import write_report
 
-    page, text, sentence = write_report(folders, out or folders[0])
+    with waiting("drawing the report"):
+        page, text, sentence = write_report(folders, out or folders[0])
     if not have_matplotlib():
         note("the page has no plots but the first: they need matplotlib, pip install 'glidecape[plots]'")
     print(sentence)
