@@ -89,7 +89,7 @@ bench-all: $(VENV)/.installed-plots ## measure every suite, with ../shared/data/
 	runs/bench.sh all
 
 peers: $(VENV)/.installed-peers ## build llama.cpp and install OpenVINO for the benchmark, ten minutes on two cores (JOBS=2)
-	PYTHON=$(PYTHON) TORCH="$(TORCH)" runs/peers.sh
+	PYTHON=$(PYTHON) runs/peers.sh
 
 clean: ## remove caches and build outputs; keeps .venv
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,10 +23,11 @@ fi
     cp "$venv/build/bin/llama-server" "$venv/bin/"
 )
 
-# Without optimum-intel's own requirements: they bring in torchvision and, with it, another torch.
+# optimum-intel without its own requirements: it asks for torchvision, of which it uses nothing here, and that for another torch.
 openvino=$venv/openvino
 [ -x "$openvino/bin/python" ] || "${PYTHON:-python3}" -m venv "$openvino"
-"$openvino"/bin/python -m pip install --quiet "${TORCH:-torch==2.13.0}" "openvino-genai==2026.4.1.0" "transformers==5.5.4" requests setuptools
+"$openvino"/bin/python -m pip install --quiet "torch==2.13.0" "openvino-genai==2026.4.1.0" "transformers==5.5.4" \
+    "requests>=2.33" setuptools
 "$openvino"/bin/python -m pip install --quiet --no-deps "optimum==2.3.0" "optimum-intel==2.2.0"
 printf '#!/bin/sh\nexec "%s/bin/python" "$@"\n' "$openvino" > "$venv/bin/openvino-python"
 chmod +x "$venv/bin/openvino-python"
