@@ -158,7 +158,7 @@ def measured_prices(
 ) -> Prices:
     """Prices of this pair on this machine, by rows and tokens before them; medians. A few seconds.
 
-    The caches' content doesn't matter to time, so nothing is read before: the prompt's keys and values are zeros.
+    The caches' content doesn't matter to time, so nothing is read before.
     """
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
@@ -240,6 +240,8 @@ def _unread(target: Target, drafter: Drafter, count: int, context: int, temperat
         batch.admit(row)
     batch.use(0, count)
     for cache in _caches(batch):
+        for one in (*cache.keys, *cache.values):
+            one.fill_(0.01)  # memory that was never written may be read from one page
         cache.commit([context - 1] * count)
     return batch
 

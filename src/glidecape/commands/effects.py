@@ -35,8 +35,8 @@ def uses_of(method: str) -> set[str]:
     base, added = parse_method(method)
     if base == "plain":
         return set()
-    if AUTO in added:  # a length only where it drafts a chain, under the residual rule
-        return {PRICED} if base == "lookup" else {PRICED, FIXED}
+    if AUTO in added:
+        return {PRICED}
     uses = {LOOKUP} if base == "lookup" else {{"tree": TREE, "static": TREE}.get(form_of(base, added), "")}
     uses |= {f"+{name}" for name in added}
     if {"svip", "heuristic"} & added:
