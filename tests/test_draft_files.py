@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from glidecape.drafts.card import FORMAT
 from glidecape.drafts.checkpoint import CARD, WEIGHTS, load_draft, read_card, save_network
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
@@ -182,3 +183,23 @@ def test_a_draft_of_format_2_is_read_with_the_names_of_its_time(target: Target, 
         assert torch.equal(getattr(read, now).weight, getattr(module, now).weight.to(read.dtype))
     write(tmp_path, card_of(tmp_path) | {"format": 3}, tensors)
     refused(tmp_path, target, "lacks 4 tensor")
+
+
+def test_a_draft_of_format_1_is_read_and_saved_as_one_of_today(folder: Path, target: Target, tmp_path: Path) -> None:
+    card, tensors = card_of(folder), load_file(folder / WEIGHTS)
+    old = {name.replace("layers.0.", "layer.").replace("cross.", "cross_"): one for name, one in tensors.items()}
+    old["layer.qkv.weight"] = torch.cat([old.pop("layer.q.weight"), old.pop("layer.kv.weight")])
+    for name in ("reads", "embed_width", "hidden_size", "window"):
+        del card["config"][name]
+    del card["target"]
+    card["config"]["target_layer"] = 1
+    write(folder, card | {"format": 1}, old)
+    draft = load_draft(folder, target)
+    assert (draft.module.config.reads, draft.module.config.window) == (((1,),), 0)
+    draft.save_pretrained(tmp_path / "now", target="owner/model")
+    saved = load_file(tmp_path / "now" / WEIGHTS)
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], one) for name, one in tensors.items())
+    card = card_of(tmp_path / "now")
+    assert (card["format"], card["target"]) == (FORMAT, "owner/model")
+    assert load_draft(tmp_path / "now", target).module.config == draft.module.config

@@ -21,6 +21,8 @@ from glidecape.core.cache import KVCache
 from glidecape.errors import CheckpointError, InputError, UnsupportedError
 from glidecape.interface.options import SamplingOptions
 
+MODELS = Path(__file__).resolve().parents[1] / "models" / "pysource"
+
 PROMPT = "def load_table("
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -176,10 +178,19 @@ def test_a_draft_is_saved_and_loaded_with_or_without_its_model(lm, world, tmp_pa
         glidecape.load(tmp_path / "other")
     with pytest.raises(InputError, match="name another folder"):
         lm.draft.save_pretrained(world["glide"])
-    vanilla = glidecape.load(world["target"], draft=world["lm"], dtype="float32", compile="off")
+    vanilla = glidecape.load(world["lm"], dtype="float32", compile="off")  # an LM that was trained as a draft
+    assert vanilla.target.name == str(world["target"].resolve())
     vanilla.draft.save_pretrained(tmp_path / "lm")
-    again = glidecape.load(world["target"], draft=tmp_path / "lm", dtype="float32", compile="off")
-    assert again.method == "vanilla+cape"
+    again = glidecape.load(tmp_path / "lm", dtype="float32", compile="off")
+    assert (again.method, again.target.name) == ("vanilla+cape", vanilla.target.name)
+
+
+@pytest.mark.parametrize("name", ["glide", "glide-last", "glide-no-cross", "eagle", "medusa", "lm"])
+def test_a_shipped_draft_alone_brings_its_target(name: str) -> None:
+    lm = glidecape.load(MODELS / name, compile="off")
+    assert lm.target.name == str(MODELS / "target")
+    assert lm.draft.kind == name.split("-")[0]
+    assert len(lm("def load(", max_tokens=4, ignore_eos=True).tokens) == 4
 
 
 def test_a_draft_without_its_models_name_and_a_hub_out_of_reach_are_one_sentence(lm, world, tmp_path) -> None:

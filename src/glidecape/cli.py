@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -37,7 +38,11 @@ EXIT_CODES = """[bold]Exit codes[/]
 
   2  an option, a file or a model cannot be used; one sentence says why and what to do
 
+  3  a fault of GlideCape's own; please report it
+
   130  interrupted
+
+  141  whoever read the output ended, as `head` does
 
 [bold]Names[/] of transformers, vLLM and llama.cpp are understood, such as --max-tokens or --assistant-model, with dashes or \
 underscores."""
@@ -164,11 +169,20 @@ def main() -> None:
         # torch says so in words only; importing it to ask for its exception would make every --help wait.
         told = "out of memory" in str(error) or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not told:
-            raise
+            _own_fault()
         print("error: out of memory: lower the batch, the window, --rows or max_new_tokens", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        _own_fault()
+
+
+def _own_fault() -> NoReturn:
+    """Nothing that a user does should lead here; so the exit code is one that nothing else has."""
+    traceback.print_exc()
+    print("error: this is a fault of GlideCape: please report it with the lines above", file=sys.stderr)
+    sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from .engine.engine import Engine
 from .engine.round import run_round, seconds
 from .errors import CheckpointError, InputError
 from .files import write_atomic
+from .progress import bar
 from .target.packages import CompileError, cache_folder, environment
 from .target.target import Target
 
@@ -148,7 +149,11 @@ def measured_prices(
     """
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
-    cells = [[_priced(target, drafter, count, context, temperature) for context in contexts] for count in rows]
+    cells: list[list[Cell]] = []
+    with bar("measuring what a round costs", len(rows)) as shown:
+        for count in rows:
+            cells.append([_priced(target, drafter, count, context, temperature) for context in contexts])
+            shown.advance()
 
     def table(of: Callable[[Cell], float]) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(of(cell) for cell in row) for row in cells)

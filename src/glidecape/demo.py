@@ -22,7 +22,7 @@ from .drafts.checkpoint import load_draft
 from .engine.decode import decode
 from .errors import InputError
 from .shipped import shipped_pair
-from .tables import TextTable
+from .tables import TextTable, millions
 from .target.packages import have_compiler
 from .target.target import Target
 
@@ -73,7 +73,7 @@ def run_demo(
     if compile == "auto" and not fast and have_compiler():
         console.print("About twice as fast, after two minutes of compiling, once: [bold]glidecape demo --compile on[/]")
     console.print(
-        f"[bold]GlideCape[/] on {target.name}: {model.num_parameters / 1e6:.1f} M parameters, "
+        f"[bold]GlideCape[/] on {target.name}: {millions(model.num_parameters)} parameters, "
         f"float32, {torch.get_num_threads()} threads, {'compiled' if fast else 'eager'}. "
         "Tokens: [green]drafted chain[/], [magenta]CaPE sibling[/], target's own (plain)."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,14 @@ from .errors import CheckpointError, first_line
 
 # A full disk is an OSError to Python, a RuntimeError to torch.save, and to safetensors an error of its own.
 WRITING = (OSError, RuntimeError, SafetensorError)
+FOLDER = "GLIDECAPE_CACHE"  # environment variable that names another folder for what is kept
 EXPORT = "export"  # temporary folders are called .export.PID
+
+
+def user_folder() -> Path:
+    """Where this user's compiled programs and measured times are kept; it may not be there yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(os.environ.get(FOLDER) or Path(base) / "glidecape").expanduser()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -30,6 +30,7 @@ from .drafting.methods import AnyDraft, drafter_of
 from .drafting.stop import Entropy, FixedLength
 from .engine.decode import decode
 from .errors import InputError
+from .progress import bar
 from .replay import Recorded, expected, replay
 from .target.target import Target
 
@@ -118,15 +119,18 @@ def record(
     stop, params = _Recorder(cap, over), replace(params, sampling=NOISE)
     inner = drafter_of(draft, expansion or Chain(), stop)
     texts = []
-    for prompt in prompts:
-        everywhere = _DraftEverywhere(inner, stop)
-        text = [token for event in decode(target, everywhere, [prompt], params) for token in event.tokens]
-        texts.append(
-            [
-                Recorded(seen, nodes, _accepted(tree, text[at : at + len(nodes)]))
-                for at, (tree, seen, nodes) in enumerate(everywhere.made[: len(text)])
-            ]
-        )
+    with bar("drafting at every token", len(prompts)) as shown:
+        for prompt in prompts:
+            everywhere = _DraftEverywhere(inner, stop)
+            text = [token for event in decode(target, everywhere, [prompt], params) for token in event.tokens]
+            drafts = enumerate(everywhere.made[: len(text)])
+            texts.append(
+                [
+                    Recorded(seen, nodes, _accepted(tree, text[at : at + len(nodes)]))
+                    for at, (tree, seen, nodes) in drafts
+                ]
+            )
+            shown.advance()
     return texts
 
 
@@ -165,14 +169,16 @@ def measured_costs(
     drafted = (drafter_of(draft, expansion or Chain(), FixedLength(min(n, cap))) for n in (SHORT, LONG))
     drafters: list[Drafter] = [NoDraft(), *drafted]
     found = []
-    for prompt in prompts:
-        timed = []
-        for drafter in drafters:
-            stats = Stats()
-            for _ in decode(target, drafter, [prompt], params, stats):
-                pass
-            timed.append(stats)
-        found.append(_from_timed(*timed))
+    with bar("timing drafts", len(prompts)) as shown:
+        for prompt in prompts:
+            timed = []
+            for drafter in drafters:
+                stats = Stats()
+                for _ in decode(target, drafter, [prompt], params, stats):
+                    pass
+                timed.append(stats)
+            found.append(_from_timed(*timed))
+            shown.advance()
     return RoundCosts.linear(*(median(column) for column in zip(*found, strict=True)))
 
 

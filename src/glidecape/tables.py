@@ -51,3 +51,16 @@ def wide_console(file: TextIO | None = None) -> Console:
 
     console = Console(file=file)
     return console if console.is_terminal else Console(file=file, width=WIDTH)
+
+
+def millions(count: float) -> str:
+    """A number of parameters, in millions unless it is small.
+
+    >>> millions(7_241_732_096), millions(15_733_632), millions(1_050_000), millions(260_032), millions(33_920), millions(800)
+    ('7,242 M', '15.7 M', '1.05 M', '0.26 M', '0.034 M', '800')
+    """
+    value = count / 1e6
+    if value < 0.01:
+        return f"{count:,.0f}"
+    decimals = next(places for least, places in ((100, 0), (10, 1), (0.1, 2), (0, 3)) if value >= least)
+    return f"{value:,.{decimals}f} M"

@@ -8,6 +8,7 @@ from typing import Any
 from ..costs import LONG, REPEATS, draft_step_s, verification_ratios
 from ..drafting.methods import AnyDraft
 from ..drafts.base import DepthModel
+from ..progress import bar
 from ..target.target import Target
 
 NODES = (0, 1, 2, 4, 8, 16, 32, 64)  # besides the root
@@ -18,13 +19,14 @@ def measure_costs(target: Target, drafts: Mapping[str, AnyDraft], context: int) 
     over a plain step as `v` and `c`."""
     context = max(2, min(context, target.context - max(NODES) - 2))
     prompt = [(7 * i + 1) % target.vocab_size for i in range(context)]
-    found = verification_ratios(target, [prompt], sizes=[1 + n for n in NODES], repeats=REPEATS)
+    steps: dict[str, float] = {}
+    with bar("timing single steps", 1 + len(drafts)) as shown:
+        found = verification_ratios(target, [prompt], sizes=[1 + n for n in NODES], repeats=REPEATS)
+        for name, model in drafts.items():
+            shown.advance()
+            if not isinstance(model, DepthModel) and model.max_lag >= LONG:
+                steps[name] = draft_step_s(target, model, prompt, REPEATS)
     v = dict(zip(map(str, NODES), found.ratios, strict=True))
-    steps = {
-        name: draft_step_s(target, model, prompt, REPEATS)
-        for name, model in drafts.items()
-        if not isinstance(model, DepthModel) and model.max_lag >= LONG
-    }
     return {
         "context": context,
         "verify_s": {n: round(ratio * found.step_s, 7) for n, ratio in v.items()},

@@ -6,13 +6,11 @@ decoding's token by token, as they are made. Everything measured is written down
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
@@ -24,7 +22,7 @@ from ..drafts.base import DepthModel
 from ..engine.decode import decode
 from ..errors import InputError, OutputError
 from ..fit import with_fitted_threshold
-from ..progress import console
+from ..progress import bar
 from ..target.target import Target
 from .costs import measure_costs
 from .draw import categories_of, draw, draw_category, in_jobs
@@ -88,31 +86,21 @@ def run(plan: Plan, folder: RunFolder, command: str = "") -> None:
         one.drafter(plan.drafts)  # bad options are an error now, not after an hour
     suites = [{"name": s.name, "source": s.source, "sha256": s.sha256, "prompts": len(s.prompts)} for s in plan.suites]
     folder.keep(sessions=[*folder.header["sessions"], session(command)], suites=suites)
-    with _progress() as bar:
-        _draw(plan, folder, bar)
-        if not folder.items:
-            raise InputError(
-                "every greedy continuation loops: give more prompts, --looping to measure those, or a temperature above 0"
-            )
-        drafters = _drafters(plan, folder, bar)
-        _measure(plan, folder, drafters, bar)
-        if "costs" not in folder.header:
-            task = bar.add_task("timing single steps", total=None)
-            lengths = sorted(len(item.ids) for item in folder.items)
-            folder.keep(costs=measure_costs(plan.target, plan.drafts, lengths[len(lengths) // 2]))
-            bar.remove_task(task)
-        if plan.settings.batch == 1:
-            _watch(plan, folder, bar)
+    _draw(plan, folder)
+    if not folder.items:
+        raise InputError(
+            "every greedy continuation loops: give more prompts, --looping to measure those, or a temperature above 0"
+        )
+    drafters = _drafters(plan, folder)
+    _measure(plan, folder, drafters)
+    if "costs" not in folder.header:
+        lengths = sorted(len(item.ids) for item in folder.items)
+        folder.keep(costs=measure_costs(plan.target, plan.drafts, lengths[len(lengths) // 2]))
+    if plan.settings.batch == 1:
+        _watch(plan, folder)
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), transient=True) as bar:
-        yield bar
-
-
-def _draw(plan: Plan, folder: RunFolder, bar: Progress) -> None:
+def _draw(plan: Plan, folder: RunFolder) -> None:
     """Sort the prompts, a category at a time; those that were sorted before a stop stay."""
     counts: dict[str, Any] = dict(folder.header.get("drawn", {}))
     folder.prompts.keep_only(lambda line: line["category"] in counts)
@@ -120,12 +108,11 @@ def _draw(plan: Plan, folder: RunFolder, bar: Progress) -> None:
         if category in counts:
             continue
         total = sum(prompt.category == category for prompt in suite.prompts)
-        task = bar.add_task(f"sorting prompts, {category}", total=total)
-        one = draw_category(plan.target, suite, category, plan.settings, lambda n, t=task: bar.advance(t, n))  # type: ignore[misc]
+        with bar(f"sorting prompts, {category}", total) as shown:
+            one = draw_category(plan.target, suite, category, plan.settings, shown.advance)
         folder.prompts.append(*(asdict(item) for item in in_jobs(one.items, plan.settings.batch, folder.items)))
         counts |= one.counts
         folder.keep(drawn=counts)
-        bar.remove_task(task)
 
 
 def _refuse_seen(plan: Plan) -> None:
@@ -150,11 +137,10 @@ def _calibration(plan: Plan) -> tuple[list[list[int]], SamplingParams]:
     return [list(item.ids) for item in chosen], plan.settings.params("calibration", chat=chosen[0].chat)
 
 
-def _drafters(plan: Plan, folder: RunFolder, bar: Progress) -> dict[str, Drafter]:
+def _drafters(plan: Plan, folder: RunFolder) -> dict[str, Drafter]:
     """A drafter a method, SVIP's threshold fitted where that is asked for; a fit is made once a run."""
     fits: dict[str, Any] = dict(folder.header.get("fits", {}))
     fitted = [one.name for one in plan.methods if plan.calibration is not None and one.open_threshold]
-    task = bar.add_task("fitting thresholds", total=len(fitted), completed=len(fits), visible=bool(fitted))
     prompts, params = _calibration(plan) if set(fitted) - fits.keys() else ([], plan.settings.params("calibration"))
     made: dict[str, Drafter] = {}
     for one in plan.methods:
@@ -164,13 +150,11 @@ def _drafters(plan: Plan, folder: RunFolder, bar: Progress) -> dict[str, Drafter
         if one.name not in fits:
             fits[one.name] = asdict(with_fitted_threshold(plan.target, made[one.name], prompts, params)[1])
             folder.keep(fits=fits)
-            bar.advance(task)
         made[one.name] = one.drafter(plan.drafts, fits[one.name]["threshold"])
-    bar.remove_task(task)
     return made
 
 
-def _measure(plan: Plan, folder: RunFolder, drafters: Mapping[str, Drafter], bar: Progress) -> None:
+def _measure(plan: Plan, folder: RunFolder, drafters: Mapping[str, Drafter]) -> None:
     settings, jobs = plan.settings, jobs_of(folder.items)
     peers = {peer.name: peer for peer in plan.peers}
     names = [*drafters, *peers]
@@ -178,27 +162,24 @@ def _measure(plan: Plan, folder: RunFolder, drafters: Mapping[str, Drafter], bar
     left = len(jobs) * len(names) * settings.repeats - len(done)
     if not left:
         return
-    task = bar.add_task("warming up", total=left + len(done), completed=len(done))
     peak = Peak(plan.target.device)
-    _warm_up(plan.target, drafters, peers, list(jobs[0][0].ids))
-    for repeat in range(settings.repeats):
-        for turn, items in enumerate(jobs):
-            order = names[turn % len(names) :] + names[: turn % len(names)]
-            todo = [name for name in order if (items[0].job, repeat, name) not in done]
-            expected = _expected(plan.target, drafters["plain"], items, settings, folder) if todo else []
-            for name in todo:
-                bar.update(task, description=f"{name}, {items[0].category}")
-                if name in peers:
-                    record = run_peer(peers[name], items, settings, expected)
-                else:
-                    compared = settings.temperature == 0 or settings.sampling == NOISE
-                    record, _ = run_job(
-                        plan.target, drafters[name], items, settings, expected if compared else None, peak
-                    )
-                    _refuse_difference(plan, items, replace(record, method=name))
-                folder.add(replace(record, repeat=repeat, method=name))
-                bar.advance(task)
-    bar.remove_task(task)
+    with bar("measuring", left + len(done), start=len(done)) as shown:
+        _warm_up(plan.target, drafters, peers, list(jobs[0][0].ids))
+        for repeat in range(settings.repeats):
+            for turn, items in enumerate(jobs):
+                order = names[turn % len(names) :] + names[: turn % len(names)]
+                todo = [name for name in order if (items[0].job, repeat, name) not in done]
+                expected = _expected(plan.target, drafters["plain"], items, settings, folder) if todo else []
+                for name in todo:
+                    if name in peers:
+                        record = run_peer(peers[name], items, settings, expected)
+                    else:
+                        compared = settings.temperature == 0 or settings.sampling == NOISE
+                        known = expected if compared else None
+                        record, _ = run_job(plan.target, drafters[name], items, settings, known, peak)
+                        _refuse_difference(plan, items, replace(record, method=name))
+                    folder.add(replace(record, repeat=repeat, method=name))
+                    shown.advance(what=f"measuring {name}, {items[0].category}")
 
 
 def jobs_of(items: Sequence[Item]) -> list[list[Item]]:
@@ -320,7 +301,7 @@ def _refuse_difference(plan: Plan, items: Sequence[Item], record: Record) -> Non
     )
 
 
-def _watch(plan: Plan, folder: RunFolder, bar: Progress) -> None:
+def _watch(plan: Plan, folder: RunFolder) -> None:
     """Write down the law of each draft that a method uses, on the first prompts of each category."""
     settings = plan.settings
     chosen: list[Item] = []
@@ -331,12 +312,11 @@ def _watch(plan: Plan, folder: RunFolder, bar: Progress) -> None:
     names = dict.fromkeys(one.draft for one in plan.methods if one.draft is not None)
     models = {name: m for name in names if not isinstance(m := plan.drafts[name], DepthModel)}
     done = {(line["item"], line["draft"]) for line in folder.watched.lines}
-    task = bar.add_task("watching drafts", total=len(chosen) * len(models), completed=len(done))
-    for item in chosen:
-        for name, model in models.items():
-            if (item.number, name) not in done:
-                params = settings.params(item.id, item.chat)
-                seen = watch(plan.target, model, list(item.ids), params, settings.watch_depth)
-                folder.watched.append({"item": item.number, "draft": name, **asdict(seen)})
-                bar.advance(task)
-    bar.remove_task(task)
+    with bar("watching drafts", len(chosen) * len(models), start=len(done)) as shown:
+        for item in chosen:
+            for name, model in models.items():
+                if (item.number, name) not in done:
+                    params = settings.params(item.id, item.chat)
+                    seen = watch(plan.target, model, list(item.ids), params, settings.watch_depth)
+                    folder.watched.append({"item": item.number, "draft": name, **asdict(seen)})
+                    shown.advance()

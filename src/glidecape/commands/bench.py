@@ -15,7 +15,7 @@ from ..drafting.options import FIXED
 from ..errors import InputError, OutputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import AsJson, ServingMachine, TargetOrShipped, command_line, named_folders, pair_or_shipped
+from .shared import AsJson, ServingMachine, TargetOrShipped, command_line, load_drafts, named_folders, pair_or_shipped
 
 if TYPE_CHECKING:
     from ..bench.peers.base import Peer, PeerSource
@@ -81,7 +81,6 @@ def bench(
     from ..bench.provenance import digest_of_model
     from ..bench.runner import Plan
     from ..bench.suites import read_suites
-    from ..drafts.checkpoint import load_draft
 
     settings.params("check")  # bad sampling options are an error before anything is loaded
     chosen = read_methods(methods.split(","), settings.options)
@@ -94,7 +93,7 @@ def bench(
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
     model = machine.load(target)
     folders = named_folders(given)
-    drafts = {name: load_draft(folder, model) for name, folder in folders.items()}
+    drafts = load_drafts(folders, model)
     machine.compile_models(model, [one.drafter(drafts) for one in chosen])
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)

@@ -18,6 +18,7 @@ from .shared import (
     Output,
     ServingMachine,
     TargetOrShipped,
+    load_drafts,
     named_folders,
     opened,
     pair_or_shipped,
@@ -58,7 +59,6 @@ def certify(
     """
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
-    from ..drafts.checkpoint import load_draft
 
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
@@ -66,11 +66,12 @@ def certify(
     with opened(output) as out:
         model = machine.load(target)
         folders = named_folders(drafts)
-        drafters = make_drafters(methods, {name: load_draft(folder, model) for name, folder in folders.items()})
+        drafters = make_drafters(methods, load_drafts(folders, model))
         machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
-        reference = _reference(target, model.dtype, machine)
-        with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as done:
-            findings = run(model, reference, drafters, texts, params, batch, done)
+        with bar(f"loading {target} for transformers"):
+            reference = _reference(target, model.dtype, machine)
+        with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as shown:
+            findings = run(model, reference, drafters, texts, params, batch, shown.at)
         if as_json:
             report: dict[str, Any] = {
                 "target": target,

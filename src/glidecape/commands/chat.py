@@ -79,12 +79,11 @@ def _local_model(
     machine: ServingMachine,
 ) -> Model:
     from ..chat.local import LocalModel
-    from ..interface.load import with_draft
 
     target, draft, method = choose(target, draft, method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
-    lm = with_draft(machine.load(target), draft, method, options)
+    lm = machine.load_pair(target, draft, method, options)
     machine.compile_models(lm.target, [lm.drafter], tokens=0)
     if not getattr(lm.target.tokenizer, "chat_template", None):
         note(

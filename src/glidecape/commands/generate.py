@@ -62,7 +62,6 @@ def generate(
 ) -> None:
     """Complete prompts, from --prompt, --file or standard input."""
     from ..fit import with_fitted_threshold
-    from ..interface.load import with_draft
     from ..show import show
 
     target, draft, method = choose(target, draft, method)
@@ -72,7 +71,7 @@ def generate(
     prompts = read_prompts(prompt, file)
     calibration = [] if svip_fit is None else read_prompts(None, svip_fit)
     with opened(output) as out:
-        lm = with_draft(machine.load(target), draft, method, options)
+        lm = machine.load_pair(target, draft, method, options)
         if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
             note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
         tokens = len(prompts) * params.max_new_tokens

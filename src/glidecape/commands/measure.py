@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..options import option
 from .effects import refuse_unused
 from .parsing import add_to
-from .shared import ServingMachine, TargetName, command_line, named_folders
+from .shared import ServingMachine, TargetName, command_line, load_drafts, named_folders
 
 if TYPE_CHECKING:
     from ..bench.settings import Settings
@@ -87,7 +87,6 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     from ..bench.provenance import circumstances, digest_of_model
     from ..bench.settings import Settings
     from ..bench.suites import read_suites
-    from ..drafts.checkpoint import load_draft
     from ..measure.table import Study
 
     out = run.out
@@ -109,7 +108,7 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     facts = {"command": command_line()} | circumstances(model)
     facts |= {f"sha256 of {one.name}": one.sha256[:16] for one in read}
     facts |= {f"weights of {key}": digest_of_model(folder)[:16] for key, folder in folders.items()}
-    drafts = {key: load_draft(folder, model) for key, folder in folders.items()}
+    drafts = load_drafts(folders, model)
     run.machine.compile_models(model, [])
     facts["compiled"] = model.compiled is not None
     return _Opened(model, drafts, read, chosen, Study(name, facts, asdict(chosen)), run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
@@ -18,6 +20,7 @@ from ..errors import InputError
 from .flatten import flattened
 
 MODEL = "MODEL"
+CLOSED_PIPE = 141  # exit code, as shells have it
 # Names that transformers, vLLM, llama.cpp and earlier versions have for an option; MODEL is the positional argument.
 ALIASES = {
     MODEL: ("--target", "--model", "-m"),
@@ -107,7 +110,7 @@ def add_to(app: typer.Typer, *examples: str) -> Callable[[Callable[..., Any]], C
 def _with_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     config = typer.Option(
         "--config",
-        help="YAML or JSON file of this command's options; typed options override it.",
+        help="YAML or JSON file of this command's options; typed options override it, and so do environment variables.",
         callback=_take_config,
         is_eager=True,
         rich_help_panel="Common",
@@ -121,7 +124,13 @@ def _with_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def run(config: Path | None = None, quiet: bool = False, **typed: Any) -> Any:
         progress.be_quiet(quiet)
-        return command(**typed)
+        try:
+            result = command(**typed)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from None
+        return result
 
     parameters = [*signature(command).parameters.values(), *added]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

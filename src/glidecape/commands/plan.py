@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..progress import bar
+from ..tables import millions
 from ..train.recipe import DraftRecipe
 from .shared import AsJson, Machine, TargetName
 
@@ -181,8 +183,8 @@ def describe(plan: dict[str, Any]) -> str:
     import torch
 
     lines = [
-        f"target      {plan['target_parameters'] / 1e6:,.1f} M parameters, frozen",
-        f"draft       {plan['draft_parameters'] / 1e6:,.2f} M parameters, trained",
+        f"target      {millions(plan['target_parameters'])} parameters, frozen",
+        f"draft       {millions(plan['draft_parameters'])} parameters, trained",
         f"on disk     {_bytes(plan['checkpoint_bytes'])} draft, {_bytes(plan['training_state_bytes'])} state to resume from",
         f"in memory   about {_bytes(plan['memory_bytes'])}: {plan['rows']} windows of {plan['length']} tokens a step",
         f"speed       {plan['tokens_per_s']:,.0f} tokens/s, median of {plan['batches_timed']} batches with "
@@ -205,5 +207,6 @@ def plan(
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
     model = machine.load(target, pack=False)
-    made = make_plan(model, recipe, int(tokens), data, seconds)
+    with bar("measuring", seconds=seconds + 1):
+        made = make_plan(model, recipe, int(tokens), data, seconds)
     print(json.dumps(made) if as_json else describe(made))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..progress import note
+from .waiting import waiting
 
 
 def report(
@@ -21,7 +22,8 @@ def report(
     from ..bench.plots import have_matplotlib
     from ..bench.report import write_report
 
-    page, text, sentence = write_report(folders, out or folders[0])
+    with waiting("drawing the report"):
+        page, text, sentence = write_report(folders, out or folders[0])
     if not have_matplotlib():
         note("the page has no plots but the first: they need matplotlib, pip install 'glidecape[plots]'")
     print(sentence)

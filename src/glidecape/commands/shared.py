@@ -16,12 +16,16 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..options import option
-from ..progress import bar, note
+from ..progress import bar, note, on_terminal
+from .waiting import waiting
 
 if TYPE_CHECKING:
     from ..batch.text import Prompt
     from ..core.constraint import Constraint
     from ..drafting.drafter import Drafter
+    from ..drafting.methods import AnyDraft
+    from ..drafting.options import MethodOptions
+    from ..interface.language_model import LanguageModel
     from ..target.target import Target
 
 TargetName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub name.")]
@@ -56,13 +60,13 @@ class Machine:
         Raises:
             InputError, CheckpointError, UnsupportedError: see `load_target`.
         """
-        from transformers.utils import logging
+        with waiting(f"loading {name}", shown=not _downloaded(name)):
+            from transformers.utils import logging
 
-        from ..interface.load import load_target
+            from ..interface.load import load_target
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        with bar(f"loading {name}"):
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
             return load_target(
                 name,
                 self.dtype,
@@ -99,14 +103,53 @@ class ServingMachine(Machine):
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)
 
+    def load_pair(self, target: str, draft: str | None, method: str, options: MethodOptions) -> LanguageModel:
+        """The target with its draft, ready to write by a method.
+
+        Raises: see `load` and `with_draft`.
+        """
+        model = self.load(target)
+        with waiting(f"loading {draft}", shown=draft is not None):
+            from ..interface.load import with_draft
+
+            return with_draft(model, draft, method, options)
+
     def compile_models(
         self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, price: bool = True
     ) -> None:
         """Compile what decodes, if that was asked for or is worth it for so many tokens; see `interface.load`."""
         from ..interface.load import compile_models
 
-        with bar("compiling"):
+        with bar("preparing compiled programs"):
             compile_models(target, drafters, self.compile, tokens, price=price)
+
+
+def load_drafts(folders: dict[str, str], target: Target) -> dict[str, AnyDraft]:
+    """The drafts by name.
+
+    Raises: see `load_draft`.
+    """
+    from ..drafts.checkpoint import load_draft
+
+    loaded: dict[str, AnyDraft] = {}
+    with bar("loading drafts", len(folders)) as shown:
+        for name, folder in folders.items():
+            loaded[name] = load_draft(folder, target)
+            shown.advance()
+    return loaded
+
+
+def _downloaded(name: str) -> bool:
+    """Will the model come from the Hub now? On a terminal the Hub draws bars of its own, and elsewhere none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, disable_progress_bars
+
+    if not on_terminal():
+        disable_progress_bars()
+    try:
+        return not Path(name).exists() and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # it is no name of the Hub: loading it will say so
+        return False
 
 
 def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[str]]:

@@ -27,6 +27,7 @@ from .causal_lm import StandaloneDraft
 from .eagle.adapter import EagleDraft
 from .eagle.config import EagleConfig
 from .eagle.network import EagleModel
+from .formats import config_of, tensors_of
 from .glide.adapter import GlideDraft
 from .glide.config import GlideConfig
 from .glide.network import GlideModel
@@ -48,14 +49,6 @@ _SHAPE_FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size", "rope_parameters", "layer_types", "sliding_window"),
 )
-
-
-_NAMES_BEFORE_3 = {
-    "bring.weight": "embedding_projection.weight",
-    "give.weight": "head_projection.weight",
-    "look.weight": "glimpse_projection.weight",
-    "recall.weight": "own_glimpse_projection.weight",
-}
 
 
 def fingerprint(target: Target) -> dict[str, str]:
@@ -145,26 +138,6 @@ def read_card(folder: Path) -> Card:
         raise CheckpointError(f"{path} is not a draft that can be read: {first_line(error)}") from None
 
 
-def _config_from_format_1(config: dict[str, Any], target: Target) -> dict[str, Any]:
-    """Format 1 knew one draft layer that read one target layer."""
-    config = dict(config)
-    config["reads"] = [[config.pop("target_layer", None)]]
-    config["embed_width"], config["hidden_size"] = config.get("width"), target.hidden_size
-    return config
-
-
-def _tensors_from_format_1(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Format 1 kept queries, keys and values in one matrix."""
-    inner, made = config.heads * config.head_dim, {}
-    for name, weight in tensors.items():
-        own = name.replace("layer.", "layers.0.").replace("cross_", "cross.")
-        if own.endswith("qkv.weight"):
-            made[own.replace("qkv", "q")], made[own.replace("qkv", "kv")] = weight[:inner], weight[inner:]
-        else:
-            made[own] = weight
-    return made
-
-
 def _check_config(config: Any, target: Target, path: Path) -> None:
     """Raises ValueError where a configuration does not fit its target, which its fingerprint belongs to, or its file."""
     with safe_open(path, framework="pt") as file:
@@ -196,12 +169,7 @@ def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[
     Raises:
         ValueError: tensors are missing, unexpected, of another shape, or hold values that are not finite numbers.
     """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if card.format == 1:
-        tensors = _tensors_from_format_1(tensors, config)
-    if card.format < 3:
-        tensors = {_NAMES_BEFORE_3.get(name, name): weight for name, weight in tensors.items()}
+    tensors = tensors_of(path, card.format, config)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     for what, names in (
@@ -225,8 +193,7 @@ def read_network(folder: Path, target: Target) -> Network:
     card, path = read_card(folder), folder / WEIGHTS
     form, network, _ = KINDS[card.kind]
     try:
-        fields = _config_from_format_1(card.config, target) if card.format == 1 else card.config
-        config = checked(form, fields)
+        config = checked(form, config_of(card.config, card.format, target.hidden_size))
         check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
         _check_config(config, target, path)
         module: Network = network(config).bind(target)

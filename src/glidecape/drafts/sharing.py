@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError, InputError, first_line
 from ..files import write_folder
-from .card import CARD, WEIGHTS
+from ..tables import millions
+from .card import CARD, FORMAT, WEIGHTS
+from .formats import tensors_of
 
 README = """---
 library_name: glidecape
@@ -41,6 +44,16 @@ def name_from(folder: Path, name: str | None) -> str | None:
     if name is None or not Path(name).expanduser().is_dir():
         return name
     return os.path.relpath(Path(name).expanduser().resolve(), folder.resolve())
+
+
+def target_of_lm(folder: Path) -> str | None:
+    """The target in the card of an LM that was trained as a draft; None: it is no such LM, or its card names none."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        named = card["target"] if card["kind"] == "lm" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) else None
 
 
 def target_named_by(folder: Path, name: str | None) -> str:
@@ -75,7 +88,7 @@ class SharedDraft:
     def __repr__(self) -> str:
         size = sum(one.numel() for one in self.module.parameters())
         place = "" if self.folder is None else f", {self.folder}"
-        return f"{type(self).__name__}({size / 1e6:.2f} M parameters, up to {self.max_lag} tokens a round{place})"
+        return f"{type(self).__name__}({millions(size)} parameters, up to {self.max_lag} tokens a round{place})"
 
     def save_pretrained(self, folder: str | Path, target: str | None = None) -> None:
         """Write its files into another folder, from which `load_draft` and `glidecape.load` read them.
@@ -91,7 +104,7 @@ class SharedDraft:
         if goal.resolve() == source.resolve():
             raise InputError(f"the draft was loaded from {goal}: name another folder")
         name = name_from(goal, target or self.target_name)
-        write_folder(goal, lambda temporary: _copy(source, temporary, name), WEIGHTS)
+        write_folder(goal, lambda temporary: self._copy(source, temporary, name), WEIGHTS)
 
     def push_to_hub(self, repo: str, target: str | None = None, private: bool = False, token: str | None = None) -> str:
         """Upload it to the Hub as `repo`, such as "me/model-glide"; the address of the commit.
@@ -110,7 +123,7 @@ class SharedDraft:
         if name is not None and Path(name).expanduser().is_dir():
             name = None  # a folder of this machine means nothing to others
         with tempfile.TemporaryDirectory() as temporary:
-            _copy(source, Path(temporary), name)
+            self._copy(source, Path(temporary), name)
             readme = README.format(
                 base_model=f"base_model: {name}\n" if name else "",
                 target=json.dumps(name or "path/to/model"),
@@ -131,22 +144,20 @@ class SharedDraft:
             raise InputError(f"the files of this draft were in {self.folder}, which is not there any more")
         return self.folder
 
-
-def _copy(source: Path, goal: Path, target: str | None) -> None:
-    """Copy a draft's files; the card of one of ours gets the target's name."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.startswith(".") and path.name not in (WEIGHTS, CARD):
-            shutil.copyfile(path, goal / path.name)
-    if not (source / WEIGHTS).is_file():
-        if (source / CARD).is_file():
-            shutil.copyfile(source / CARD, goal / CARD)
-        return
-    with safe_open(source / WEIGHTS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        card = json.loads(file.metadata()["glidecape"])
-    if card["format"] >= 4:
-        card["target"] = target
-    elif card["format"] == 3 and target is not None:  # format 4 is format 3 with the target's name
-        card |= {"format": 4, "target": target}
-    save_file(tensors, goal / WEIGHTS, {"glidecape": json.dumps(card)})
-    (goal / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    def _copy(self, source: Path, goal: Path, target: str | None) -> None:
+        """Copy the draft's files; its card gets the target's name. A network's file gets the newest format."""
+        for path in source.iterdir():
+            if path.is_file() and not path.name.startswith(".") and path.name not in (WEIGHTS, CARD):
+                shutil.copyfile(path, goal / path.name)
+        if (source / WEIGHTS).is_file():
+            with safe_open(source / WEIGHTS, framework="pt") as file:
+                card = json.loads(file.metadata()["glidecape"])
+            tensors = tensors_of(source / WEIGHTS, card["format"], self.module.config)
+            card |= {"format": FORMAT, "config": asdict(self.module.config), "target": target}
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, goal / WEIGHTS, {"glidecape": json.dumps(card)})
+        elif (source / CARD).is_file():
+            card = json.loads((source / CARD).read_text(encoding="utf-8")) | {"target": target}
+        else:
+            return  # another program's LM, whose files say nothing of drafts
+        (goal / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from ..drafting.options import SMALL_BINS, MethodOptions
 from ..drafts.card import WEIGHTS
 from ..drafts.causal_lm import StandaloneDraft
 from ..drafts.checkpoint import NetworkDraft, load_draft, read_card
-from ..drafts.sharing import target_named_by
+from ..drafts.sharing import target_named_by, target_of_lm
 from ..errors import InputError, first_line
 from ..progress import note
 from ..target.target import Target
@@ -173,13 +173,17 @@ def compile_models(
 
 
 def _target_of_draft(name: str | Path) -> str | None:
-    """The target that a draft's card names, where `name` is a draft of ours; None where it is something else."""
+    """The target that a draft's card names, where `name` is a draft of ours; None where it is something else.
+
+    An LM that was trained as a draft says so in its card, too; one whose card names no target is a model like any other.
+    """
     folder = Path(name).expanduser()
     if not folder.exists() and (kept := _draft_on_hub(str(name))) is not None:
         folder = kept
-    if not (folder / WEIGHTS).is_file():
-        return None
-    return target_named_by(folder, read_card(folder).target)
+    if (folder / WEIGHTS).is_file():
+        return target_named_by(folder, read_card(folder).target)
+    named = target_of_lm(folder)
+    return None if named is None else target_named_by(folder, named)
 
 
 def _draft_on_hub(name: str) -> Path | None:

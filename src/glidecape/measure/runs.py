@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from ..batch.batch import Batch
 from ..bench.draw import draw
 from ..bench.settings import Settings
@@ -25,6 +22,7 @@ from ..core.tree import TokenTree
 from ..drafting.drafter import Drafter, DrafterWrapper
 from ..engine.decode import decode
 from ..errors import InputError
+from ..progress import bar
 from ..significance import bootstrap_ratio
 from ..target.target import Target
 
@@ -87,14 +85,13 @@ def interleaved(
         run(target, drafter, [batches[0][0]], SamplingParams(params.temperature, max_new_tokens=8, ignore_eos=True))
     names = list(drafters)
     runs: Runs = {name: [[] for _ in range(repeats)] for name in names}
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=repeats * len(batches) * len(names))
+    with bar("measuring", repeats * len(batches) * len(names)) as shown:
         for repeat in range(repeats):
             for turn, batch in enumerate(batches):
                 for k in range(len(names)):
                     name = names[(k + turn) % len(names)]
                     runs[name][repeat].append(run(target, drafters[name], batch, params))
-                    bar.advance(task)
+                    shown.advance(what=f"measuring {name}")
     return runs
 
 
@@ -164,7 +161,8 @@ def prompts_of(target: Target, suites: Sequence[Suite], settings: Settings) -> l
     Raises:
         InputError: none is left.
     """
-    items = draw(target, list(suites), replace(settings, looping=0)).items
+    with bar("sorting prompts", sum(len(suite.prompts) for suite in suites)) as shown:
+        items = draw(target, list(suites), replace(settings, looping=0), shown.advance).items
     if not items:
         raise InputError("every greedy continuation loops: give more prompts, or a temperature above 0")
     return [list(item.ids) for item in items]

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ from torch import Tensor, nn
 
 from ..compat import build_library, compile_to, export_program, load_package
 from ..errors import GlideCapeError, first_line
-from ..files import write_atomic
+from ..files import FOLDER, user_folder, write_atomic
+from ..progress import bar
 from .operators import FUNCTIONS, KERNELS
 from .streamed import share_inputs, streamed_layers
 
-FOLDER = "GLIDECAPE_CACHE"  # environment variable that names another folder
+USUAL_S = 60.0  # of compiling a program
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
 Run = Callable[[list[Tensor]], list[Tensor]]
 
@@ -48,9 +48,7 @@ def cache_folder() -> Path:
     Raises:
         CompileError: it cannot be made, or others may write to it.
     """
-    named = os.environ.get(FOLDER)
-    base = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
-    folder = Path(named or Path(base) / "glidecape").expanduser() / "packages"
+    folder = user_folder() / "packages"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
@@ -183,7 +181,8 @@ def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[st
             exported.graph_module.recompile()
             compile_to(str(to), exported, FUNCTIONS)
 
-    _keep(path, program.name, facts, write)
+    with bar(f"compiling {program.name}", seconds=USUAL_S):
+        _keep(path, program.name, facts, write)
     say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
 
 

@@ -21,6 +21,7 @@ from ..core.transfer import to_device
 from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers
 from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
+from ..tables import millions
 from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
 from .loading import load_model
 from .packages import Program, compiled, source_digest
@@ -118,7 +119,7 @@ class Target:
     def summary(self) -> str:
         """Its name, size, dtype and device."""
         dtype = f"{self.quantized or str(self.dtype).removeprefix('torch.')} on {self.device}"
-        return f"{self.name or self.text_config.model_type}: {self.num_parameters / 1e6:.2f} M parameters, {dtype}"
+        return f"{self.name or self.text_config.model_type}: {millions(self.num_parameters)} parameters, {dtype}"
 
     def __repr__(self) -> str:
         return f"Target({self.summary}, {'eager' if self.compiled is None else 'compiled'})"
@@ -138,7 +139,7 @@ class Target:
     def program(self) -> Program:
         """Its forward, to be compiled (`packages.Program`)."""
         facts = {"kind": "target", "config": self.config.to_json_string(), "code": source_digest(self.model)}
-        name = f"the model of {self.num_parameters / 1e6:,.0f} M parameters"
+        name = f"the model of {millions(self.num_parameters)} parameters"
         return Program(name, facts, (self.model,), lambda: (TargetProgram(self), *example(self)))
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:

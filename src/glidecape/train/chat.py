@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .corpus import END_OF_TEXT, END_OF_TURN, MARKS, ROLES, rank
-from .data import read_rows
+from ..progress import bar
+from .corpus import END_OF_TEXT, END_OF_TURN, MARKS, ROLES, encoded, rank
+from .data import read_rows, reading
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -100,9 +101,11 @@ def take(source: ChatSource, valid_share: float, seen: set[str]) -> Taken:
     Rows with an equal opening fall on the same side of the split, in every source.
     """
     documents: dict[str, tuple[str, str]] = {}
-    for place, row in read_rows(source.path):
-        text, opening = rendered(row, place)
-        documents[rank(text)] = (text, opening)
+    with reading(source.path) as read:
+        for place, row in read_rows(source.path):
+            text, opening = rendered(row, place)
+            documents[rank(text)] = (text, opening)
+            read(row)
     taken = Taken()
     for key in sorted(documents.keys() - seen):
         text, opening = documents[key]
@@ -152,7 +155,7 @@ def build_chat(
     _save(bpe, out)
     counts = {"rows": len(seen), "too_long": 0}
     for name, texts in parts.items():
-        rows = [np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch(texts)]
+        rows = encoded(bpe, texts)
         kept = [row for row in rows if len(row) <= max_row_tokens]
         if not kept:
             raise DataError(f"all rows for {name} are longer than {max_row_tokens} tokens: allow longer ones")
@@ -188,7 +191,8 @@ def _tokenizer(texts: list[str], vocab_size: int) -> Any:
             break
         sample.append(text)
         size += len(text)
-    bpe.train_from_iterator(_without_marks(sample), trainer=trainer)
+    with bar("learning a vocabulary"):
+        bpe.train_from_iterator(_without_marks(sample), trainer=trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, bpe.token_to_id(END_OF_TEXT))]
     )

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import accumulate
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..progress import bar
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
@@ -109,12 +110,24 @@ def _trained_bpe(texts: list[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer=trainer)
+    with bar("learning a vocabulary"):
+        bpe.train_from_iterator(texts, trainer=trainer)
     # A prompt begins as every training document does.
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, bpe.token_to_id(END_OF_TEXT))]
     )
     return bpe
+
+
+def encoded(bpe: Any, texts: Sequence[str], at_once: int = 500) -> list[np.ndarray]:
+    """The token ids of each text, uint16."""
+    rows: list[np.ndarray] = []
+    with bar("tokenizing", len(texts)) as shown:
+        for first in range(0, len(texts), at_once):
+            found = bpe.encode_batch(list(texts[first : first + at_once]))
+            rows += [np.array(one.ids, dtype=np.uint16) for one in found]
+            shown.at(len(rows))
+    return rows
 
 
 def build_pysource(
@@ -137,7 +150,8 @@ def build_pysource(
     """
     from transformers import PreTrainedTokenizerFast
 
-    sources = sorted(read_sources(roots or default_roots()), key=lambda s: rank(s.package, s.text))
+    with bar("reading sources"):
+        sources = sorted(read_sources(roots or default_roots()), key=lambda s: rank(s.package, s.text))
     if not sources:
         raise DataError(f"no Python sources below {roots or default_roots()}: name folders with --root")
     size: dict[str, int] = Counter()
@@ -160,8 +174,7 @@ def build_pysource(
     bpe.encode_special_tokens = True  # a source that spells the end-of-text token out means its letters
     counts = {"files": len(sources), "packages": len(size)}
     for name, part in (("train", train), ("valid", valid)):
-        rows = [np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch([s.text for s in part])]
-        tokens = np.concatenate(rows)
+        tokens = np.concatenate(encoded(bpe, [source.text for source in part]))
         tokens.tofile(out / f"{name}.bin")
         counts[f"{name}_tokens"] = len(tokens)
     known = _provenance(roots or default_roots())

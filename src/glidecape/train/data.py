@@ -10,7 +10,8 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from ..batch.text import Prompt
 from ..errors import DataError, first_line
+from ..progress import bar
 from .corpus import MARKS
 from .rows import check_completion, pieces_of, prompt_of, turns_before_the_answer
 
@@ -135,6 +137,15 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} row {number} is not readable as UTF-8 text or JSON lines ({error})") from None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A bar while the rows of a file or folder are read; gives a function that is told each row that was."""
+    files = [one for one in (path.rglob("*") if path.is_dir() else [path]) if one.is_file()]
+    packed = any(one.suffix == ".gz" for one in files)
+    with bar(f"reading {path}", None if packed else sum(one.stat().st_size for one in files)) as shown:
+        yield lambda row: shown.advance(len(str(row)))  # about as long as its line
+
+
 def _rows_of_array(rows: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(rows, list):
         raise DataError(f"{path} holds no JSON list of rows, but {type(rows).__name__}: write one, or .jsonl")
@@ -185,24 +196,26 @@ def load_streams(
     learned: list[np.ndarray] = []
     count, before = 0, False
     start = tokenizer.eos_token_id
-    for place, row in read_rows(path):
-        document = [] if start is None else [start]
-        marks = [before] * len(document)
-        pieces = pieces_of(row, place, tokenizer)
-        if loss_on == "completion":
-            check_completion(pieces, row, place)
-        for piece, counted in pieces:
-            # Piece by piece, as in decoding, where a prompt is tokenized before its completion exists.
-            more = tokenizer.encode(piece, add_special_tokens=False) if isinstance(piece, str) else piece
-            document += more
-            marks += [counted] * len(more)
-        before = marks[-1] if marks else before
-        if vocab_size is not None and document and not 0 <= min(document) <= max(document) < vocab_size:
-            wrong = next(i for i in document if not 0 <= i < vocab_size)
-            raise DataError(f"{place} holds token {wrong}, outside the target's vocabulary of {vocab_size}")
-        ids.append(np.array(document, dtype=np.uint32))
-        learned.append(np.array(marks, dtype=np.bool_))
-        count += len(document)
+    with reading(path) as read:
+        for place, row in read_rows(path):
+            document = [] if start is None else [start]
+            marks = [before] * len(document)
+            pieces = pieces_of(row, place, tokenizer)
+            if loss_on == "completion":
+                check_completion(pieces, row, place)
+            for piece, counted in pieces:
+                # Piece by piece, as in decoding, where a prompt is tokenized before its completion exists.
+                more = tokenizer.encode(piece, add_special_tokens=False) if isinstance(piece, str) else piece
+                document += more
+                marks += [counted] * len(more)
+            before = marks[-1] if marks else before
+            if vocab_size is not None and document and not 0 <= min(document) <= max(document) < vocab_size:
+                wrong = next(i for i in document if not 0 <= i < vocab_size)
+                raise DataError(f"{place} holds token {wrong}, outside the target's vocabulary of {vocab_size}")
+            ids.append(np.array(document, dtype=np.uint32))
+            learned.append(np.array(marks, dtype=np.bool_))
+            count += len(document)
+            read(row)
     if count < 2:
         raise DataError(f"{path} holds no text")
     whole = Stream(np.concatenate(ids), np.concatenate(learned) if loss_on == "completion" else None)

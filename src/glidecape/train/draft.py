@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..drafts.causal_lm import StandaloneDraft
 from ..drafts.checkpoint import Network, save_network
 from ..drafts.eagle.config import EagleConfig
 from ..drafts.eagle.network import EagleModel
@@ -24,6 +25,7 @@ from ..drafts.glide.config import GlideConfig
 from ..drafts.glide.network import GlideModel
 from ..drafts.medusa.config import MedusaConfig
 from ..drafts.medusa.network import MedusaModel
+from ..drafts.sharing import name_from
 from ..errors import InputError
 from ..progress import say
 from ..target.target import Target
@@ -311,7 +313,7 @@ def save_draft(out: Path, module: nn.Module, target: Target, command: str, figur
 
 def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
     module.config._attn_implementation = "sdpa"
-    card = {"command": command, "kind": "lm", "figures": figures}
+    card = {"command": command, "kind": StandaloneDraft.kind, "figures": figures, "target": name_from(out, target.name)}
     save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 

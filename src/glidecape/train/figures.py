@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from ..core.params import SamplingParams
@@ -24,6 +21,7 @@ from ..drafts.glide.network import GlideModel
 from ..engine.decode import decode, generate
 from ..errors import DataError
 from ..files import write_atomic
+from ..progress import bar, note
 from ..target.target import Target
 from .loop import CURVE, PICTURE
 from .teacher import Teacher, logits_by_lag, num_lags, reads_hidden
@@ -64,14 +62,16 @@ def evaluate_draft(
     """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
     figures: dict[str, float] = {}
     method, draft = as_draft(module)
-    for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
-        stats = Stats()
-        params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
-        for prompt in prompts:
-            for _ in decode(target, make_drafter(method + "+chain", draft), [prompt], params, stats):
-                pass
-        figures[f"alpha_{name}"] = round(stats.alpha, 4)
-        figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
+    with bar("trying the draft", 2 * len(prompts)) as shown:
+        for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
+            stats = Stats()
+            params = SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=1)
+            for prompt in prompts:
+                for _ in decode(target, make_drafter(method + "+chain", draft), [prompt], params, stats):
+                    pass
+                shown.advance()
+            figures[f"alpha_{name}"] = round(stats.alpha, 4)
+            figures[f"acceptance_length_{name}"] = round(stats.acceptance_length, 4)
     return figures
 
 
@@ -102,8 +102,7 @@ def steady_prompts(
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     drawn = evaluation_prompts(tokens, most * count, length, 0)
     steady: list[list[int]] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("prompts that don't loop", total=count)
+    with bar("looking for prompts that don't loop", count) as shown:
         for first in range(0, len(drawn), batch):
             part = drawn[first : first + batch]
             for i, one in enumerate(generate(target, part, params=params)):
@@ -111,7 +110,7 @@ def steady_prompts(
                     steady.append(part[i])
                 if len(steady) == count:
                     return steady, first + i + 1
-            bar.update(task, completed=len(steady))
+            shown.at(len(steady))
     if not steady:
         raise DataError(f"all {len(drawn)} greedy continuations of {new_tokens} tokens loop: ask for fewer new tokens")
     return steady, len(drawn)
@@ -142,14 +141,16 @@ def figures_by_lag(
     overlap, same = [0.0] * len(lags), [0] * len(lags)
     if isinstance(module, nn.Module):
         module.eval()
-    for at in np.linspace(0, len(tokens) - length, windows).astype(int):
-        batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
-        output = teacher(batch)[0, deepest:]
-        p = output.float().softmax(-1)
-        by_lag = logits_by_lag(module, batch, teacher)
-        for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
-            overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
-            same[i] += int((drafted.argmax(-1) == output.argmax(-1)).sum())
+    with bar("comparing the draft with its target", windows) as shown:
+        for at in np.linspace(0, len(tokens) - length, windows).astype(int):
+            batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
+            output = teacher(batch)[0, deepest:]
+            p = output.float().softmax(-1)
+            by_lag = logits_by_lag(module, batch, teacher)
+            for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
+                overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
+                same[i] += int((drafted.argmax(-1) == output.argmax(-1)).sum())
+            shown.advance()
     count = windows * (length - deepest)
     return {
         "lags": lags,
@@ -188,10 +189,7 @@ def write_curve(folder: Path, losses: list[float], tokens: int, figures: dict[st
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(
-            f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the numbers are in {CURVE}",
-            file=sys.stderr,
-        )
+        note(f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the numbers are in {CURVE}")
         return
     picture = Figure(figsize=(10, 4), layout="constrained")
     left, right = picture.subplots(1, 2)

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from ..drafts.checkpoint import CARD, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
-from ..progress import console as progress_console
+from ..progress import bar
 
 STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
@@ -255,7 +253,6 @@ def fit(
     save: Callable[[Clock], None],
     save_every_s: float = 300.0,
     clip: float = 1.0,
-    console: Console | None = None,
     accumulate: int = 1,
 ) -> Clock:
     """Train until the budget is spent. `losses_of(number)` gives the losses of the run's batch of that number, one a
@@ -265,15 +262,11 @@ def fit(
     of `accumulate` batches, clipped to norm `clip` in each module (0: not clipped). A batch depends on its number alone, so a
     run killed and resumed sees the same data as one never killed.
     """
-    console = console or progress_console()
     reuse_freed_memory()
     last_save = started = time.monotonic()
     before = clock.seconds
-    columns = (TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.3f}"), BarColumn())
-    columns_right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *columns_right, console=console, refresh_per_second=1) as bar:
-        task = bar.add_task("train", total=1.0, step=clock.step, loss=float("nan"), rate=0.0)
-        progress = budget.progress(clock.tokens, clock.seconds)
+    progress = budget.progress(clock.tokens, clock.seconds)
+    with bar("training", 1.0, start=progress) as shown:
         while progress < 1.0:
             for group in (group for optimizer in made for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * budget.factor(progress)
@@ -289,13 +282,9 @@ def fit(
             clock.seconds = before + time.monotonic() - started
             clock.log(here)
             progress = budget.progress(clock.tokens, clock.seconds)
-            recent = clock.losses[-20:]
-            mean = sum(recent) / len(recent)
-            bar.update(task, completed=progress, step=clock.step, loss=mean, rate=clock.tokens / clock.seconds)
-            if not console.is_terminal and clock.step % 50 == 0:
-                console.print(
-                    f"step {clock.step} tokens {clock.tokens} loss {mean:.4f} {clock.seconds:.0f} s", soft_wrap=True
-                )
+            mean = recent_mean(clock.losses, 20)
+            pace = clock.tokens / clock.seconds
+            shown.at(progress, f"training, step {clock.step}, loss {mean:.3f}, {pace:,.0f} tokens/s")
             if time.monotonic() - last_save > save_every_s:
                 save(clock)
                 last_save = time.monotonic()

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core.params import SamplingParams
 from ..drafting.drafter import Drafter, NoDraft
 from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
-from ..progress import console, say
+from ..progress import bar, say
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams, read_rows
@@ -168,10 +167,7 @@ def regenerate(
     if done > len(prompts):
         raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
     emitted, start = 0, target.tokenizer.eos_token_id
-    columns = (TextColumn("row {task.completed:,.0f} of {task.total:,.0f}"), BarColumn())
-    right = (TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn())
-    with out.open("a", encoding="utf-8") as file, Progress(*columns, *right, console=console()) as bar:
-        task = bar.add_task("regenerate", total=len(prompts), completed=done, rate=0.0)
+    with out.open("a", encoding="utf-8") as file, bar("regenerating", len(prompts), start=done) as shown:
         for first in range(done, len(prompts), batch):
             part = prompts[first : first + batch]
             params = [plan.params(first + i) for i in range(len(part))]
@@ -186,11 +182,10 @@ def regenerate(
                 while written in finish:  # in order: a resumed run counts lines
                     _append(file, row_of(part[written], new[written], finish[written], start))
                     written += 1
-                    bar.update(task, advance=1)
-                elapsed = bar.tasks[0].elapsed
-                bar.update(task, rate=emitted / elapsed if elapsed else 0.0)
-        seconds = bar.tasks[0].elapsed or 0.0
-    figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / seconds, 1) if seconds else 0.0}
+                rows = first + written
+                shown.at(rows, f"row {rows:,} of {len(prompts):,}, {emitted / shown.elapsed:,.0f} tokens/s")
+        pace = round(emitted / shown.elapsed, 1)
+    figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": pace}
     say(f"wrote {out}: {figures}")
     return figures
 

@@ -22,7 +22,7 @@ from ..core.stats import Stats, merged
 from ..drafting.methods import make_drafter
 from ..errors import CheckpointError
 from ..files import remove_leftovers, write_atomic
-from ..progress import say
+from ..progress import bar
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
 from .draft import DraftLoss, make_draft, save_draft
@@ -142,7 +142,6 @@ def run_study(
             prompts = prompts or held_out_prompts(target, streams["valid"], trial)
             for i, name in enumerate(group):
                 if _finished(folder, name, group[name]) is None:
-                    say(f"seed {seed}: trying {name}")
                     figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
                     write_row(folder / name, trained.modules[i], target, command, figures, group[name])
             (folder / STATE_FILE).unlink()  # rows that come later begin a group of their own
@@ -269,11 +268,13 @@ def _figures(
     module.eval()
     figures |= figures_by_lag(target, module, text.tokens, trained.length)
     base, draft = as_draft(module)
-    for name, (addition, depth) in MEASURED.items():
-        for heat, temperature in TEMPERATURES.items():
-            drafter = make_drafter(base + addition, draft, length=depth)
-            params = SamplingParams(temperature, max_new_tokens=trial.new_tokens, ignore_eos=True, seed=1)
-            figures[f"{name}_{heat}"] = trial_figures(stats_by_prompt(target, drafter, prompts[0], params))
+    with bar(f"trying {trained.names[i]}", len(MEASURED) * len(TEMPERATURES)) as shown:
+        for name, (addition, depth) in MEASURED.items():
+            for heat, temperature in TEMPERATURES.items():
+                drafter = make_drafter(base + addition, draft, length=depth)
+                params = SamplingParams(temperature, max_new_tokens=trial.new_tokens, ignore_eos=True, seed=1)
+                figures[f"{name}_{heat}"] = trial_figures(stats_by_prompt(target, drafter, prompts[0], params))
+                shown.advance()
     return figures
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..significance import paired_permutation
-from ..tables import TextTable
+from ..tables import TextTable, millions
 
 COLUMNS = {
     "row": "row",
@@ -77,7 +77,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
         elif name.startswith("alpha") and (spread := line.get(name.replace("alpha", "spread"))) is not None:
             cells.append(f"{value:.4f} ± {spread:.4f}")
         elif name == "parameters":
-            cells.append(f"{value / 1e6:.2f} M")
+            cells.append(millions(value))
         elif name.startswith("p_"):
             cells.append(f"{value:.5f}")
         else:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, InputError
-from ..progress import say
+from ..progress import bar, say
 from ..target.loading import load_model
 from ..target.target import digest_of
 from .data import Windows, corpus_tokenizer, load_streams
@@ -72,8 +72,12 @@ def valid_loss(model: torch.nn.Module, tokens: np.ndarray, length: int, max_rows
         return float("nan")
     windows = torch.from_numpy(tokens[: rows * length].astype(np.int64)).view(rows, length)
     device = next(model.parameters()).device
-    parts = [part.to(device) for part in windows.split(8)]
-    return sum(len(part) * float(model(input_ids=part, labels=part).loss) for part in parts) / rows
+    total = 0.0
+    with bar("evaluating the model", rows) as shown:
+        for part in (part.to(device) for part in windows.split(8)):
+            total += len(part) * float(model(input_ids=part, labels=part).loss)
+            shown.advance(len(part))
+    return total / rows
 
 
 @dataclass(frozen=True)
