@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from glidecape import cli
+from glidecape import SamplingParams, cli, generate
+from glidecape.core.stats import loops, repetition
 from glidecape.drafting.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,10 +213,23 @@ def test_help_names_every_command_and_importing_is_light():
         assert command in help_text.stdout
 
 
-def test_the_demo_runs_on_the_shipped_pair(capfd, monkeypatch):
+def test_the_demo_runs_on_the_shipped_pair_in_plain_lines_where_it_is_piped(capfd, monkeypatch):
     if not (ROOT / "models" / "pysource" / "target" / "config.json").is_file():
         pytest.skip("the shipped pair is not in this checkout")
-    code, out, _ = run(capfd, monkeypatch, "demo", "--max-new-tokens", 16)
+    code, out, _ = run(capfd, monkeypatch, "demo", "--max-new-tokens", 8)
     assert code == 0
-    assert "NO" not in out.split("outputs equal")[1]
-    assert out.count("yes") >= 3
+    assert "NO" not in "".join(out.split("outputs equal")[1:])
+    assert out.count("  yes") == 6  # three racers, greedily and sampled
+    prompts = json.loads((ROOT / "src" / "glidecape" / "demo_prompts.json").read_text())
+    headings = [line for line in out.splitlines() if line.startswith("--- prompt ")]
+    assert len(headings) == 6 * len(prompts)
+    assert headings[0] == "--- prompt 1, greedy, plain"
+    assert headings[-1] == f"--- prompt {len(prompts)}, T=0.8, seed 7, glide+cape"
+
+
+def test_what_the_demo_writes_does_not_loop(target):
+    prompts = json.loads((ROOT / "src" / "glidecape" / "demo_prompts.json").read_text())
+    params = SamplingParams(max_new_tokens=96, ignore_eos=True)
+    for one in generate(target, [target.encode(prompt) for prompt in prompts], params=params):
+        assert not loops(one.tokens)
+        assert repetition(one.tokens) < 0.2

@@ -173,3 +173,20 @@ def test_each_command_draws_what_takes_long(command: str, world, on_terminal, tm
     drawn = on_terminal(*command.split(" --")[0].split(), *words.format(**world, **places).split(), *few)
     for what in wanted:
         assert re.search(f"({what})[^\n]*━", drawn), f"{what} is not drawn: {drawn}"
+
+
+@pytest.mark.parametrize("where", ["terminal", "pipe"])
+def test_bench_without_a_model_uses_the_shipped_pair(where: str, on_terminal, monkeypatch, capfd) -> None:
+    if not (Path(__file__).parents[1] / "models" / "pysource" / "target" / "config.json").is_file():
+        pytest.skip("the shipped pair is not in this checkout")
+    words = ["bench", "--limit", "1", "--looping", "1", "--max-new-tokens", "8", "--prompt-tokens", "64"]
+    words += ["--watch", "0", "--repeats", "1", "--peers="]
+    if where == "terminal":
+        said = on_terminal(*words)
+        assert "measuring" in said
+    else:
+        monkeypatch.setattr(sys, "argv", ["glidecape", *words])
+        cli.main()
+        said = capfd.readouterr().err
+        assert "\x1b" not in said
+    assert "no model is named: this is the pair in" in said.replace("\r\n", " ")
