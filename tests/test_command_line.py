@@ -216,7 +216,7 @@ def test_help_names_every_command_and_importing_is_light():
 def test_the_demo_runs_on_the_shipped_pair_in_plain_lines_where_it_is_piped(capfd, monkeypatch):
     if not (ROOT / "models" / "pysource" / "target" / "config.json").is_file():
         pytest.skip("the shipped pair is not in this checkout")
-    code, out, _ = run(capfd, monkeypatch, "demo", "--max-new-tokens", 8)
+    code, out, _ = run(capfd, monkeypatch, "demo", "--max-new-tokens", 4)
     assert code == 0
     assert "NO" not in "".join(out.split("outputs equal")[1:])
     assert out.count("  yes") == 6  # three racers, greedily and sampled
@@ -232,4 +232,4 @@ def test_what_the_demo_writes_does_not_loop(target):
     params = SamplingParams(max_new_tokens=96, ignore_eos=True)
     for one in generate(target, [target.encode(prompt) for prompt in prompts], params=params):
         assert not loops(one.tokens)
-        assert repetition(one.tokens) < 0.2
+        assert repetition(one.tokens) < 0.25

@@ -186,7 +186,9 @@ def test_bench_without_a_model_uses_the_shipped_pair(where: str, on_terminal, mo
         assert "measuring" in said
     else:
         monkeypatch.setattr(sys, "argv", ["glidecape", *words])
-        cli.main()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
         said = capfd.readouterr().err
         assert "\x1b" not in said
     assert "no model is named: this is the pair in" in said.replace("\r\n", " ")
