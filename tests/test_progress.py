@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from glidecape import cli, progress
+from glidecape.commands import waiting
 
 SCRIPT = """
 import sys, time
@@ -123,6 +126,23 @@ def on_terminal(monkeypatch, tmp_path):
         return drawn
 
     return run
+
+
+def test_what_cannot_be_counted_takes_as_long_as_last_time(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GLIDECAPE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(waiting, "SHORT_S", 0.1)
+    (tmp_path / "seconds.json").write_text("[1]")  # nobody's
+    drawn = []
+    for _ in range(2):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal.file)
+        with waiting.waiting("loading a model"):
+            time.sleep(0.6)
+        drawn.append(terminal.text())
+    assert "left" not in drawn[0]
+    assert re.search(r"loading a model ━.* %, 0:0[01] so far, 0:0[01] left", drawn[1])
+    assert 0.6 <= json.loads((tmp_path / "seconds.json").read_text())["loading a model"] < 5
 
 
 COMMANDS = {

@@ -12,7 +12,9 @@ from .waiting import waiting
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of glidecape bench --output, finished or not.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER", help="Folders of glidecape bench --output, finished or not.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where report.html and report.md go; default: the first folder."),
