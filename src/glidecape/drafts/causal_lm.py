@@ -18,7 +18,7 @@ class StandaloneDraft(SharedDraft):
     >>> from glidecape import StandaloneDraft, Target, make_drafter
     >>> model = Target.from_pretrained("path/to/model")
     >>> make_drafter("vanilla", StandaloneDraft(model), length=4)  # the best draft there is, and the slowest
-    ModelDrafter(StandaloneDraft(path/to/model: 0.03 M parameters, bfloat16 on cpu), Chain, FixedLength)
+    ModelDrafter(StandaloneDraft(path/to/model: 0.032 M parameters, bfloat16 on cpu), Chain, FixedLength)
     """
 
     kind = "lm"
