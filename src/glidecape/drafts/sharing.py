@@ -48,12 +48,17 @@ def name_from(folder: Path, name: str | None) -> str | None:
 
 def target_of_lm(folder: Path) -> str | None:
     """The target in the card of an LM that was trained as a draft; None: it is no such LM, or its card names none."""
+    named = _lm_card(folder).get("target")
+    return named if isinstance(named, str) else None
+
+
+def _lm_card(folder: Path) -> dict[str, Any]:
+    """The card of an LM that was trained as a draft; empty where it is no such LM."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        named = card["target"] if card["kind"] == "lm" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return named if isinstance(named, str) else None
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) and card.get("kind") == "lm" else {}
 
 
 def target_named_by(folder: Path, name: str | None) -> str:
@@ -147,8 +152,9 @@ class SharedDraft:
     def _copy(self, source: Path, goal: Path, target: str | None) -> None:
         """Copy the draft's files; its card gets the target's name. A network's file gets the newest format."""
         for path in source.iterdir():
-            if path.is_file() and not path.name.startswith(".") and path.name not in (WEIGHTS, CARD):
+            if path.is_file() and not path.name.startswith(".") and path.name != WEIGHTS:
                 shutil.copyfile(path, goal / path.name)
+        card = _lm_card(source)
         if (source / WEIGHTS).is_file():
             with safe_open(source / WEIGHTS, framework="pt") as file:
                 card = json.loads(file.metadata()["glidecape"])
@@ -156,8 +162,8 @@ class SharedDraft:
             card |= {"format": FORMAT, "config": asdict(self.module.config), "target": target}
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(whole, goal / WEIGHTS, {"glidecape": json.dumps(card)})
-        elif (source / CARD).is_file():
-            card = json.loads((source / CARD).read_text(encoding="utf-8")) | {"target": target}
+        elif card:
+            card["target"] = target
         else:
             return  # another program's LM, whose files say nothing of drafts
         (goal / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
