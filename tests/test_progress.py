@@ -195,7 +195,7 @@ def test_each_command_draws_what_takes_long(command: str, world, on_terminal, tm
         assert re.search(f"({what})[^\n]*━", drawn), f"{what} is not drawn: {drawn}"
 
 
-@pytest.mark.parametrize("where", ["terminal", "pipe"])
+@pytest.mark.parametrize("where", ["terminal", pytest.param("pipe", marks=pytest.mark.slow)])
 def test_bench_without_a_model_uses_the_shipped_pair(where: str, on_terminal, monkeypatch, capfd) -> None:
     if not (Path(__file__).parents[1] / "models" / "pysource" / "target" / "config.json").is_file():
         pytest.skip("the shipped pair is not in this checkout")
