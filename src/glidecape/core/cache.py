@@ -140,7 +140,8 @@ class KVCache(SlotCache):
             for place in dict.fromkeys(places)
         }
         self._stacks = list(stacks.values())
-        layers = {place: iter(stack) for place, stack in stacks.items()}
+        # `data`: no views to autograd, which would refuse writes with gradients into what was made without.
+        layers = {place: iter([one.data for one in stack]) for place, stack in stacks.items()}
         pairs = [(next(layers[place]), next(layers[place])) for place in places]
         self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
         self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
