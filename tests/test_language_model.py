@@ -43,7 +43,7 @@ def test_a_call_a_stream_and_a_batch_are_plain_decoding(lm, target) -> None:
         assert lm(PROMPT, max_tokens=24, **options).tokens == plain.tokens
         assert "".join(lm.stream(PROMPT, max_tokens=24, **options)) == plain.text
         assert lm(target.encode(PROMPT), max_new_tokens=24, **options).tokens == plain.tokens
-    assert lm.method == "glide+cape"
+    assert lm.method == "glide"
 
 
 def test_row_i_of_a_batch_has_the_seed_plus_i_and_one_prompt_needs_no_list(lm) -> None:

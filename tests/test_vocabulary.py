@@ -73,7 +73,7 @@ def test_names_of_other_programs_do_the_same(world, capfd, monkeypatch) -> None:
     words = ["generate", *words_of(world)[2:], *theirs, "--top_k", 20, "--model", world["target"]]
     found = json.loads(run(capfd, monkeypatch, *words)[1])
     assert found["tokens"] == json.loads(expected[1])["tokens"]
-    assert found["method"] == "glide+cape"
+    assert found["method"] == "glide"
 
 
 def test_a_value_that_looks_like_an_option_stays_a_value() -> None:
@@ -133,7 +133,7 @@ def test_a_draft_alone_brings_its_model(world, capfd, monkeypatch, tmp_path: Pat
     pair = json.loads(run(capfd, monkeypatch, "generate", world["target"], "--draft", world["glide"], *words)[1])
     for alone in ([world["glide"]], ["--draft", world["glide"]]):
         found = json.loads(run(capfd, monkeypatch, "generate", *alone, *words)[1])
-        assert (found["method"], found["tokens"]) == ("glide+cape", pair["tokens"])
+        assert (found["method"], found["tokens"]) == ("glide", pair["tokens"])
 
 
 def test_without_a_model_the_shipped_pair_is_used_or_asked_for(capfd, monkeypatch, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_without_a_model_the_shipped_pair_is_used_or_asked_for(capfd, monkeypatc
         code, out, err = run(capfd, monkeypatch, "generate", "-p", "def add(", "--max-tokens", 4, "--json")
         assert code == 0
         assert "no model is named: this is the pair in" in err
-        assert json.loads(out)["method"] == "glide+cape"
+        assert json.loads(out)["method"] == "glide"
     monkeypatch.setattr("glidecape.shipped.__file__", str(tmp_path / "a" / "b" / "shipped.py"))
     monkeypatch.chdir(tmp_path)
     for command in ("generate", "certify", "bench"):

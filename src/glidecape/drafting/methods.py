@@ -90,16 +90,15 @@ def form_of(base: str, added: set[str]) -> str:
 
 
 def usual_method(kind: str | None) -> str:
-    """The method of a draft of this kind, for whoever names none: EAGLE's and Medusa's own tree, else siblings by CaPE; prompt
-    lookup without a draft.
+    """The method of a draft of this kind, for whoever names none: EAGLE's and Medusa's own tree, else a chain, which is ahead of
+    CaPE's siblings on CPUs (docs/results.md); prompt lookup without a draft.
 
     >>> usual_method(None), usual_method("glide"), usual_method("eagle")
-    ('lookup', 'glide+cape', 'eagle')
+    ('lookup', 'glide', 'eagle')
     """
     if kind is None:
         return "lookup"
-    base = base_for(kind)
-    return base if base in USUAL else f"{base}+cape"
+    return base_for(kind)
 
 
 def make_drafter(

@@ -63,7 +63,7 @@ def load(
     >>> import glidecape
     >>> lm = glidecape.load("path/to/model", draft="path/to/draft", options=glidecape.MethodOptions(length=4))
     >>> lm.method, lm.draft.kind
-    ('glide+cape', 'glide')
+    ('glide', 'glide')
     >>> glidecape.load("path/to/draft").target.vocab_size == lm.target.vocab_size  # its card names the model
     True
     """
