@@ -24,7 +24,8 @@ from fake_cuda import fake_cuda, move_to_cuda
 from glidecape.batch.row import new_row
 from glidecape.core import noise
 from glidecape.core.params import SamplingParams
-from glidecape.drafting.auto.drafter import AutoDrafter, Forced
+from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.auto.state import Forced
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.drafts.eagle.adapter import EagleDraft

@@ -25,7 +25,8 @@ from .core.params import SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import Prices
-from .drafting.auto.drafter import AutoDrafter, Forced
+from .drafting.auto.drafter import AutoDrafter
+from .drafting.auto.state import Forced
 from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
 from .drafting.priced import PricedDrafter

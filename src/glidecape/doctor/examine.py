@@ -12,7 +12,8 @@ from typing import Any
 
 from ..core.params import SamplingParams
 from ..costmodel import Prices, RoundCosts, best_length, chain_speedup
-from ..drafting.auto.drafter import GREEDY, SAMPLED, AutoDrafter
+from ..drafting.auto.drafter import AutoDrafter
+from ..drafting.auto.state import GREEDY, SAMPLED
 from ..drafting.methods import AUTO, AnyDraft, base_for, make_drafter
 from ..drafting.options import MethodOptions
 from ..drafts.causal_lm import StandaloneDraft

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,103 +24,27 @@ from torch import Tensor
 from ...batch.batch import Batch
 from ...batch.row import Outcome, Row
 from ...core.cache import KVCache
-from ...core.transfer import to_device, to_host_arrays
+from ...core.transfer import to_host_arrays
 from ...core.tree import TokenTree
 from ...costmodel import Prices, RoundCosts
 from ...drafts.program import NetworkDraft
 from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
-from ..lookup import NgramIndex
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
-from .offer import Offer, width_of
+from .offer import Offer, copies_gain, forced_copies, tree_of, width_of
 from .rate import Depths, Rate, Worth
 from .reliability import Offered
+from .state import GREEDY, SAMPLED, AutoRows, Forced, Level, Plan, RowState
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
 CHAIN = 4  # of which one program drafts so many
 RANKED = 5  # tokens after a node that are looked at
-NGRAM = 3  # longest n-gram that is looked for; a match may be longer
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
 LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
 PROBE = 24  # of so many chains one is made node by node
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
-GREEDY, SAMPLED = 0, 1
-
-
-@dataclass
-class RowState:
-    """What is known of one row.
-
-    Attributes:
-        index: where its n-grams occurred.
-        drafted, copied: how much more was accepted lately than was expected.
-        seen: rounds.
-    """
-
-    index: NgramIndex = field(default_factory=lambda: NgramIndex(NGRAM))
-    drafted: float = 0.0
-    copied: float = 0.0
-    seen: int = 0
-
-
-@dataclass(frozen=True)
-class Forced:
-    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row; or
-    the runner's own chain."""
-
-    depths: int
-    nodes: int
-    whole: bool = False
-    chain: bool = False
-
-
-@dataclass
-class Level:
-    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
-    tokens `(batch, 1)`, on the device."""
-
-    first: Tensor
-    tokens: Array
-    log_q: Array
-    p: Array
-    x: Array
-
-
-@dataclass
-class Plan:
-    """A round in progress: what was looked at, to be learned from when its outcome is known.
-
-    Attributes:
-        kinds: of law, of each row.
-        copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
-        cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
-    """
-
-    kinds: list[int]
-    copies: list[tuple[int, list[int]]]
-    levels: list[Level] = field(default_factory=list)
-    cost: float = 0.0
-    empty: bool = False
-    chain: bool = False
-    first: list[float] = field(default_factory=list)
-    offers: list[Offer] = field(default_factory=list)
-    kept: list[list[int]] = field(default_factory=list)
-
-
-class AutoRows:
-    """The rows of `auto`, beside the draft's own state."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = [RowState() for _ in range(rows)]
-        self.plan: Plan | None = None
-
-    def exchange(self, one: int, other: int) -> None:
-        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
-
-    def copy(self, source: int, goal: int, length: int) -> None:
-        self.rows[goal] = RowState()
 
 
 class AutoDrafter:
@@ -222,7 +145,7 @@ class AutoDrafter:
         elif self.forced is None and sum(plan.first) <= rate * (verify[1] - verify[0]):
             return self._nothing(batch, plan)
         if self.forced is not None:
-            plan.copies, chances = _forced_copies(batch, self.forced.nodes)
+            plan.copies, chances = forced_copies(len(rows), self.forced.nodes)
         else:
             chances = [
                 self._of(self.copies, kind, copied_features(match, len(words), one.copied)) if words else np.zeros(0)
@@ -366,11 +289,11 @@ class AutoDrafter:
             for i, kind in enumerate(plan.kinds):
                 gain = sum(offers[i].reach[node] for node in kept[i]) - share * (float(verify[width]) - 1.0)
                 missing = max(0.2, 1.0 - plan.first[i])
-                self.worth.learn(kind, (gain - _copies_gain(chances[i], verify, share)) / missing, share * plan.cost)
+                self.worth.learn(kind, (gain - copies_gain(chances[i], verify, share)) / missing, share * plan.cost)
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
-        return _tree_of(batch, offers, kept, width, len(plan.levels), self.runner is not None)
+        return tree_of(batch.roots, offers, kept, width, len(plan.levels), self.runner is not None)
 
     def _offer(self, i: int, row: Row, plan: Plan, chance: Array) -> Offer:
         offer, parent, cap = Offer(), 0, max(0, row.budget - 1)
@@ -430,45 +353,3 @@ class AutoDrafter:
             own.drafted += NEAR * (float(hits[0] - level.p[i, 0]) - own.drafted)
             if not hits[0]:
                 return
-
-
-def _copies_gain(chance: Array, verify: Array, rate: float) -> float:
-    """What copied tokens with these probabilities, each given the one before, would bring over their cost without a draft."""
-    if not len(chance):
-        return 0.0
-    gain = np.cumsum(np.cumprod(chance)) - rate * (verify[1 : len(chance) + 1] - verify[0])
-    return max(0.0, float(gain.max()))
-
-
-def _forced_copies(batch: Batch, nodes: int) -> tuple[list[tuple[int, list[int]]], list[Array]]:
-    """Copies of so many tokens for every row, all of them certain."""
-    rows = range(len(batch.rows))
-    return [(1, [0] * nodes) for _ in rows], [np.ones(nodes) for _ in rows]
-
-
-def _tree_of(
-    batch: Batch, offers: list[Offer], kept: list[list[int]], width: int, levels: int, drafts: bool
-) -> TokenTree:
-    """The tree of the nodes that were kept, `width` a row at most."""
-    size, padding = 1 + width, [0, 0, 0, 0]
-    tokens: list[list[list[int]]] = []
-    scores: list[list[float]] = []
-    memo: list[list[int]] = []
-    for offer, nodes in zip(offers, kept, strict=True):
-        place, numbers, score = {0: 0}, [[0, -1, 0, 1]], [0.0]
-        for at, node in enumerate(nodes, 1):
-            parent = place[offer.parents[node]]
-            place[node] = at
-            numbers.append([offer.tokens[node], parent, numbers[parent][2] + 1, 1])
-            score.append(score[parent] + offer.log_q[node])
-        missing = size - len(numbers)
-        tokens.append(numbers + [padding] * missing)
-        scores.append(score + [0.0] * missing)
-        # The chain's nodes but the last were run, each in the scratch slot of its depth; without a draft not even the root.
-        run = [0, *(place.get(node, -1) for node in offer.chain[: levels - 1])] if levels else [-1]
-        memo.append(run + [-1] * (max(1, levels) - len(run)))
-    array = np.array(tokens, dtype=np.int64).transpose(2, 0, 1)
-    tree = TokenTree.of_host(batch.roots, array[:3].copy(), array[3] > 0, np.array(scores, dtype=np.float32))
-    if drafts:
-        tree.memo = to_device(memo, batch.device)
-    return tree

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ...core.transfer import to_device
+from ...core.tree import TokenTree
 
 
 @dataclass
@@ -80,3 +84,48 @@ def width_of(orders: Sequence[Sequence[float]], verify: NDArray[np.float64], rat
         gain[1 : len(own) + 1] += own
         gain[len(own) + 1 :] += own[-1] if len(own) else 0.0
     return int((gain - rate * verify[: most + 1]).argmax())
+
+
+def copies_gain(chance: NDArray[np.float64], verify: NDArray[np.float64], rate: float) -> float:
+    """What copied tokens with these probabilities, each given the one before, would bring over their cost without a draft."""
+    if not len(chance):
+        return 0.0
+    gain = np.cumsum(np.cumprod(chance)) - rate * (verify[1 : len(chance) + 1] - verify[0])
+    return max(0.0, float(gain.max()))
+
+
+def forced_copies(rows: int, nodes: int) -> tuple[list[tuple[int, list[int]]], list[NDArray[np.float64]]]:
+    """Copies of so many tokens for every row, all of them certain."""
+    return [(1, [0] * nodes) for _ in range(rows)], [np.ones(nodes) for _ in range(rows)]
+
+
+def tree_of(
+    roots: Tensor, offers: list[Offer], kept: list[list[int]], width: int, levels: int, drafts: bool
+) -> TokenTree:
+    """The tree below `roots (batch,)` of the nodes that were kept, `width` a row at most.
+
+    Args:
+        levels: depths that were drafted; `drafts`: does a draft want to know which of its nodes are in the tree?
+    """
+    size, padding = 1 + width, [0, 0, 0, 0]
+    tokens: list[list[list[int]]] = []
+    scores: list[list[float]] = []
+    memo: list[list[int]] = []
+    for offer, nodes in zip(offers, kept, strict=True):
+        place, numbers, score = {0: 0}, [[0, -1, 0, 1]], [0.0]
+        for at, node in enumerate(nodes, 1):
+            parent = place[offer.parents[node]]
+            place[node] = at
+            numbers.append([offer.tokens[node], parent, numbers[parent][2] + 1, 1])
+            score.append(score[parent] + offer.log_q[node])
+        missing = size - len(numbers)
+        tokens.append(numbers + [padding] * missing)
+        scores.append(score + [0.0] * missing)
+        # The chain's nodes but the last were run, each in the scratch slot of its depth; without a draft not even the root.
+        run = [0, *(place.get(node, -1) for node in offer.chain[: levels - 1])] if levels else [-1]
+        memo.append(run + [-1] * (max(1, levels) - len(run)))
+    array = np.array(tokens, dtype=np.int64).transpose(2, 0, 1)
+    tree = TokenTree.of_host(roots, array[:3].copy(), array[3] > 0, np.array(scores, dtype=np.float32))
+    if drafts:
+        tree.memo = to_device(memo, roots.device)
+    return tree

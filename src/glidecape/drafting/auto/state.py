@@ -1,0 +1,88 @@
+"""What `auto` knows of its rows, and of the round in progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..lookup import NgramIndex
+from .acceptance import Array
+from .offer import Offer
+
+NGRAM = 3  # longest n-gram that is looked for; a match may be longer
+GREEDY, SAMPLED = 0, 1  # kinds of law
+
+
+@dataclass
+class RowState:
+    """What is known of one row.
+
+    Attributes:
+        index: where its n-grams occurred.
+        drafted, copied: how much more was accepted lately than was expected.
+        seen: rounds.
+    """
+
+    index: NgramIndex = field(default_factory=lambda: NgramIndex(NGRAM))
+    drafted: float = 0.0
+    copied: float = 0.0
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row; or
+    the runner's own chain."""
+
+    depths: int
+    nodes: int
+    whole: bool = False
+    chain: bool = False
+
+
+@dataclass
+class Level:
+    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
+    tokens `(batch, 1)`, on the device."""
+
+    first: Tensor
+    tokens: Array
+    log_q: Array
+    p: Array
+    x: Array
+
+
+@dataclass
+class Plan:
+    """A round in progress: what was looked at, to be learned from when its outcome is known.
+
+    Attributes:
+        kinds: of law, of each row.
+        copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
+        cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
+    """
+
+    kinds: list[int]
+    copies: list[tuple[int, list[int]]]
+    levels: list[Level] = field(default_factory=list)
+    cost: float = 0.0
+    empty: bool = False
+    chain: bool = False
+    first: list[float] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+
+
+class AutoRows:
+    """The rows of `auto`, beside the draft's own state."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = [RowState() for _ in range(rows)]
+        self.plan: Plan | None = None
+
+    def exchange(self, one: int, other: int) -> None:
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+
+    def copy(self, source: int, goal: int, length: int) -> None:
+        self.rows[goal] = RowState()
