@@ -92,8 +92,8 @@ def form_of(base: str, added: set[str]) -> str:
 def usual_method(kind: str | None) -> str:
     """The method of a draft of this kind, for whoever names none.
 
-    EAGLE's and Medusa's own tree, else a chain, which is ahead of CaPE's siblings on CPUs (docs/results.md). Without a draft it is
-    prompt lookup.
+    EAGLE's and Medusa's own tree, else a chain, which is ahead of CaPE's siblings on CPUs (docs/results.md). Without a draft it
+    is prompt lookup.
 
     >>> usual_method(None), usual_method("glide"), usual_method("eagle")
     ('lookup', 'glide', 'eagle')
