@@ -13,7 +13,7 @@ import pytest
 from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
-from glidecape.costs import measured_prices, prices_of
+from glidecape.costs import prices_of
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
@@ -136,7 +136,7 @@ def test_estimates_become_calibrated_though_chains_stop_early() -> None:
 def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
-    monkeypatch.setattr(measured_prices, "__defaults__", (0.0, (1,)))
+    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     said: list[str] = []
     drafter = auto(target, world)
     found = prices_of(target, drafter, said.append)

@@ -202,7 +202,7 @@ def test_the_command(world, capfd, monkeypatch, tmp_path):
     code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide+cape", "--batch", "5", "--json")
     assert (code, json.loads(out)["batch"]) == (0, 5)
     monkeypatch.setattr(verify_module, "verify_points", broken_points)
-    code, out, _ = run(capfd, monkeypatch, *one, "--methods", "glide", "--temperature", "1")
+    code, out, _ = run(capfd, monkeypatch, *words, "--methods", "glide", "--temperature", "1")
     assert (code, "verdict: bug" in out) == (1, True)
     code, _, err = run(capfd, monkeypatch, *words, "--methods", "vanilla")
     assert (code, "needs a draft named 'vanilla'" in err) == (2, True)

@@ -76,7 +76,7 @@ def planted(source: Path, folder: Path, change: Callable[[dict[str, Any]], objec
 def test_a_healthy_pair_has_no_finding(tmp_path) -> None:
     """The shipped one, with what training stores since."""
     target = Target.from_pretrained(MODELS / "target", dtype=torch.float32)
-    trained = {"length": 320, "dtype": "float32", "chat_template": None}
+    trained = {"length": 512, "dtype": "float32", "chat_template": None}
     folder = planted(MODELS / "glide", tmp_path / "glide", lambda card: card["figures"].update(trained_on=trained))
     prompts = [target.encode(prompt.turns[0]) for prompt in read_suites(["own:4"], None, False)[0].prompts[:4]]
     params = SamplingParams(max_new_tokens=48, ignore_eos=True)
@@ -219,7 +219,8 @@ def test_every_kind_of_draft_is_examined(target, world, kind) -> None:
     found = diagnosis(target, world[kind])
     assert found.forced
     assert sum(count for _, count in found.decoded) > 40
-    assert "acceptance while decoding" not in causes(found)
+    # The LM learned its text by heart, and accepts less of what the prompts lead to.
+    assert ("acceptance while decoding" in causes(found)) == (kind == "lm")
 
 
 def test_figures_that_are_none_are_refused(target, world, tmp_path) -> None:

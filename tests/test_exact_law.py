@@ -213,7 +213,7 @@ def test_every_two_of_an_expansion_a_stop_policy_and_a_setting_meet_in_the_defau
         assert set(itertools.product(a, b)) <= met, "choose more in `triples`"
 
 
-@pytest.mark.parametrize(("expansion", "stop", "params"), triples())
+@pytest.mark.parametrize(("expansion", "stop", "params"), list(triples()))
 def test_first_three_tokens_have_the_target_law(expansion: str, stop: str, params: str) -> None:
     drafter = ModelDrafter(ToyDraft(DRAFT), EXPANSIONS[expansion](), STOPS[stop]())
     assert distance(drafter, PARAMS[params]) <= 1e-12

@@ -182,7 +182,7 @@ def test_a_draft_is_saved_and_loaded_with_or_without_its_model(lm, world, tmp_pa
     assert vanilla.target.name == str(world["target"].resolve())
     vanilla.draft.save_pretrained(tmp_path / "lm")
     again = glidecape.load(tmp_path / "lm", dtype="float32", compile="off")
-    assert (again.method, again.target.name) == ("vanilla+cape", vanilla.target.name)
+    assert (again.method, again.target.name) == ("vanilla", vanilla.target.name)
 
 
 @pytest.mark.parametrize("name", ["glide", "glide-last", "glide-no-cross", "eagle", "medusa", "lm"])

@@ -302,7 +302,7 @@ def test_the_commands_on_a_tiny_world(world, capfd, monkeypatch, tmp_path) -> No
 def test_looping_continuations_are_not_measured(monkeypatch) -> None:
     asked = []
 
-    def drawn(target, suites, settings):
+    def drawn(target, suites, settings, _advance):
         asked.append(settings.looping)
         return Drawn([Item(0, "a", "c", "steady", False, 0, (1, 2))] if settings.limit > 1 else [])
 

@@ -141,9 +141,9 @@ def test_prices_of_a_method_are_those_of_its_whole_rounds(target, tmp_path, monk
     made, again = (
         PricedDrafter(make_drafter(method, draft, **({} if "svip" in method else {"length": 4}))) for _ in range(2)
     )
-    found = prices_of(target, made, said.append, (1, 2), 64)
+    found = prices_of(target, made, said.append, rows=(1, 2), tokens=64)
     assert len(said) == 1
-    assert prices_of(target, again, said.append, (1, 2), 64) == found
+    assert prices_of(target, again, said.append, rows=(1, 2), tokens=64) == found
     assert len(said) == 1
     assert len(list((tmp_path / "packages").glob("prices-*.json"))) == 1
     for one in found:

@@ -65,10 +65,10 @@ def test_auto_in_a_server_gives_plain_decoding_s_answers(server, target, cost) -
 
 def test_only_methods_that_do_not_choose_themselves_are_weighed(target, drafter, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr("glidecape.serve.server.prices_of", lambda *given: asked.append(given[3:]) or planted(1, 1, 1))
+    monkeypatch.setattr("glidecape.serve.server.prices_of", lambda *_, **given: asked.append(given) or planted(1, 1, 1))
     settings = ServeSettings(max_batch=6, max_context=300)
     for method, is_weighed in (("plain", False), ("lookup", True), ("lookup+auto", False)):
         made = priced(target, make_drafter(method), settings)
         assert isinstance(made, PricedDrafter) == is_weighed
     assert priced(target, drafter, settings).inner is drafter
-    assert asked == [([1, 4, 6], 300)] * 2
+    assert asked == [{"rows": [1, 4, 6], "tokens": 300}] * 2

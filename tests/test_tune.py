@@ -12,7 +12,6 @@ import torch
 
 from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.costmodel import Prices, RoundCosts, chain_speedup
-from glidecape.costs import measured_prices
 from glidecape.drafting.auto.acceptance import DRAFTED
 from glidecape.drafting.auto.drafter import AutoDrafter
 from glidecape.drafting.auto.stored import FILE, store
@@ -34,7 +33,7 @@ def quick(tmp_path: Path, monkeypatch) -> Path:
     """Prices in a folder of their own, measured in a moment."""
     monkeypatch.setenv(FOLDER, str(tmp_path / "kept"))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
-    monkeypatch.setattr(measured_prices, "__defaults__", (0.0, (1,)))
+    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     return tmp_path / "kept"
 
 

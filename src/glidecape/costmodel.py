@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +19,8 @@ class RoundCosts:
         sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
             the last it goes on with the last slope.
         start: of a round's drafting, whatever its length; nothing where nothing is drafted.
-        whole: of drafting `length` depths by one program that ranks several tokens at each; infinite where there is none.
-        chain: of drafting a chain of `length` by one program, and of verifying it; infinite where there is none.
+        whole: of drafting `length` depths by one program that ranks several tokens at each.
+        chain: of drafting a chain of `length` by one program, and of verifying it; with a `length` of 0 there is no program.
 
     >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
     1.65
@@ -32,8 +31,8 @@ class RoundCosts:
     verification: tuple[float, ...] = (1.0,)
     start: float = 0.0
     length: int = 0
-    whole: float = math.inf
-    chain: float = math.inf
+    whole: float = 0.0
+    chain: float = 0.0
 
     @classmethod
     def linear(cls, draft: float, node: float, start: float = 0.0) -> RoundCosts:
@@ -125,7 +124,7 @@ class Prices:
         step = max(1e-9, times[0])
         ratios = tuple(max(1e-9, time) / step for time in times)
         draft, start = (max(0.0, mean(one)) / step for one in (self.draft, self.start))
-        whole, chain = (max(0.0, mean(one)) / step if self.length else math.inf for one in (self.whole, self.chain))
+        whole, chain = (max(0.0, mean(one)) / step if self.length else 0.0 for one in (self.whole, self.chain))
         return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, chain)
 
     def plain(self, rows: int, context: int) -> float:

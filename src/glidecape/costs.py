@@ -155,12 +155,13 @@ LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
 
 @torch.no_grad()
 def measured_prices(
-    target: Target, drafter: AutoDrafter, temperature: float = 0.0, rows: Sequence[int] = ROWS
+    target: Target, drafter: AutoDrafter, temperature: float = 0.0, rows: Sequence[int] | None = None
 ) -> Prices:
     """Prices of this pair on this machine, by rows and tokens before them; medians. A few seconds.
 
     The caches' content doesn't matter to time, so nothing is read before.
     """
+    rows = rows or ROWS
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
     cells: list[list[Cell]] = []
@@ -300,7 +301,10 @@ def length_prices(
 
 
 def prices_file(
-    target: Target, drafter: AutoDrafter | PricedDrafter, rows: Sequence[int] = ROWS, tokens: int = TOKENS
+    target: Target,
+    drafter: AutoDrafter | PricedDrafter,
+    rows: Sequence[int] | None = None,
+    tokens: int = TOKENS,
 ) -> Path | None:
     """Where the prices of this pair on this machine are kept, whether they are there or not; None: nowhere."""
     runner: Any = drafter.runner if isinstance(drafter, AutoDrafter) else drafter.inner
@@ -314,7 +318,7 @@ def prices_file(
         "draft": repr(model),
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
-        "chain": drafter.length if isinstance(drafter, AutoDrafter) else [repr(drafter), list(rows), tokens],
+        "chain": drafter.length if isinstance(drafter, AutoDrafter) else [repr(drafter), list(rows or ROWS), tokens],
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -329,22 +333,24 @@ def prices_of(
     drafter: AutoDrafter | PricedDrafter,
     say: Callable[[str], None] = print,
     again: bool = False,
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[int] | None = None,
     tokens: int = TOKENS,
 ) -> list[Prices]:
     """Prices of this pair on this machine, greedily and at temperature 1: kept, or measured now, which is said.
 
     Args:
         again: measure in any case.
-        rows, tokens: of `length_prices`.
+        rows: batch sizes; None: 1, 4 and 16.
+        tokens: of `length_prices`.
     """
+    rows = rows or ROWS
     path = prices_file(target, drafter, rows, tokens)
     kept = None if path is None or again else _kept(path, say)
     if kept is not None:
         return kept
     say("measuring what a round costs on this machine, once for this pair: a few seconds")
     measure: Callable[[float], Prices] = (
-        partial(measured_prices, target, drafter)
+        partial(measured_prices, target, drafter, rows=rows)
         if isinstance(drafter, AutoDrafter)
         else partial(length_prices, target, drafter, rows, tokens)
     )

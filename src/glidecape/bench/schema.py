@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -93,7 +93,7 @@ class Header(_Form):
 
     format: int
     identity: Identity
-    sessions: list[Session]
+    sessions: Annotated[list[Session], Field(min_length=1)]
     suites: list[SuiteFacts] = Field(default_factory=list)
     drawn: dict[str, dict[str, int]] = Field(default_factory=dict)
     fits: dict[str, Fit] = Field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,8 +63,6 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found = asdict(self)
-        if self.costs is not None:
-            found["costs"] = {name: value for name, value in found["costs"].items() if value != math.inf}
         found["rows"] = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
         return found
 
