@@ -60,6 +60,8 @@ def _run(said: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(said, Path) else said.fileno()
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # The old streams believe that they may seek.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     torch.set_num_threads(1)
     function(*args)
 
