@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from glidecape import progress
+
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import toys`
 torch.set_num_threads(1)
 # Tests decode eagerly, and never touch the user's own packages; tests/test_compiled.py compiles in folders of its own.
@@ -105,3 +107,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A command with --quiet silences its process: not the tests that come after."""
+    yield
+    progress.be_quiet(False)
