@@ -18,7 +18,7 @@ from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
 from glidecape.drafting.auto.rate import LONGEST, Worth
-from glidecape.drafting.auto.reliability import Offered
+from glidecape.drafting.auto.reliability import Bin, Offered, calibration_error
 from glidecape.drafts.glide.adapter import GlideDraft
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
@@ -130,7 +130,8 @@ def test_estimates_become_calibrated_though_chains_stop_early() -> None:
     for start in range(0, 4000, 20):
         model.learn(0, x[start : start + 20], y[start : start + 20])
     assert model.weights[0] == pytest.approx([0.5, 1.5], abs=0.25)
-    assert model.calibration_error(0) < 0.04  # the first predictions, before anything was learned, included
+    bins = [Bin(int(count), int(count), predicted, int(true)) for count, predicted, true in model.seen[0]]
+    assert calibration_error(bins) < 0.04  # the first predictions, before anything was learned, included
 
 
 def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path: Path, monkeypatch) -> None:

@@ -110,11 +110,8 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
 
 def _verified(target: Target, sized: _Sized, batch: Batch, nodes: int) -> float:
     """Seconds of a round that verifies so many nodes, its root counted; the batch is as before then."""
-    sized.length, stats = nodes - 1, Stats()
-    run_round(target, sized, batch, stats)
-    for row in batch.rows:
-        del row.tokens[row.prompt_length :]
-    batch.cache.truncate([row.prompt_length - 1 for row in batch.rows])
+    sized.length = nodes - 1
+    stats = _forgotten(target, sized, batch)
     return stats.total_s - stats.draft_s
 
 
@@ -213,7 +210,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
 
     def round_of(shape: Forced) -> float:
         drafter.forced = shape
-        return _forgotten(target, drafter, batch)
+        return _forgotten(target, drafter, batch).total_s
 
     try:
         times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
@@ -253,15 +250,15 @@ def _caches(batch: Batch) -> list[KVCache]:
     return [batch.cache] if own is None else [batch.cache, own]
 
 
-def _forgotten(target: Target, drafter: Drafter, batch: Batch) -> float:
-    """Seconds of a round; the batch is as before then."""
+def _forgotten(target: Target, drafter: Drafter, batch: Batch) -> Stats:
+    """What a round took; the batch is as before then."""
     stats = Stats()
     run_round(target, drafter, batch, stats)
     for row in batch.rows:
         del row.tokens[row.prompt_length :]
     for cache in _caches(batch):
         cache.truncate([row.prompt_length - 1 for row in batch.rows])
-    return stats.total_s
+    return stats
 
 
 @torch.no_grad()
@@ -288,7 +285,7 @@ def length_prices(
 
         def round_of(size: int) -> float:
             whole.limit = whole.length = size - 1
-            return _forgotten(target, whole if size > 1 else NoDraft(), batch)
+            return _forgotten(target, whole if size > 1 else NoDraft(), batch).total_s
 
         found = _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S)
         # A server that drafts nothing runs plain rounds among their like.

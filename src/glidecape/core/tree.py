@@ -48,9 +48,8 @@ class TokenTree:
         self._valid = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._valid[:, 0] = True
         self._known_score: Tensor | None = torch.zeros(batch, capacity, device=device)
-        self._given: Tensor | None = (
-            None  # of a comb, log-probabilities that its scores are made of when they are asked for
-        )
+        # Of a comb, the log-probabilities that its scores are made of when they are asked for.
+        self._given: Tensor | None = None
         self._sampled: Tensor | None = None
         own = torch.eye(capacity, dtype=torch.bool, device=device)[None]
         self._ancestors = own if batch == 1 else own.expand(batch, -1, -1).clone()

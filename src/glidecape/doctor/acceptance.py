@@ -13,7 +13,6 @@ from ..core.params import SamplingParams
 from ..core.stats import RoundStats, loops
 from ..drafting.methods import AnyDraft, base_for, make_drafter
 from ..drafts.checkpoint import NetworkDraft
-from ..engine.decode import BATCH
 from ..measure.runs import run
 from ..target.target import Target
 from ..train.figures import figures_by_lag
@@ -54,11 +53,10 @@ def acceptance_of(
     drafter = make_drafter(f"{base_for(kind)}+chain", draft, length=min(DEEPEST, draft.max_lag))
     written: list[tuple[list[int], list[int]]] = []
     rounds = []
-    for first in range(0, len(prompts), BATCH):
-        for ids in prompts[first : first + BATCH]:
-            one = run(target, drafter, [ids], replace(params, seed=params.seed + len(written)))
-            written.append((list(ids), one.tokens[0]))
-            rounds.append(one.rounds)
+    for number, ids in enumerate(prompts):
+        one = run(target, drafter, [ids], replace(params, seed=params.seed + number))
+        written.append((list(ids), one.tokens[0]))
+        rounds.append(one.rounds)
     steady = [n for n, (_, tokens) in enumerate(written) if not (params.greedy and loops(tokens))]
     kept = steady or list(range(len(written)))
     text = [token for n in kept for part in written[n] for token in part]

@@ -86,11 +86,6 @@ class OnlineLogistic:
         for column, values in enumerate((np.ones_like(p), p, y)):
             self.seen[kind, :, column] += np.bincount(at, values, BINS)
 
-    def calibration_error(self, kind: int) -> float:
-        """Mean distance of predicted and observed frequency over the tenths, weighted by their predictions; 0 before any."""
-        count, predicted, true = self.seen[kind].T
-        return float(np.abs(predicted - true).sum() / max(1.0, count.sum()))
-
 
 # Weights that were learned on the shipped pair (dev/LOG.md, 27 November), rounded: greedy and sampled.
 DRAFTED = (
