@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# NEVER RUN ON A GPU YET. What to measure when a GPU is at hand, in one go, the most valuable first; a table comes last.
+# What to measure when a GPU is at hand, in one go, the most valuable first; a table comes last. Step `correct` passed on an H200 in
+# float32; NO OTHER STEP HAS RUN ON A GPU YET (dev/LOG.md, 27 November, fourth session).
 #
 #   runs/gpu.sh                        all steps, about 25 minutes
 #   runs/gpu.sh correct widened        only these; STEPS below has their names
@@ -90,7 +91,7 @@ fi
 if wanted widened; then
     for temperature in 0 1; do
         bench "$large" --dtype bfloat16 --temperature $temperature --peers transformers,transformers+lookup \
-            --methods plain,lookup,vanilla,glide,glide+cape,glide+cape+svip,auto,eagle@top=4@total=12 --output "$out/widened-t$temperature"
+            --methods plain,lookup,vanilla,glide,glide+cape,glide+cape+svip,glide+auto,eagle@top=4@total=12 --output "$out/widened-t$temperature"
     done
 fi
 
@@ -112,7 +113,7 @@ fi
 if wanted scale; then
     for batch in $batches; do
         for context in $contexts; do
-            bench "$pair" --dtype bfloat16 --batch "$batch" --limit "$batch" --context "$context" --methods plain,glide,glide+cape+svip,auto --peers "" \
+            bench "$pair" --dtype bfloat16 --batch "$batch" --limit "$batch" --context "$context" --methods plain,glide,glide+cape+svip,glide+auto --peers "" \
                 --output "$out/scale-$batch-$context"
         done
     done

@@ -67,13 +67,13 @@ def whole(size: int) -> Axis:
 
 
 class Widening:
-    """From one shape to another.
+    """From one shape to another; matrices are made in `dtype`.
 
     Raises:
         InputError: a size that is smaller than before, or heads that cannot be mapped.
     """
 
-    def __init__(self, old: Shape, new: Shape) -> None:
+    def __init__(self, old: Shape, new: Shape, dtype: torch.dtype) -> None:
         if smaller := [name for name, size in asdict(old).items() if getattr(new, name) < size]:
             raise InputError(f"{', '.join(smaller)} would become smaller: name sizes of at least {old}")
         if new.head_dim % old.head_dim or new.heads // new.kv_heads < old.heads // old.kv_heads:
@@ -85,7 +85,8 @@ class Widening:
         self.queries, self.keys = self._queries(old.kv_heads, new.kv_heads), self._keys(old.kv_heads, new.kv_heads)
         # Of a GliDe layer's own attention, which has as many keys as queries.
         self.own_queries, self.own_keys = self._queries(old.heads, new.heads), self._keys(old.heads, new.heads)
-        self.pool = SPREAD * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+        self.dtype = dtype
+        self.pool = (SPREAD * torch.randn(2**20, generator=torch.Generator().manual_seed(0))).to(dtype)
 
     def _keys(self, old: int, new: int) -> Axis:
         """Rows of keys or values of so many heads; the halves of a head are rotated together, so each is spread."""
@@ -105,8 +106,8 @@ class Widening:
         return (number + 1) * self.new.layers // self.old.layers - 1
 
     def matrix(self, weight: torch.Tensor, rows: Axis, columns: Axis, random: bool = False) -> torch.Tensor:
-        made = self.random(rows, columns) if random else torch.zeros(rows.size, columns.size)
-        made[rows.at[:, None], columns.at] = weight.float()
+        made = self.random(rows, columns) if random else torch.zeros(rows.size, columns.size, dtype=self.dtype)
+        made[rows.at[:, None], columns.at] = weight.to(self.dtype)
         return made
 
     def random(self, rows: Axis, columns: Axis) -> torch.Tensor:
@@ -115,7 +116,7 @@ class Widening:
 
     def turned(self, weight: torch.Tensor, rows: Axis) -> torch.Tensor:
         """Queries: what a head has beside its old dimensions must be zero, since keys are random there."""
-        made = self.matrix(weight * self.query_scale, rows, self.stream, random=True)
+        made = self.matrix(weight.float() * self.query_scale, rows, self.stream, random=True)
         heads = made.view(-1, self.new.head_dim, made.shape[1])
         used = torch.zeros(rows.size, dtype=torch.bool).index_fill(0, rows.at, True).view(len(heads), -1)
         heads[used.any(1)[:, None] & ~used] = 0
@@ -177,7 +178,7 @@ def widen_llama(folder: Path, out: Path, new: Shape, dtype: torch.dtype, deeper:
     """Write the larger model of `folder` to `out`; `deeper`: with the layers of the new shape, else with its own."""
     config = json.loads((folder / "config.json").read_text())
     old = shape_of(config)
-    w = Widening(old, new if deeper else replace(new, layers=old.layers))
+    w = Widening(old, new if deeper else replace(new, layers=old.layers), dtype)
     state = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
@@ -295,8 +296,7 @@ def main() -> None:
         widen(given.target, drafts, given.out, replace(SHAPES[given.shape], **changed), getattr(torch, given.dtype))
     except GlideCapeError as error:
         raise SystemExit(f"error: {error}") from None
-    made = Target.from_pretrained(given.out / "target", probe=False, pack=False)
-    print(f"{made.summary}; {NOTE}")
+    print(f"{given.out}: {NOTE}")
 
 
 if __name__ == "__main__":

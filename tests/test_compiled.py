@@ -112,7 +112,7 @@ def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Pa
     ):
         said: list[str] = []
 
-        def broken(path, exported, functions, error=error):
+        def broken(path, exported, functions, with_weights, error=error):
             Path(path).write_bytes(b"half")
             raise error
 
@@ -162,7 +162,9 @@ def compare(target: Target, drafts: dict[str, object], methods: list[str], resid
         alone = [generate(target, [prompt], one, cases[0])[0].tokens for prompt in PROMPTS]
         assert alone == [o.tokens for o in expected[0]], method
     chains = {key for draft in drafts.values() for key in getattr(draft, "chains", {})}
-    assert chains == ({(3, 1), (3, 3)} if {"glide", "glide+cape", "eagle+chain"} <= set(methods) else set())
+    # Those of chains and of CaPE, and of auto.
+    expected_chains = {(3, 1), (3, 3), (4, 1), (4, 5)}
+    assert chains == (expected_chains if {"glide", "glide+cape", "glide+auto"} <= set(methods) else set())
 
 
 @COMPILER
@@ -174,8 +176,10 @@ def test_tokens_are_eager_decoding_s(world) -> None:
 @COMPILER
 @pytest.mark.slow
 def test_tokens_are_eager_decoding_s_with_every_draft(world, monkeypatch) -> None:
-    # Under the residual rule tokens depend on the draft's law: its eager products are float32, too, as compiled ones are.
+    # Under the residual rule tokens depend on the draft's law, so both ways compute it in float32, from whole weights.
     monkeypatch.setattr("glidecape.target.packed.cpu_has_bfloat16", lambda: False)
+    whole = lambda *facts, in_8_bits, **options: Program(*facts, **options)  # noqa: E731
+    monkeypatch.setattr("glidecape.drafts.program.Program", whole)
     packs.cache_clear()
     target = Target.from_pretrained(world["target"], dtype=torch.float32)
     drafts = {name: load_draft(world[name], target) for name in ("glide", "eagle", "medusa")}

@@ -42,6 +42,16 @@ def tree_mask(cache: Rows, ancestors: Tensor | None, queries: int) -> Tensor | N
         ancestors = chain.expand(batch, -1, -1)
     if not cache.ragged:
         return torch.cat([ancestors.new_ones(batch, queries, cache.longest), ancestors], dim=2)[:, None]
+    return paths_mask(lengths, ancestors, keys)
+
+
+def paths_mask(lengths: Tensor, ancestors: Tensor, keys: int) -> Tensor:
+    """Who sees which of a cache's first `keys` slots: a row's committed ones, and the scratch slots of a query's own path.
+
+    Args:
+        ancestors: `(batch, queries, scratch)`, as in `tree_mask`, of all scratch slots.
+    """
+    queries, scratch = ancestors.shape[1:]
     slot = torch.arange(keys, device=lengths.device) - lengths[:, None]  # (batch, keys): negative where committed
     index = slot.clamp(0, scratch - 1)[:, None].expand(-1, queries, -1)
     inside = ((slot >= 0) & (slot < scratch))[:, None]

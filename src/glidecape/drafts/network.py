@@ -17,7 +17,7 @@ KV = tuple[Tensor, Tensor]
 MAX_TABLE = 65_536
 
 
-class TargetRotary:
+class TargetRotary(nn.Module):
     """cos and sin as the target layer makes them, scaled rotary included.
 
     They are looked up in a table made once, except where they depend on the sequence's length (dynamic scaling) or the
@@ -28,7 +28,11 @@ class TargetRotary:
         UnsupportedError: the target does not rotate by cosines and sines.
     """
 
+    cos: Tensor | None
+    sin: Tensor | None
+
     def __init__(self, target: Target, layer: int) -> None:
+        super().__init__()
         # Not those of a composite model's other parts: pictures rotate, too.
         parts = target.model.get_decoder().named_modules()
         self.rotary = next((m for n, m in parts if n.split(".")[-1] == "rotary_emb"), None)
@@ -39,7 +43,9 @@ class TargetRotary:
         # Room past the context: nodes beyond it are drafted at a limit, and clipped.
         self.size = target.context + 256
         self.fixed = self.size <= MAX_TABLE and "dynamic" not in scaling and "longrope" not in scaling
-        self.table: KV | None = None
+        # Buffers, so that compiled programs read them where they lie.
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
         self._make(torch.zeros(1, 1, dtype=torch.long, device=target.device))  # refuse now, not while decoding
 
     def _needs_kind(self, target: Target) -> bool:
@@ -66,7 +72,7 @@ class TargetRotary:
         low, high = sin.chunk(2, dim=-1)
         return cos, torch.cat([-low, high], dim=-1)
 
-    def __call__(self, positions: Tensor) -> tuple[KV, KV | None]:
+    def forward(self, positions: Tensor) -> tuple[KV, KV | None]:
         """(cos, sin) for the draft's own heads, and for its cross-attention, each `(batch, queries, rotary_dim)`.
 
         (a, b) turns into (a cos - b sin, b cos + a sin); the minus is in the first half of `sin` here.
@@ -74,11 +80,11 @@ class TargetRotary:
         if not self.fixed:
             found = self._make(positions)
         else:
-            if self.table is None or self.table[0].device != positions.device:
+            if self.cos is None or self.sin is None or self.cos.device != positions.device:
                 cos, sin = self._make(torch.arange(self.size, device=positions.device)[None])
-                self.table = cos[0], sin[0]
+                self.cos, self.sin = cos[0], sin[0]
             at = positions.clamp(max=self.size - 1)
-            found = self.table[0][at], self.table[1][at]
+            found = self.cos[at], self.sin[at]
         return found, found if self.rotary is not None else None
 
 

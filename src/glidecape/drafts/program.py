@@ -211,7 +211,7 @@ class NetworkDraft(SharedDraft, ABC):
         # The target's configuration says how its rotary embedding turns, which is in the program.
         facts |= {"kind": self.module.kind, "config": asdict(self.module.config)}
         facts["target"] = parts.target.config.to_json_string()
-        return Program(name, facts, (self.module,), make, (parts,), in_8_bits=True)
+        return Program(name, facts, (self.module,), make, (parts,), in_8_bits=True, device=parts.target.device)
 
     def _example(self, below_root: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         """The program, example inputs, and which of their sizes are dynamic."""

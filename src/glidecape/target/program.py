@@ -238,28 +238,28 @@ class VerdictProgram(nn.Module):
         return verdict_numbers(tree, scores)
 
 
-def verdict_program() -> Program:
+def verdict_program(device: torch.device) -> Program:
     """The program of verdicts, the same for all models."""
 
     def make() -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         rows, nodes, vocab, levels, slots = 2, 5, 32, 4, 3
-        drafted = torch.zeros(rows, nodes - 1)
-        tree = TokenTree.comb(torch.zeros(rows).long(), drafted.long()[..., None], drafted[..., None])
-        grown = torch.arange(nodes).repeat(rows, 1)
+        drafted = torch.zeros(rows, nodes - 1, device=device)
+        tree = TokenTree.comb(drafted[:, 0].long(), drafted.long()[..., None], drafted[..., None])
+        grown = torch.arange(nodes, device=device).repeat(rows, 1)
         inputs = (
             tree.numbers,
             tree.valid,
             tree.ancestors,
-            torch.rand(rows, nodes, vocab),
-            torch.arange(levels + 1),
+            torch.rand(rows, nodes, vocab, device=device),
+            torch.arange(levels + 1, device=device),
             grown,
         )
         of_tree = ({1: ROWS, 2: NODES}, {0: ROWS, 1: NODES}, {0: ROWS, 1: NODES, 2: NODES})
         width, depths, kept = (Dim(name, min=1, max=2**31) for name in ("vocab", "depths", "memo"))
         sizes = (*of_tree, {0: ROWS, 1: NODES, 2: width}, {0: depths}, {0: ROWS, 1: NODES}, {0: ROWS, 1: kept})
-        return VerdictProgram(), (*inputs, torch.zeros(rows, slots).long()), sizes
+        return VerdictProgram(), (*inputs, torch.zeros(rows, slots, dtype=torch.long, device=device)), sizes
 
-    return Program("the verdict", {"kind": "verdict"}, (), make)
+    return Program("the verdict", {"kind": "verdict"}, (), make, device=device)
 
 
 class CompiledVerdict:

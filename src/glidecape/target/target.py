@@ -140,7 +140,8 @@ class Target:
         """Its forward, to be compiled (`packages.Program`)."""
         facts = {"kind": "target", "config": self.config.to_json_string(), "code": source_digest(self.model)}
         name = f"the model of {millions(self.num_parameters)} parameters"
-        return Program(name, facts, (self.model,), lambda: (TargetProgram(self), *example(self)))
+        make = lambda: (TargetProgram(self), *example(self))  # noqa: E731
+        return Program(name, facts, (self.model,), make, device=self.device)
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """Decode by a compiled program from now on; False where it stays eager, which is said.
@@ -156,7 +157,7 @@ class Target:
             return True
         run = compiled(self.program(), mode, say)
         self.compiled = None if run is None else self._tried(CompiledTarget(run), say)
-        verdict = None if self.compiled is None else compiled(verdict_program(), mode, say)
+        verdict = None if self.compiled is None else compiled(verdict_program(self.device), mode, say)
         self.verdict = verdict_numbers if verdict is None else CompiledVerdict(verdict)
         return self.compiled is not None
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
-from ...target.operators import no_mask, tree_attention
+from ...target.operators import no_mask, path_attention
 from ...target.packed import draft_products, pack
 from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
@@ -50,7 +50,8 @@ class CrossInputs:
     def __init__(self, layers: dict[int, KV], visible: Tensor | None) -> None:
         self.layers, self.visible = layers, visible
         keys = next(iter(layers.values()))[0].shape[2] if layers else 0
-        self.empty = keys == 0  # the very beginning of a text
+        # The very beginning of a text; a compiled program reads one key at least.
+        self.empty = not torch.compiler.is_exporting() and keys == 0
         # A query that sees nothing gets zero.
         self.mask = None if visible is None else visible_mask(visible, keys)
         self.sees = None if visible is None else (visible > 0)[..., None]
@@ -61,9 +62,9 @@ class CrossInputs:
             return attend(q, k, v, self.mask, scale)
         # A compiled program reads them as committed tokens, before which no query stands.
         lengths = self.visible.amax(1).clamp(min=1)
-        nowhere = torch.zeros(q.shape[0], q.shape[2], 1, dtype=torch.bool)
-        seen = no_mask() if self.visible.shape[1] == 1 else self.mask
-        return tree_attention(q, k, v, lengths, lengths[:, None], nowhere, seen, scale, 0.0).flatten(2)
+        nowhere = torch.zeros(q.shape[0], q.shape[2], 1, dtype=torch.bool, device=q.device)
+        seen = no_mask() if self.visible.shape[1] == 1 or self.mask is None else self.mask
+        return path_attention(q, k, v, lengths, lengths[:, None], nowhere, seen, scale, 0.0).flatten(2)
 
 
 class CrossAttention(nn.Module):
