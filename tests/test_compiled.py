@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,41 @@ def test_a_node_has_the_same_bits_in_every_tree_and_batch(world, dtype: torch.dt
                 out = target.forward(tokens[:, one : one + 1], torch.tensor([[past + depth]]), cache).logits
                 cache.commit([1])
             assert torch.equal(out[0, 0], whole[node]), node
+
+
+@COMPILER
+def test_a_forward_costs_the_same_however_large_the_cache_is(world) -> None:
+    """A program that copied the keys and values of its cache would take a hundred times as long."""
+    target = Target.from_pretrained(world["target"], dtype=torch.float32)
+    assert target.compile("on", lambda _: None)
+
+    def seconds(capacity: int) -> float:
+        room, token = target.new_cache(1, capacity), torch.zeros(1, 1, dtype=torch.long)
+        room.commit([8])
+        times = []
+        for _ in range(9):
+            started = time.perf_counter()
+            target.forward(token, token + 8, room)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    small, large = seconds(32), seconds(400_000)
+    assert large < 8 * small, (small, large)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux shows them")
+def test_a_thread_s_openmp_threads_end_when_they_are_freed_and_come_back() -> None:
+    code = """
+import os, torch
+from glidecape.compat import free_threads
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+x = torch.randn(600, 600)
+first = (x @ x).sum()
+torch.rand(1_000_000).exp()
+busy = count()
+free_threads()
+print(busy - count(), bool(torch.equal((x @ x).sum(), first)), torch.get_num_threads())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split() == ["2", "True", "3"], ran.stdout + ran.stderr

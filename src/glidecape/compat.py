@@ -6,6 +6,7 @@ the suite on both ends of the range in pyproject.toml.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import warnings
@@ -40,6 +41,7 @@ __all__ = [
     "compile_to",
     "cpu_has_bfloat16",
     "export_program",
+    "free_threads",
     "load_package",
     "pack_weight",
     "packed_linear",
@@ -184,6 +186,24 @@ def load_package(
         if weights:
             loader.load_constants(weights, use_inactive=False, check_full_update=True, user_managed=True)
     return loader.run
+
+
+def free_threads() -> None:
+    """End the OpenMP threads of the calling thread; they come back when it computes again. To be called before another thread
+    decodes.
+
+    GNU's OpenMP lets its threads wait awake only while there are no more of them than CPUs, idle ones of other threads counted.
+    Asleep, they are woken for each operator, which made decoding five to ten times slower (dev/LOG.md).
+    """
+    pause = _pause_openmp()
+    if pause is not None:
+        pause(1)  # omp_pause_soft: settings such as the number of threads stay
+
+
+@cache
+def _pause_openmp() -> Callable[[int], int] | None:
+    """OpenMP 5.0's `omp_pause_resource_all` of the library that PyTorch has loaded."""
+    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if os.name == "posix" else None
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from ..batch.row import Emitted
 from ..batch.text import Prompt, TextStream
+from ..compat import free_threads
 from ..core.params import SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ..drafts.checkpoint import NetworkDraft
 
 Text = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or messages with `role` and `content`
+# What is awaited is decoded on one thread: each thread that has ever decoded has OpenMP threads of its own (`free_threads`).
+DECODING = ThreadPoolExecutor(1, "decoding")
 
 
 class LanguageModel:
@@ -196,7 +200,8 @@ class LanguageModel:
             return engine.step(stats)
 
     async def _step_in_thread(self, engine: Engine, stats: Stats | None) -> list[Emitted]:
-        step = asyncio.ensure_future(asyncio.to_thread(self._step, engine, stats))
+        free_threads()
+        step = asyncio.get_running_loop().run_in_executor(DECODING, self._step, engine, stats)
         try:
             return await asyncio.shield(step)
         except asyncio.CancelledError:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ..batch.row import Emitted
+from ..compat import free_threads
 from ..costmodel import Prices
 from ..engine.steady import SteadyEngine
 from ..errors import GlideCapeError, InputError, first_line
@@ -46,6 +47,10 @@ class Worker(threading.Thread):
         self._stopping = False
         self._paces: list[float] = []  # seconds of the last answers, for Retry-After
         self._counted = [0, 0]  # draft failures and out of memory that the metrics know
+
+    def start(self) -> None:
+        free_threads()
+        super().start()
 
     # --- called by requests, on any thread
 

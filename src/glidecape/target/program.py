@@ -64,9 +64,11 @@ class TracedCache(SlotCache):
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVCache.write`."""
-        at, end = self._next_slots(keys.shape[2]), self.end
+        (rows, slots), end = self._next_slots(keys.shape[2]), self.end
+        heads = torch.arange(keys.shape[1], device=rows.device)[:, None]
         for store, new in ((self.own_keys[layer], keys), (self.own_values[layer], values)):
-            store.transpose(1, 2).index_put_(at, new.transpose(1, 2))
+            # Into the store itself: written through a view of it, the compiler would copy the whole store.
+            store.index_put_((rows[:, None], heads, slots[:, None]), new)
         return self.own_keys[layer][:, :, :end], self.own_values[layer][:, :, :end]
 
     def write_hidden(self, hidden: Tensor) -> None:
