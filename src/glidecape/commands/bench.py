@@ -94,7 +94,9 @@ def bench(
     model = machine.load(target)
     folders = named_folders(given)
     drafts = load_drafts(folders, model)
-    machine.compile_models(model, [one.drafter(drafts) for one in chosen])
+    machine.compile_models(
+        model, [one.drafter(drafts) for one in chosen], price=False
+    )  # the run asks for prices itself
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
     _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)
