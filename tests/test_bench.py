@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from glidecape.bench.settings import Settings
 from glidecape.bench.suites import Prompt, Suite
 from glidecape.bench.watch import overlap, watch
 from glidecape.core.params import SamplingParams
+from glidecape.costmodel import Prices
 from glidecape.drafting.auto.drafter import AutoDrafter
 from glidecape.drafting.auto.reliability import Bin
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
@@ -681,6 +683,15 @@ def test_a_record_of_auto_counts_what_it_offered_by_predicted_probability() -> N
     assert sum(one.reached for one in bins) < sum(one.offered for one in bins)  # siblings below a rejection
     assert drafter.offered is None  # later decoding keeps nothing
     assert run_job(TARGET, NoDraft(), [toy_item()], Settings(max_new_tokens=4))[0].calibration == []
+
+
+def test_what_is_measured_of_auto_knows_what_rounds_cost(monkeypatch) -> None:
+    prices = [Prices.guess(0.123), Prices.guess(0.456)]
+    monkeypatch.setattr(runner, "prices_of", lambda target, drafter, say: prices)
+    methods = read_methods(["plain", "lookup+auto", "glide+auto"], MethodOptions())
+    plan = runner.Plan(TARGET, {"glide": DRAFT}, {}, methods, [], Settings())
+    made = runner._drafters(plan, SimpleNamespace(header={}))
+    assert [made[name].prices for name in ("lookup+auto", "glide+auto")] == [prices, prices]
 
 
 def test_the_report_shows_behind_a_fold_how_true_auto_s_predictions_are(tmp_path: Path, monkeypatch) -> None:
