@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import re
 import signal
 import subprocess
@@ -13,13 +14,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
 
 from glidecape import cli
+from glidecape.engine.logprobs import TokenLogprobs
 from glidecape.options import option_of
+from glidecape.serve.choice import Choice
 from glidecape.serve.schema import ChatRequest, CompletionRequest
 from glidecape.serve.settings import ServeSettings
 from serving import PROMPTS, SAY, Process, Running, alone, wait_for
@@ -413,3 +417,21 @@ def test_a_killed_server_starts_again_and_sigterm_drains() -> None:
         assert answers[0][0] == 200
         assert answers[0][1]["usage"]["completion_tokens"] == 300
         assert two.process.wait(30) == 0
+
+
+class Toy:
+    """A tokenizer that can be named."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(f"<{one}>" for one in ids)
+
+
+def test_a_token_that_cannot_come_has_a_log_probability_that_json_can_write() -> None:
+    row = SimpleNamespace(params=SimpleNamespace(stop=(), logprobs=2))
+    tokenizer = Toy()
+    choice = Choice(SimpleNamespace(row=row, prompt=[1]), tokenizer)
+    entries = [(5, TokenLogprobs(-0.0, ((5, -0.0), (7, -math.inf))))]
+    for told in (choice.chat_logprobs(entries), choice.completion_logprobs(entries, 0)):
+        assert told is not None
+        text = json.dumps(told.model_dump(), allow_nan=False)
+        assert "-9999.0" in text

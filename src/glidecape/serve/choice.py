@@ -22,6 +22,7 @@ from .replies import (
 )
 
 Entry = tuple[int, TokenLogprobs]
+NEVER = -9999.0  # OpenAI's number for a token that cannot come: JSON has no infinity
 _NAMES: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()  # texts of tokens, by tokenizer
 
 
@@ -66,7 +67,11 @@ class Choice:
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             text = self.named(token)
-            return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
+            return {
+                "token": text,
+                "logprob": max(logprob, NEVER),
+                "bytes": None if HALF in text else list(text.encode()),
+            }
 
         if not self.wants_logprobs:
             return None
@@ -84,8 +89,8 @@ class Choice:
         tokens = [self.named(token) for token, _ in entries]
         return CompletionLogprobs(
             tokens=tokens,
-            token_logprobs=[of.logprob for _, of in entries],
-            top_logprobs=[{self.named(token): value for token, value in of.top} for _, of in entries],
+            token_logprobs=[max(of.logprob, NEVER) for _, of in entries],
+            top_logprobs=[{self.named(token): max(value, NEVER) for token, value in of.top} for _, of in entries],
             text_offset=list(accumulate(map(len, tokens), initial=offset))[: len(tokens)],
         )
 
