@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,8 +203,8 @@ def free_threads() -> None:
 
 @cache
 def _pause_openmp() -> Callable[[int], int] | None:
-    """OpenMP 5.0's `omp_pause_resource_all` of the library that PyTorch has loaded."""
-    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if os.name == "posix" else None
+    """OpenMP 5.0's `omp_pause_resource_all` of the library that PyTorch has loaded, GNU's on Linux."""
+    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if sys.platform == "linux" else None
 
 
 @contextmanager

@@ -94,9 +94,8 @@ def bench(
     model = machine.load(target)
     folders = named_folders(given)
     drafts = load_drafts(folders, model)
-    machine.compile_models(
-        model, [one.drafter(drafts) for one in chosen], price=False
-    )  # the run asks for prices itself
+    made = [one.drafter(drafts) for one in chosen]
+    machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices
     digests = {name: digest_of_model(folder) for name, folder in folders.items()}
     others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
     _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)
