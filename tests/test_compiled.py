@@ -176,6 +176,7 @@ def test_tokens_are_eager_decoding_s(world) -> None:
 
 @COMPILER
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_tokens_are_eager_decoding_s_with_every_draft(world, monkeypatch) -> None:
     # Under the residual rule tokens depend on the draft's law, so both ways compute it in float32, from whole weights.
     monkeypatch.setattr("glidecape.target.packed.cpu_has_bfloat16", lambda: False)
