@@ -9,6 +9,7 @@ compiled decoding is lossless to the bit.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,20 +120,9 @@ def tree_attention(
     return (weights[..., None] * values).sum(-2).to(q.dtype).transpose(1, 2).contiguous()
 
 
-def path_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    positions: Tensor,
-    ancestors: Tensor,
-    seen: Tensor,
-    scale: float,
-    cap: float = 0.0,
-) -> Tensor:
+def path_attention(q: Tensor, *others: Any) -> Tensor:
     """Attention of each node to its own path in a compiled program: `tree_attention` on a CPU, by masked slots elsewhere."""
-    attend = tree_attention if q.device.type == "cpu" else slot_attention
-    return attend(q, k, v, lengths, positions, ancestors, seen, scale, cap)
+    return tree_attention(q, *others) if q.device.type == "cpu" else slot_attention(q, *others)
 
 
 def slot_attention(
