@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.overrides import TorchFunctionMode
 
 import glidecape.core.transfer as transfer_module
 import glidecape.core.tree as tree_module
@@ -38,6 +39,7 @@ from glidecape.drafts.medusa.adapter import MedusaDraft
 from glidecape.drafts.medusa.config import MedusaConfig
 from glidecape.drafts.medusa.network import MedusaModel
 from glidecape.engine.engine import Engine
+from glidecape.target import graphs
 from glidecape.target.target import Target
 from test_against_transformers import build
 
@@ -89,8 +91,10 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, waits: list) -> int:
-    """Waits of the second round: the first one makes what is kept for later rounds."""
+def waits_of_a_round(
+    method: str, prompts: list[list[int]], temperature: float, waits: list, rounds: int = 2, compile: bool = False
+) -> int:
+    """Waits of the last round: the first one makes what is kept for later rounds."""
     target, draft = pair(method)
     forget()
     with fake_cuda():
@@ -100,17 +104,20 @@ def waits_of_a_round(method: str, prompts: list[list[int]], temperature: float, 
         drafter = make_drafter(method, draft, length=LENGTH, cap=LENGTH, bins=(2, 1), top=3, total=8)
         if isinstance(drafter, AutoDrafter):
             drafter.forced = Forced(LENGTH, 4)  # what it would choose depends on numbers, which are made up
+        if compile:
+            assert target.compile("on", pytest.fail)
+            assert drafter.compile("on", pytest.fail) or method.split("+")[0] in ("plain", "lookup", "medusa")
         engine = Engine(target, drafter, len(prompts), tokens=64, new_tokens=32)
         for i, prompt in enumerate(prompts):
             # The last of several rows may soon emit no more, so it drafts less than its neighbours.
-            most = 5 if i and i == len(prompts) - 1 else 32
+            most = 5 if i and i == len(prompts) - 1 and rounds == 2 else 32
             options = {"top_p": 0.9, "min_p": 0.01, "top_k": 40, "seed": i, "ignore_eos": True}
             params = SamplingParams(temperature, max_new_tokens=most, **options)
             engine.submit(new_row(i, prompt, params, target))
         engine.step()  # takes the rows in, and reads their prompts
         while engine.read_prompts():
             pass
-        for _ in range(2):
+        for _ in range(rounds):
             waits.clear()
             assert len(engine.step()) == len(prompts)
     forget()
@@ -130,6 +137,39 @@ def test_a_round_stays_on_its_device_and_waits_as_often_alone_as_in_a_ragged_bat
     assert alone <= 1 + packs + (LENGTH - 1) * asks_each_depth + LENGTH * looks_at_each_depth, waits
     if not asks_each_depth and not looks_at_each_depth:
         assert alone <= 2
+
+
+class NoCopies(TorchFunctionMode):
+    """Numbers of the host that go to the device: a graph would read them where they were at its capture."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        from_host = function is torch.Tensor.to and args[0].device.type == "cpu"
+        if (function in (torch.tensor, torch.as_tensor) or from_host) and found.device.type != "cpu":
+            raise AssertionError(f"{function} copies from the host")
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "T=1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_graph_captures_neither_waits_nor_copies_from_the_host(
+    method: str, temperature: float, waits: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def capture(run: Any) -> Any:
+        before = len(waits)
+        with NoCopies():
+            outputs = run()
+        assert len(waits) == before
+        made.append(len(outputs))
+        return (lambda: None), outputs
+
+    monkeypatch.setattr(graphs, "capture_graph", capture)
+    alone = waits_of_a_round(method, RAGGED[:1], temperature, waits, 4, compile=True)
+    assert made
+    assert waits_of_a_round(method, RAGGED, temperature, waits, 4, compile=True) == alone
 
 
 def test_a_wait_that_is_not_counted_is_an_error() -> None:

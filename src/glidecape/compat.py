@@ -123,16 +123,14 @@ class _OuterProducts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def compile_to(path: str, exported: Any, functions: dict[str, str], with_weights: bool) -> None:
+def compile_to(path: str, exported: Any, functions: dict[str, str]) -> None:
     """Compile an exported program to a package at `path`.
 
     Args:
         functions: by operator of ours, the declaration of the C function that the program calls for it.
-        with_weights: does the package hold them? Otherwise whoever loads it names the module that does.
     """
     options: dict[str, Any] = {
-        "freezing": with_weights,
-        "aot_inductor.package_constants_in_so": with_weights,
+        "freezing": True,
         "cpp.dynamic_threads": True,  # as many threads as PyTorch has when it runs
     }
     options["aot_inductor.custom_ops_to_c_shims"] = {
@@ -162,31 +160,15 @@ def build_library(folder: Path, path: Path) -> None:
         os.replace(builder.get_target_file_path(), path)
 
 
-def load_package(
-    path: str, module: nn.Module | None = None, device: torch.device | None = None
-) -> Callable[[list[Tensor]], list[Tensor]]:
+def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:
     """The program of a package: flat inputs to flat outputs.
 
-    Args:
-        module: the exported module, whose weights a package without any reads where they lie.
-        device: a GPU; None: the CPU.
-
     Raises:
-        RuntimeError: it cannot be loaded, or needs weights that the module has not.
+        RuntimeError: it cannot be loaded.
     """
-    number = -1 if device is None or device.index is None else device.index
     with _inductor() as inductor:
         # The loader itself: the public wrapper flattens its arguments in Python at each call.
-        loader = inductor.aoti_load_package(path, device_index=number).loader
-    if module is not None:
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        own, needed = dict(named), loader.get_constant_fqns()
-        if missing := set(needed) - own.keys():
-            raise RuntimeError(f"it needs {', '.join(sorted(missing))}, which no module holds")
-        weights = {name: own[name].detach() for name in needed}
-        if weights:
-            loader.load_constants(weights, use_inactive=False, check_full_update=True, user_managed=True)
-    return loader.run
+        return inductor.aoti_load_package(path).loader.run
 
 
 def free_threads() -> None:

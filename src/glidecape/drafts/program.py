@@ -172,7 +172,8 @@ class NetworkDraft(SharedDraft, ABC):
     def _chain_example(self, length: int, ranked: int) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         _, *examples = self._example(False)
         step, sizes = (StepInputs._make(one[0]) for one in examples)
-        (rows, queries), device, longest = step.tokens.shape, step.tokens.device, int(step.own_lengths.max())
+        (rows, queries), device = step.tokens.shape, step.tokens.device
+        longest = step.own_slots.shape[0] - step.scratch_positions.shape[1]
         step = step._replace(
             own_slots=torch.arange(longest + queries, device=device),
             ancestors=chain(rows, queries, queries, device),
@@ -323,6 +324,8 @@ class ChainProgram(DraftProgram):
         of_own, target = step.hidden[0] if step.hidden else None, draft.traced_target(step)
         stores = [dict(enumerate(one)) for one in (step.own_keys, step.own_values)]
         roots, longest = step.own_lengths + last, committed_slots.shape[0]
+        if not torch.compiler.is_exporting():  # a graph's number is rounded up
+            longest = min(longest, stores[0][0].shape[2] - self.length)
         found: list[Ranked] = []
         for depth in range(self.length):
             found.append(rank_first(logits, sharpness, noise[:, depth : depth + 1], self.ranked)[1])

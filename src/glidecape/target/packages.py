@@ -14,8 +14,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,13 +30,12 @@ from ..compat import build_library, compile_to, export_program, load_package
 from ..errors import GlideCapeError, first_line
 from ..files import FOLDER, user_folder, write_atomic
 from ..progress import bar
+from .graphs import Graphs
 from .operators import FUNCTIONS, KERNELS
 from .streamed import share_inputs, streamed_layers
 
 CPU = torch.device("cpu")
 USUAL_S = 60.0  # of compiling a program
-SHORT = 64  # elements of a tensor that may end as a literal: 8 in PyTorch 2.13
-CRASH = "crash"  # in the place of a package's note: why it cannot be loaded
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
 Run = Callable[[list[Tensor]], list[Tensor]]
 
@@ -119,7 +116,7 @@ class Program:
             streamed ones meanwhile.
         make: gives the program, example inputs, and their dynamic sizes.
         in_8_bits: may linear layers round their weights to 8 bits? A draft's may: the output stays the target's.
-        device: where it is to run. A CPU's program holds weights in a form of its own; a GPU's reads the modules' own.
+        device: where it is to run. A CPU's program is compiled; a GPU's is captured in CUDA graphs, see `graphs`.
     """
 
     name: str
@@ -131,10 +128,6 @@ class Program:
     device: torch.device = CPU
 
     @property
-    def on_cpu(self) -> bool:
-        return self.device.type == "cpu"
-
-    @property
     def parts(self) -> list[nn.Module]:
         """All modules whose weights it uses."""
         held = [part for one in self.holders for part in vars(one).values() if isinstance(part, nn.Module)]
@@ -144,74 +137,64 @@ class Program:
 def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
     """The compiled program, made if it is not kept yet; two processes make it once. None where it cannot be.
 
+    On a GPU nothing is compiled or kept: CUDA graphs are captured while decoding.
+
     Args:
         mode: "on"; "kept": only if it is kept, and without a word if not.
         say: told in one line what takes time, or why there is none.
     """
-    if mode == "kept":
-        say = lambda _: None  # noqa: E731
+    quietly: Callable[[str], None] = lambda _: None  # noqa: E731
     try:
-        facts = program.facts | environment()
-        if not program.on_cpu:
-            facts |= _gpu_facts(program)
-        folder, kind = cache_folder(), _name(facts)
-        if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
-            return None  # the weights, which take a while to read, need not be asked
-        with streamed_layers(*program.modules, holders=program.holders, in_8_bits=program.in_8_bits):
-            try:
-                facts["weights"] = weights_digest(*program.parts) if program.on_cpu else shapes_digest(*program.parts)
-            except Exception as error:  # quantized weights are tensors of other libraries
-                raise CompileError(f"its weights cannot be read ({first_line(error)})") from None
-            path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
-            if mode == "kept" and not _whole(path):
-                return None
-            if program.on_cpu and not _load_kernels(folder, make=mode != "kept"):
-                return None
-            with FileLock(path.with_suffix(".lock")):
-                if not _whole(path):
-                    _refuse_crash(path)
-                    _make(program, facts, path, say)
-        return load_package(str(path)) if program.on_cpu else load_package(str(path), program.make()[0], program.device)
+        if program.device.type != "cpu":
+            return _graphs(program, say)
+        return _package(program, mode, quietly if mode == "kept" else say)
     except OSError as error:
-        say(f"{program.name} is not compiled: it cannot be kept in the cache folder ({error.strerror or error})")
+        reason = f"it cannot be kept in the cache folder ({error.strerror or error})"
     except RuntimeError as error:
-        say(f"{program.name} is not compiled: it cannot be loaded ({first_line(error)})")
+        reason = f"it cannot be loaded ({first_line(error)})"
     except CompileError as error:
-        say(f"{program.name} is not compiled: {error}")
+        reason = str(error)
+    (quietly if mode == "kept" else say)(f"{program.name} is not compiled: {reason}")
     return None
 
 
-def shapes_digest(*modules: nn.Module) -> str:
-    """sha256 of what all parameters and buffers are, but for their values, for a program that reads them where they lie.
-
-    Values count where the compiler writes them into the code: short tensors, and those that hold one value.
+def _graphs(program: Program, say: Callable[[str], None]) -> Run:
+    """A GPU's program.
 
     Raises:
-        TypeError: a weight is a tensor of another library.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted((*module.named_parameters(), *module.named_buffers()), key=lambda one: one[0]):
-            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-                raise TypeError(f"{name} is a {type(tensor).__name__}")
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.numel() <= SHORT or tensor.min() == tensor.max():
-                digest.update(str(tensor.flatten()[:SHORT].tolist()).encode())
-    return digest.hexdigest()
-
-
-def _gpu_facts(program: Program) -> dict[str, Any]:
-    """What a GPU's program depends on besides.
-
-    Raises:
-        CompileError: no program is made for this device, or for several at once.
+        CompileError: another device, or several.
     """
     if program.device.type != "cuda":
         raise CompileError(f"programs are made for CPUs and CUDA, not for devices of type {program.device.type}")
     if len({one.device for part in program.parts for one in part.parameters()} | {program.device}) > 1:
         raise CompileError("its weights lie on several devices")
-    gpu = torch.cuda.get_device_properties(program.device)
-    return {"gpu": f"{gpu.name} {gpu.major}.{gpu.minor}", "cuda": torch.version.cuda}
+    return Graphs(*program.make(), say)
+
+
+def _package(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
+    """A CPU's program, from its package; None if it is not kept and may not be made.
+
+    Raises:
+        CompileError, OSError, RuntimeError: it cannot be made, kept or loaded.
+    """
+    facts = program.facts | environment()
+    folder, kind = cache_folder(), _name(facts)
+    if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):
+        return None  # the weights, which take a while to read, need not be asked
+    with streamed_layers(*program.modules, holders=program.holders, in_8_bits=program.in_8_bits):
+        try:
+            facts["weights"] = weights_digest(*program.parts)
+        except Exception as error:  # quantized weights are tensors of other libraries
+            raise CompileError(f"its weights cannot be read ({first_line(error)})") from None
+        path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
+        if mode == "kept" and not _whole(path):
+            return None
+        if not _load_kernels(folder, make=mode != "kept"):
+            return None
+        with FileLock(path.with_suffix(".lock")):
+            if not _whole(path):
+                _make(program, facts, path, say)
+    return load_package(str(path))
 
 
 def _name(facts: dict[str, Any]) -> str:
@@ -228,41 +211,11 @@ def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[st
             exported = export_program(module, inputs, dynamic)
             share_inputs(exported.graph_module.graph)
             exported.graph_module.recompile()
-            compile_to(str(to), exported, FUNCTIONS, with_weights=program.on_cpu)
-        if not program.on_cpu:
-            _try_loading(to, path)
+            compile_to(str(to), exported, FUNCTIONS)
 
     with bar(f"compiling {program.name}", seconds=USUAL_S):
         _keep(path, program.name, facts, write)
     say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
-
-
-def _try_loading(package: Path, path: Path) -> None:
-    """Load a GPU's package in a process of its own first, where a crash harms nobody; one is noted beside `path`.
-
-    On the one GPU where this was tried (H200, PyTorch 2.11, which is older than this package asks for) every package compiled,
-    and the loader crashed on each of them (dev/LOG.md). NEVER SEEN WORKING ON A GPU YET.
-
-    Raises:
-        CompileError: it cannot be loaded.
-    """
-    code = "import sys, torch; torch.zeros(1, device='cuda')\n"
-    code += "from glidecape.compat import load_package; load_package(sys.argv[1])"
-    ended = subprocess.run([sys.executable, "-c", code, str(package)], capture_output=True, text=True, check=False)
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or [""])[-1]
-        reason = f"signal {-ended.returncode}" if ended.returncode < 0 else last
-        write_atomic(path.with_suffix(".json"), lambda to: to.write_text(json.dumps({CRASH: reason})))
-        _refuse_crash(path)
-
-
-def _refuse_crash(path: Path) -> None:
-    """Raises CompileError if a package like this was made before and could not be loaded: it would cost minutes again."""
-    try:
-        reason = json.loads(path.with_suffix(".json").read_text())[CRASH]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    raise CompileError(f"PyTorch {torch.__version__} cannot load what it compiles for this GPU ({reason})")
 
 
 def _load_kernels(folder: Path, make: bool) -> bool:

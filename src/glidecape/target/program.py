@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ..core.cache import KVCache, SlotCache
+from ..core.masks import tree_mask
 from ..core.tree import TokenTree
 from ..core.verify import verdict_numbers
 from .attention import LAYOUT, Layout
@@ -120,7 +121,9 @@ class TargetProgram(nn.Module):
             hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
         hook = self.body[0].register_forward_hook(keep)
-        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, None, ancestors))
+        exporting = torch.compiler.is_exporting()  # a GPU's graphs capture what runs eagerly
+        mask = None if exporting else tree_mask(cache, ancestors, tokens.shape[1])
+        token = LAYOUT.set(Layout(lengths, positions, scratch_positions, mask, ancestors if exporting else None))
         try:
             out = self.model(
                 input_ids=tokens,

@@ -147,7 +147,8 @@ class Target:
         """Decode by a compiled program from now on; False where it stays eager, which is said.
 
         The logits of a node then have the same bits in every tree and every batch, so each method's output is plain decoding's
-        even where two tokens are as probable as each other.
+        even where two tokens are as probable as each other. A GPU captures CUDA graphs instead (see `graphs`), whose sums
+        have no one order.
 
         Args:
             mode: "on"; "kept": only if the program was compiled before.
@@ -264,8 +265,10 @@ class Target:
             scratch_positions: `(batch, scratch)` of all scratch slots, for a draft that runs its tree in several forwards;
                 None: the nodes are all there is.
         """
-        # Prompts in bfloat16 have rows enough for oneDNN's products, which are twice as fast then.
-        if self.compiled is not None and not (logits_to_keep and self.dtype == torch.bfloat16):
+        # Prompts run eagerly in bfloat16, where oneDNN's products are twice as fast with so many rows, and on GPUs, which are busy
+        # with them and would need a graph for each length.
+        prompt = bool(logits_to_keep) and (self.dtype == torch.bfloat16 or self.device.type != "cpu")
+        if self.compiled is not None and not prompt:
             logits = self.compiled(tokens, positions, cache, ancestors, logits_to_keep, scratch_positions)
             return TargetOutput(logits)
         causal = ancestors is None and cache.longest + cache.scratch == 0
