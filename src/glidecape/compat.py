@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,15 +36,18 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "GenerateDecoderOnlyOutput",
+    "attend_without_plans",
     "build_library",
     "cache_argument",
     "cache_of",
     "causal_mask_function",
     "chunked_causal_mask_function",
+    "compile_for_gpu",
     "compile_to",
     "cpu_has_bfloat16",
     "export_program",
     "free_threads",
+    "load_for_gpu",
     "load_package",
     "pack_weight",
     "packed_linear",
@@ -171,6 +176,65 @@ def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:
         return inductor.aoti_load_package(path).loader.run
 
 
+def compile_for_gpu(path: Path, exported: Any, folder: Path) -> None:
+    """Compile an exported program by Inductor to a file that `load_for_gpu` reads; weights stay where they are.
+
+    Args:
+        folder: for what the compiler keeps.
+
+    """
+    fakes = [node.meta["val"] for node in exported.graph_module.graph.nodes if node.op == "placeholder"]
+    with _inductor(folder) as inductor:
+        made = inductor.standalone_compile(exported.graph_module, fakes, dynamic_shapes="from_graph")
+        made.save(path=str(path), format="binary")
+    held: list[Any] = []  # what it takes before its inputs: names of weights, and numbers that its code names
+    for one in exported.graph_signature.input_specs:
+        if one.kind.name in ("PARAMETER", "BUFFER"):
+            held.append(one.target)
+        elif one.kind.name == "CONSTANT_TENSOR":
+            value = exported.constants[one.target]
+            held.append([value.tolist(), str(value.dtype).removeprefix("torch."), str(value.device)])
+    with path.open("ab") as file:  # after the artifact, whose length the last 8 bytes tell
+        file.write(json.dumps(held).encode() + path.stat().st_size.to_bytes(8, "little"))
+
+
+def load_for_gpu(path: Path, module: nn.Module, folder: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The program of a file from `compile_for_gpu`: flat inputs to flat outputs.
+
+    Args:
+        module: whose weights it reads.
+
+    Raises:
+        RuntimeError: it cannot be loaded, or reads weights that the module has not.
+    """
+    content = path.read_bytes()
+    size = int.from_bytes(content[-8:], "little")
+    named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    held = json.loads(content[size:-8])
+    if missing := {one for one in held if isinstance(one, str)} - named.keys():
+        raise RuntimeError(f"it needs {', '.join(sorted(missing))}, which no module holds")
+    first = [
+        named[one].detach()
+        if isinstance(one, str)
+        else torch.tensor(one[0], dtype=getattr(torch, one[1]), device=one[2])
+        for one in held
+    ]
+    with _inductor(folder) as inductor, TemporaryDirectory(dir=folder) as own:
+        artifact = Path(own) / "artifact"
+        artifact.write_bytes(content[:size])
+        run = inductor.CompiledArtifact.load(path=str(artifact), format="binary")
+    return lambda inputs: list(run(*first, *inputs))
+
+
+def attend_without_plans(device: torch.device) -> None:
+    """Keep PyTorch from cuDNN's attention on a GPU: it makes a plan for each new number of keys, and each token brings one.
+
+    On an H200 bfloat16 decoded at an eighth of float32's pace, 65 ms a token (dev/LOG.md).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def free_threads() -> None:
     """End the OpenMP threads of the calling thread; they come back when it computes again. To be called before another thread
     decodes.
@@ -190,12 +254,20 @@ def _pause_openmp() -> Callable[[int], int] | None:
 
 
 @contextmanager
-def _inductor() -> Iterator[Any]:
-    """PyTorch's compiler, slow to import, without what it says about its own deprecated parts."""
-    with warnings.catch_warnings():
+def _inductor(folder: Path | None = None) -> Iterator[Any]:
+    """PyTorch's compiler, slow to import, without what it says about its own deprecated parts.
+
+    Args:
+        folder: it keeps what it makes in a folder in there; None: where it does without us, or nowhere.
+    """
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         import torch._inductor
 
+        if folder is not None:
+            from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+            stack.enter_context(temporary_cache_dir(str(folder / "inductor")))
         yield torch._inductor
 
 

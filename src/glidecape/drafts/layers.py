@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core.cache import SlotCache
 from ..core.masks import slot_positions, tree_mask, window_mask
 from ..target.attention import attend
-from ..target.operators import no_mask, tree_attention
+from ..target.operators import no_mask, path_attention
 from .base import Queries
 
 
@@ -116,7 +116,7 @@ class ByPosition:
         ancestors = self.queries.ancestors
         assert ancestors is not None
         where = self.cache.lengths, self.queries.scratch_positions, ancestors
-        return tree_attention(q, k, v, *where, self.seen, scale, 0.0).flatten(2)
+        return path_attention(q, k, v, *where, self.seen, scale, 0.0).flatten(2)
 
 
 def decoding_attention(own: SlotCache, queries: Queries, window: int = 0) -> SelfAttention:

@@ -15,14 +15,13 @@ from torch.export import Dim
 from ..core.cache import KVCache
 from ..core.transfer import to_device
 from ..target.packages import Program, Run, compiled
-from ..target.program import KEPT, KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
+from ..target.program import EXAMPLE, KEPT, KEYS, NODES, ROWS, SCRATCH, SLOTS, TracedCache, chain, traced
 from .base import Queries, Ranked, Step
 from .sharing import SharedDraft
 
 if TYPE_CHECKING:
     from ..target.target import Target
 
-COMMITTED = Dim("committed", min=1, max=2**31)
 TOP = 16  # tokens that a step ranks
 TARGET_KEYS, TARGET_SLOTS = Dim("target_keys", min=1, max=2**31), Dim("target_slots", min=2, max=2**31)
 
@@ -130,7 +129,7 @@ class NetworkDraft(SharedDraft, ABC):
         inputs = [tokens, positions, slots[: own.longest + queries], chain(rows, queries, queries, device), own.lengths]
         inputs += [positions, slots[: target_cache.longest], target_cache.lengths]
         inputs += self._stores(own, target_cache)
-        inputs += [to_device(last, device), slots[: max(committed)]]
+        inputs += [to_device(last, device), slots[: max(committed) + length]]
         inputs += greedily(rows, length, self.vocab_size, device) if ranking is None else ranking
         found = run([one.contiguous() for one in inputs])
         own.commit(last)
@@ -181,13 +180,13 @@ class NetworkDraft(SharedDraft, ABC):
         )
         sizes = sizes._replace(ancestors={0: ROWS, 1: NODES, 2: NODES}, scratch_positions={0: ROWS, 1: NODES})
         last = torch.full((rows,), queries - 1, device=device)
-        slots = torch.arange(longest + queries - 1, device=device)
+        slots = torch.arange(longest + 2 * queries + length, device=device)
         ranking = torch.ones(rows, device=device), torch.zeros(rows, length, self.vocab_size, device=device)
         inputs = (tuple(step), last, slots, *ranking)
         return (
             ChainProgram(self, length, ranked),
             inputs,
-            (tuple(sizes), {0: ROWS}, {0: COMMITTED}, {0: ROWS}, {0: ROWS}),
+            (tuple(sizes), {0: ROWS}, {0: Dim("ends", min=length + 1, max=2**31)}, {0: ROWS}, {0: ROWS}),
         )
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
@@ -217,8 +216,9 @@ class NetworkDraft(SharedDraft, ABC):
     def _example(self, below_root: bool) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
         """The program, example inputs, and which of their sizes are dynamic."""
         target: Target = self.module.target_parts.target
-        rows, queries, scratch, keys, seen, device = 2, 3, 5, 48, 40, self.module.target_parts.target.device
-        own, cache = self.new_cache(rows, 64), target.new_cache(rows, 60, hidden=self.reads_hidden)
+        (rows, queries, wanted, scratch, keys, slots), device = EXAMPLE, target.device
+        seen, target_slots = keys - 10, slots - 4
+        own, cache = self.new_cache(rows, slots), target.new_cache(rows, target_slots, hidden=self.reads_hidden)
         start = torch.full((rows,), keys - scratch, device=device)
         positions = start[:, None] + torch.arange(scratch, device=device)
         if self.module.rotary_layer is not None:
@@ -246,8 +246,8 @@ class NetworkDraft(SharedDraft, ABC):
         of_target = ({0: TARGET_KEYS}, {0: ROWS})
         sizes = StepInputs._make((of_tokens, of_tokens, *of_own, *of_target, stores, stores, read, read, hidden))
         parents = [torch.zeros_like(tokens)] if below_root else []  # a tensor of its own: no alias
-        kept = torch.arange(queries - 1, device=device).repeat(rows, 1)
-        ranking = torch.ones(rows, device=device), torch.zeros(rows, queries - 1, self.vocab_size, device=device)
+        kept = torch.arange(wanted, device=device).repeat(rows, 1)
+        ranking = torch.ones(rows, device=device), torch.zeros(rows, wanted, self.vocab_size, device=device)
         return (
             DraftProgram(self),
             (tuple(inputs), parents, kept, *ranking),
@@ -316,16 +316,14 @@ class ChainProgram(DraftProgram):
         self.length, self.ranked = length, ranked
 
     def forward(  # type: ignore[override]
-        self, inputs: tuple[Any, ...], last: Tensor, committed_slots: Tensor, sharpness: Tensor, noise: Tensor
+        self, inputs: tuple[Any, ...], last: Tensor, end_slots: Tensor, sharpness: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
-        """See `NetworkDraft.draft_chain`; `committed_slots`: as many as the longest row has when the root is committed to."""
+        """See `NetworkDraft.draft_chain`; `end_slots`: as many as the longest row has at the end of its chain."""
         (draft,), step = self.draft, StepInputs._make(inputs)
         logits = self.logits(step._replace(scratch_positions=step.positions), [], last[:, None])
         of_own, target = step.hidden[0] if step.hidden else None, draft.traced_target(step)
         stores = [dict(enumerate(one)) for one in (step.own_keys, step.own_values)]
-        roots, longest = step.own_lengths + last, committed_slots.shape[0]
-        if not torch.compiler.is_exporting():  # a graph's number is rounded up
-            longest = min(longest, stores[0][0].shape[2] - self.length)
+        roots, longest = step.own_lengths + last, end_slots.shape[0] - self.length
         found: list[Ranked] = []
         for depth in range(self.length):
             found.append(rank_first(logits, sharpness, noise[:, depth : depth + 1], self.ranked)[1])

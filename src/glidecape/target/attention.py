@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..compat import causal_mask_function
 from ..core.masks import slot_positions
 from ..errors import UnsupportedError
-from .operators import no_mask, tree_attention
+from .operators import no_mask, path_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
@@ -47,7 +47,7 @@ class Layout:
 
     `lengths (batch,)` of the rows, `positions (batch, queries)` of the queries, `scratch (batch, slots)` positions of all
     scratch slots, and the tree's mask as made by `masks.tree_mask`, None where every query sees every slot before it.
-    In a compiled program `ancestors (batch, queries, slots)` stand in the mask's place: `tree_attention` reads them.
+    In a compiled program `ancestors (batch, queries, slots)` stand in the mask's place: `path_attention` reads them.
     """
 
     lengths: Tensor
@@ -71,7 +71,7 @@ def attention(
     if layout is not None and layout.ancestors is not None:
         seen = no_mask() if attention_mask is None else attention_mask
         where = (layout.lengths, layout.scratch, layout.ancestors, seen)
-        return tree_attention(query, key, value, *where, scale, cap or 0.0), None
+        return path_attention(query, key, value, *where, scale, cap or 0.0), None
     if cap is not None:
         return _capped(query, key, value, attention_mask, scale, cap), None
     causal = attention_mask is None and query.shape[2] > 1

@@ -1,4 +1,4 @@
-"""Programs on a GPU: the eager code, captured in CUDA graphs and replayed.
+"""Programs on a GPU: what they launch, captured in CUDA graphs and replayed.
 
 A graph replays all launches of a program at once, with no Python between them, on tensors of fixed sizes in fixed places. So
 there is one for each combination of sizes that comes back. Caches are read and written where they are, other inputs are
@@ -21,22 +21,22 @@ from ..errors import first_line
 
 MOST = 64  # graphs of a program that are kept
 STORES = {"slots", "target_slots"}  # sizes of caches; which of them bounds how many slots are read:
-BOUNDS = {"keys": "slots", "target_keys": "target_slots", "committed": "slots"}
+BOUNDS = {"keys": "slots", "target_keys": "target_slots", "ends": "slots"}
 
-Outputs = list[Tensor]
+Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Graphs:
     """A program's runs, by graphs from the second run of the same sizes on.
 
     Args:
-        module: the program, called with the structure of `example`; tensors to tensors.
-        example, sizes: its inputs, nested, and the names of their dynamic sizes, as `Program.make` gives them.
-        say: told once if it cannot be captured; it runs eagerly then.
+        run: the program, of flat inputs.
+        sizes: the dynamic sizes of its inputs, as `Program.make` gives them.
+        say: told once if it cannot be captured; it runs without graphs then.
     """
 
-    def __init__(self, module: nn.Module, example: Any, sizes: Any, say: Callable[[str], None]) -> None:
-        self.module, self.example, self.say = module, example, say
+    def __init__(self, run: Run, sizes: Any, say: Callable[[str], None]) -> None:
+        self.run, self.say = run, say
         self.kept: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once
         self.eager = False
         named = [{axis: size.__name__ for axis, size in one.items()} for one in _leaves(sizes)]
@@ -45,10 +45,10 @@ class Graphs:
         place = {size: (i, axis) for i, one in enumerate(named) for axis, size in one.items() if size in STORES}
         self.reads = {i: place[BOUNDS[one[0]]] for i, one in enumerate(named) if one.get(0) in BOUNDS}
 
-    def __call__(self, inputs: list[Tensor]) -> Outputs:
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """See `packages.Run`."""
         if self.eager:
-            return self._run(inputs)
+            return self.run(inputs)
         slots = {i: _rounded(len(inputs[i]), inputs[store].shape[axis]) for i, (store, axis) in self.reads.items()}
         key = tuple(
             (one.shape, one.data_ptr()) if i in self.stores else slots.get(i) or one.shape
@@ -58,47 +58,48 @@ class Graphs:
             self.kept[key] = None
             if len(self.kept) > MOST:
                 self.kept.popitem(last=False)
-            return self._run(inputs)
+            return self.run(inputs)
         graph = self.kept[key]
         if graph is None:
             try:
-                graph = self.kept[key] = _Graph(self._run, inputs, self.stores, slots)
+                graph = self.kept[key] = _Graph(self.run, inputs, self.stores, slots)
             except RuntimeError as error:
                 self.eager = True
                 self.say(f"a program cannot be captured as a CUDA graph and runs eagerly ({first_line(error)})")
-                return self._run(inputs)
+                return self.run(inputs)
         self.kept.move_to_end(key)
         return graph(inputs)
-
-    def _run(self, inputs: list[Tensor]) -> Outputs:
-        found = self.module(*_like(self.example, iter(inputs)))
-        return [found] if isinstance(found, Tensor) else list(found)
 
 
 class _Graph:
     """One graph, and the tensors that it reads and writes."""
 
-    def __init__(
-        self, run: Callable[[list[Tensor]], Outputs], inputs: list[Tensor], stores: set[int], slots: dict[int, int]
-    ) -> None:
+    def __init__(self, run: Run, inputs: list[Tensor], stores: set[int], slots: dict[int, int]) -> None:
         fixed = list(inputs)
-        self.copied = [i for i in range(len(inputs)) if i not in stores and i not in slots]
-        for i in self.copied:
-            fixed[i] = inputs[i].clone()
-        for i, count in slots.items():
-            fixed[i] = torch.arange(count, device=inputs[i].device)
-        self.own = [fixed[i] for i in self.copied]
+        for i in set(range(len(inputs))) - stores:
+            fixed[i] = torch.arange(slots[i], device=inputs[i].device) if i in slots else inputs[i].clone()
+        # Its tensor of each input that is copied, and what was copied last, as it was then.
+        copied = set(range(len(inputs))) - stores - set(slots)
+        self.copied = [(i, fixed[i], inputs[i], _version(inputs[i])) for i in copied]
         self.numbers = [fixed[i] for i in slots]  # the graph reads them: they must not be freed
         self.replay, self.outputs = capture_graph(lambda: run(fixed))
 
-    def __call__(self, inputs: list[Tensor]) -> Outputs:
-        for own, i in zip(self.own, self.copied, strict=True):
-            own.copy_(inputs[i], non_blocking=True)
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        for number, (i, own, last, version) in enumerate(self.copied):
+            given, now = inputs[i], _version(inputs[i])
+            if given is not last or now != version or now is None:
+                own.copy_(given, non_blocking=True)
+                self.copied[number] = i, own, given, now
         self.replay()
         return [one.clone() for one in self.outputs]
 
 
-def capture_graph(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written; None where PyTorch does not count: in inference mode, and on a CPU, where numpy writes, too."""
+    return tensor._version if tensor.is_cuda and not tensor.is_inference() else None
+
+
+def capture_graph(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
     """Capture what `run` launches; how to replay it, and the outputs that a replay writes.
 
     Raises:
@@ -124,6 +125,16 @@ def _rounded(slots: int, most: int) -> int:
     """
     step = max(128, (1 << (slots.bit_length() - 1)) // 8)
     return min(-(-slots // step) * step, most)
+
+
+def flat_run(module: nn.Module, example: Any) -> Run:
+    """A module called with flat inputs; those of `example` tell how they are nested."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        found = module(*_like(example, iter(inputs)))
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return run
 
 
 def _leaves(nested: Any) -> list[Any]:

@@ -9,10 +9,12 @@ compiled decoding is lossless to the bit.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..core.masks import path_slots
+from ..core.masks import path_slots, paths_mask, slot_positions
 
 KERNELS = Path(__file__).parent / "kernels"
 PANEL = 64  # outputs that lie side by side: BLOCK in kernels/tile.h
@@ -116,6 +118,38 @@ def tree_attention(
     on_path = own[:, None] & seen if seen.numel() else own[:, None]
     weights = scores.masked_fill(~on_path, float("-inf")).softmax(-1)
     return (weights[..., None] * values).sum(-2).to(q.dtype).transpose(1, 2).contiguous()
+
+
+def path_attention(q: Tensor, *others: Any) -> Tensor:
+    """Attention of each node to its own path in a compiled program: `tree_attention` on a CPU, by masked slots elsewhere."""
+    return tree_attention(q, *others) if q.device.type == "cpu" else slot_attention(q, *others)
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    ancestors: Tensor,
+    seen: Tensor,
+    scale: float,
+    cap: float,
+) -> Tensor:
+    """What `tree_attention` computes, by matrix products over all slots and a mask, in the order of slots."""
+    (rows, heads, nodes, size), (kv_heads, keys) = q.shape, k.shape[1:3]
+    mask = paths_mask(lengths, ancestors, keys)
+    if seen.ndim and seen.shape[0]:
+        at = slot_positions(lengths, positions, keys).clamp(max=seen.shape[3] - 1)
+        mask = mask & seen.gather(3, at[:, None, None].expand(-1, -1, nodes, -1))
+    # The queries of a key-value head side by side: keys and values are read as they lie.
+    of_group = q.reshape(rows, kv_heads, -1, size)
+    scores = (of_group @ k.transpose(2, 3)).view(rows, kv_heads, -1, nodes, keys).float() * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(v.dtype)
+    found = weights.view(rows, kv_heads, -1, keys) @ v
+    return found.view(rows, heads, nodes, size).transpose(1, 2).contiguous()
 
 
 def no_mask() -> Tensor:

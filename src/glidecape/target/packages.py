@@ -26,18 +26,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from ..compat import build_library, compile_to, export_program, load_package
+from ..compat import build_library, compile_for_gpu, compile_to, export_program, load_for_gpu, load_package
 from ..errors import GlideCapeError, first_line
 from ..files import FOLDER, user_folder, write_atomic
 from ..progress import bar
-from .graphs import Graphs
+from .graphs import Graphs, Run, flat_run
 from .operators import FUNCTIONS, KERNELS
 from .streamed import share_inputs, streamed_layers
 
 CPU = torch.device("cpu")
 USUAL_S = 60.0  # of compiling a program
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
-Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class CompileError(GlideCapeError):
@@ -137,41 +136,29 @@ class Program:
 def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
     """The compiled program, made if it is not kept yet; two processes make it once. None where it cannot be.
 
-    On a GPU nothing is compiled or kept: CUDA graphs are captured while decoding.
+    On a GPU it is captured in CUDA graphs while decoding, compiled or not.
 
     Args:
         mode: "on"; "kept": only if it is kept, and without a word if not.
         say: told in one line what takes time, or why there is none.
     """
-    quietly: Callable[[str], None] = lambda _: None  # noqa: E731
+    tell: Callable[[str], None] = say if mode == "on" else lambda _: None
     try:
-        if program.device.type != "cpu":
-            return _graphs(program, say)
-        return _package(program, mode, quietly if mode == "kept" else say)
-    except OSError as error:
-        reason = f"it cannot be kept in the cache folder ({error.strerror or error})"
-    except RuntimeError as error:
-        reason = f"it cannot be loaded ({first_line(error)})"
-    except CompileError as error:
-        reason = str(error)
-    (quietly if mode == "kept" else say)(f"{program.name} is not compiled: {reason}")
+        if program.device.type == "cpu":
+            return _on_cpu(program, mode, tell)
+        return _on_gpu(program, mode, tell)
+    except (OSError, RuntimeError, CompileError) as error:
+        tell(f"{program.name} is not compiled: {_reason(error)}")
     return None
 
 
-def _graphs(program: Program, say: Callable[[str], None]) -> Run:
-    """A GPU's program.
-
-    Raises:
-        CompileError: another device, or several.
-    """
-    if program.device.type != "cuda":
-        raise CompileError(f"programs are made for CPUs and CUDA, not for devices of type {program.device.type}")
-    if len({one.device for part in program.parts for one in part.parameters()} | {program.device}) > 1:
-        raise CompileError("its weights lie on several devices")
-    return Graphs(*program.make(), say)
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"it cannot be kept in the cache folder ({error.strerror or error})"
+    return str(error) if isinstance(error, CompileError) else f"it cannot be loaded ({first_line(error)})"
 
 
-def _package(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
+def _on_cpu(program: Program, mode: str, say: Callable[[str], None]) -> Run | None:
     """A CPU's program, from its package; None if it is not kept and may not be made.
 
     Raises:
@@ -191,31 +178,90 @@ def _package(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
             return None
         if not _load_kernels(folder, make=mode != "kept"):
             return None
-        with FileLock(path.with_suffix(".lock")):
-            if not _whole(path):
-                _make(program, facts, path, say)
+        compile: Callable[[Any, Path], None] = lambda exported, to: compile_to(str(to), exported, FUNCTIONS)  # noqa: E731
+        _make(program, facts, path, compile, say)
     return load_package(str(path))
+
+
+def _on_gpu(program: Program, mode: str, say: Callable[[str], None]) -> Run:
+    """A GPU's program, in graphs; where it is not compiled, what it launches eagerly.
+
+    Raises:
+        CompileError: another device, or several.
+    """
+    if program.device.type != "cuda":
+        raise CompileError(f"programs are made for CPUs and CUDA, not for devices of type {program.device.type}")
+    if len({one.device for part in program.parts for one in part.parameters()} | {program.device}) > 1:
+        raise CompileError("its weights lie on several devices")
+    gpu = torch.cuda.get_device_properties(program.device)
+    facts = {"gpu": f"{gpu.name} {gpu.major}.{gpu.minor}", "device": str(program.device), "cuda": torch.version.cuda}
+    return _in_graphs(program, facts, mode, say)
+
+
+def _in_graphs(program: Program, gpu: dict[str, Any], mode: str, say: Callable[[str], None]) -> Run:
+    """The same, where it depends on what is in `gpu`, too."""
+    module, example, sizes = program.make()
+    run = flat_run(module, example)
+    try:
+        facts = program.facts | environment() | gpu | {"weights": shapes_digest(module)}
+        path = cache_folder() / f"{_name(facts)}.gpu"
+        if mode == "on":
+            compile: Callable[[Any, Path], None] = lambda exported, to: compile_for_gpu(to, exported, path.parent)  # noqa: E731
+            _make(program, facts, path, compile, say)
+        if _whole(path):
+            run = load_for_gpu(path, module, path.parent)
+    except (OSError, RuntimeError, CompileError) as error:
+        say(f"{program.name} is not compiled, its launches are captured as they are: {_reason(error)}")
+    return Graphs(run, sizes, say)
+
+
+def shapes_digest(module: nn.Module) -> str:
+    """sha256 of what all parameters and buffers are, but for their values, for a program that reads them where they are.
+
+    Raises:
+        CompileError: a weight is a tensor of another library.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted((*module.named_parameters(), *module.named_buffers()), key=lambda one: one[0]):
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise CompileError(f"{name} is a {type(tensor).__name__}")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    return digest.hexdigest()
 
 
 def _name(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def _make(program: Program, facts: dict[str, Any], path: Path, say: Callable[[str], None]) -> None:
-    started = time.monotonic()
-    say(f"compiling {program.name}, once: it takes a minute or two and is kept in {path.parent}")
+def _make(
+    program: Program,
+    facts: dict[str, Any],
+    path: Path,
+    compile: Callable[[Any, Path], None],
+    say: Callable[[str], None],
+) -> None:
+    """Make its package, unless a process has.
 
-    def write(to: Path) -> None:
-        module, inputs, dynamic = program.make()
-        with torch.no_grad():
-            exported = export_program(module, inputs, dynamic)
-            share_inputs(exported.graph_module.graph)
-            exported.graph_module.recompile()
-            compile_to(str(to), exported, FUNCTIONS)
+    Args:
+        compile: writes an exported program to a file.
+    """
+    with FileLock(path.with_suffix(".lock")):
+        if _whole(path):
+            return
+        started = time.monotonic()
+        say(f"compiling {program.name}, once: it takes a minute or two and is kept in {path.parent}")
 
-    with bar(f"compiling {program.name}", seconds=USUAL_S):
-        _keep(path, program.name, facts, write)
-    say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
+        def write(to: Path) -> None:
+            module, inputs, dynamic = program.make()
+            with torch.no_grad():
+                exported = export_program(module, inputs, dynamic)
+                share_inputs(exported.graph_module.graph)
+                exported.graph_module.recompile()
+                compile(exported, to)
+
+        with bar(f"compiling {program.name}", seconds=USUAL_S):
+            _keep(path, program.name, facts, write)
+        say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
 
 
 def _load_kernels(folder: Path, make: bool) -> bool:

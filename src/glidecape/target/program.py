@@ -28,6 +28,11 @@ ROWS, NODES, SCRATCH = Dim("rows", min=1, max=4096), Dim("nodes", min=1, max=65_
 KEYS, SLOTS, KEPT = Dim("keys", min=1, max=2**31), Dim("slots", min=2, max=2**31), Dim("kept", min=1, max=65_536)
 
 
+# Sizes of an example: no two are equal, nor a size of a usual model, because a compiler takes equal ones for the same.
+# Rows, nodes, nodes whose logits are wanted, scratch slots, slots that are read, slots.
+EXAMPLE = 11, 13, 9, 17, 53, 131
+
+
 class TracedCache(SlotCache):
     """A `KVCache` inside a program: the caller's tensors are inputs, which are written in place.
 
@@ -57,11 +62,15 @@ class TracedCache(SlotCache):
         if hidden is not None:
             self.own_hidden = hidden
         self.lengths, self.longest, self.end, self.scratch = lengths, longest, end, scratch
+        self._slots: tuple[Tensor, Tensor] | None = None
 
     def _next_slots(self, count: int) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]
-        first = self.scratch
-        return rows, self.lengths[:, None] + torch.arange(first, first + count, device=rows.device)
+        """Row and slot of each query of the write, made once for all layers: there is one write in its life."""
+        if self._slots is None:
+            rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]
+            first = self.scratch
+            self._slots = rows, self.lengths[:, None] + torch.arange(first, first + count, device=rows.device)
+        return self._slots
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVCache.write`."""
@@ -154,7 +163,7 @@ def traced(
 
 def example(target: Target) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Example inputs of a `TargetProgram`, and which of their sizes are dynamic."""
-    rows, nodes, scratch, keys, slots = 2, 5, 8, 48, 64
+    rows, nodes, kept, scratch, keys, slots = EXAMPLE
     cache = KVCache(target.shapes, rows, slots, target.dtype, target.device)
     start = torch.full((rows,), keys - scratch, device=target.device)
     positions = start[:, None] + torch.arange(scratch, device=target.device)
@@ -165,7 +174,7 @@ def example(target: Target) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         chain(rows, nodes, scratch, target.device),
         start,
         positions,
-        torch.arange(nodes - 1, device=target.device),
+        torch.arange(kept, device=target.device),
         cache.keys,
         cache.values,
     )
@@ -247,7 +256,7 @@ def verdict_program(device: torch.device) -> Program:
     """The program of verdicts, the same for all models."""
 
     def make() -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
-        rows, nodes, vocab, levels, slots = 2, 5, 32, 4, 3
+        rows, nodes, levels, slots, _, vocab = EXAMPLE
         drafted = torch.zeros(rows, nodes - 1, device=device)
         tree = TokenTree.comb(drafted[:, 0].long(), drafted.long()[..., None], drafted[..., None])
         grown = torch.arange(nodes, device=device).repeat(rows, 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import DynamicCache, cache_argument, register_attention
+from ..compat import DynamicCache, attend_without_plans, cache_argument, register_attention
 from ..core.cache import KVCache
 from ..core.masks import tree_mask
 from ..core.transfer import to_device
@@ -66,6 +66,7 @@ class Target:
         refuse_by_config(self.text_config)
         register_attention(ATTENTION, attention, layer_mask)
         model.set_attn_implementation(ATTENTION)
+        attend_without_plans(self.device)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.cache_argument = cache_argument(model)
         self.name: str | None = None  # folder or Hub name
@@ -265,8 +266,8 @@ class Target:
             scratch_positions: `(batch, scratch)` of all scratch slots, for a draft that runs its tree in several forwards;
                 None: the nodes are all there is.
         """
-        # Prompts run eagerly in bfloat16, where oneDNN's products are twice as fast with so many rows, and on GPUs, which are busy
-        # with them and would need a graph for each length.
+        # Prompts run eagerly in bfloat16, where oneDNN's products are twice as fast with so many rows, and on GPUs, which have
+        # enough to do then and would need a graph for each length.
         prompt = bool(logits_to_keep) and (self.dtype == torch.bfloat16 or self.device.type != "cpu")
         if self.compiled is not None and not prompt:
             logits = self.compiled(tokens, positions, cache, ancestors, logits_to_keep, scratch_positions)

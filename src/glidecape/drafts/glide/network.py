@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...core.masks import visible_mask, window_mask
 from ...target.attention import attend
-from ...target.operators import no_mask, tree_attention
+from ...target.operators import no_mask, path_attention
 from ...target.packed import draft_products, pack
 from ..layers import GatedFeedForward, SelfAttention, WholeSequence, linear, rotate, side_by_side, split_heads
 from ..network import DraftNetwork
@@ -64,7 +64,7 @@ class CrossInputs:
         lengths = self.visible.amax(1).clamp(min=1)
         nowhere = torch.zeros(q.shape[0], q.shape[2], 1, dtype=torch.bool, device=q.device)
         seen = no_mask() if self.visible.shape[1] == 1 or self.mask is None else self.mask
-        return tree_attention(q, k, v, lengths, lengths[:, None], nowhere, seen, scale, 0.0).flatten(2)
+        return path_attention(q, k, v, lengths, lengths[:, None], nowhere, seen, scale, 0.0).flatten(2)
 
 
 class CrossAttention(nn.Module):
