@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What to measure when a GPU is at hand, in one go, the most valuable first; a table comes last. Step `correct` passed on an H200 in
-# float32; NO OTHER STEP HAS RUN ON A GPU YET (dev/LOG.md, 27 November, fourth session).
+# float32; NO OTHER STEP HAS RUN ON A GPU AS IT IS HERE (dev/LOG.md, 27 November, fourth and fifth session).
 #
 #   runs/gpu.sh                        all steps, about 25 minutes
 #   runs/gpu.sh correct widened        only these; STEPS below has their names
@@ -98,14 +98,14 @@ fi
 # 4. How far a forward is from the time that reading its bytes takes.
 if wanted limit; then
     for model in "$pair" "$large"; do
-        run "$python" runs/curves.py --target "$model/target" --device "$device" --dtype bfloat16 --compile off "${cells[@]}" \
+        run "$python" runs/curves.py --target "$model/target" --device "$device" --dtype bfloat16 --compile on "${cells[@]}" \
             --output "$out/curves-$(basename "$model").json"
     done
 fi
 
 # 5. Launches and waits of a round.
 if wanted launches; then
-    run "$python" runs/launches.py --target "$pair/target" --draft "$pair/glide" --device "$device" --method plain --method glide \
+    run "$python" runs/launches.py --target "$pair/target" --draft "$pair/glide" --device "$device" --compile on --method plain --method glide \
         --method glide+cape+svip --output "$out/launches.json"
 fi
 

@@ -2,8 +2,8 @@
 
 .venv/bin/python runs/launches.py --device cuda --method plain --method glide --output runs/out/launches.json
 
-It counts calls of CUDA's runtime by name over some rounds, so on a CPU there is nothing to count; NEVER RUN ON A GPU YET. The
-goal is two launches of a graph a round, and one wait.
+It counts calls of CUDA's runtime by name over some rounds, so on a CPU there is nothing to count. The goal is two launches of
+a graph a round, and one wait.
 """
 
 import argparse
