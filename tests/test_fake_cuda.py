@@ -27,7 +27,7 @@ from glidecape.batch.row import new_row
 from glidecape.core import noise
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.auto.drafter import AutoDrafter
-from glidecape.drafting.auto.state import Forced
+from glidecape.drafting.auto.fixed import FixedRounds, Shape
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.drafts.eagle.adapter import EagleDraft
@@ -104,7 +104,10 @@ def waits_of_a_round(
                 move_to_cuda(module)
         drafter = make_drafter(method, draft, length=LENGTH, cap=LENGTH, bins=(2, 1), top=3, total=8)
         if isinstance(drafter, AutoDrafter):
-            drafter.forced = Forced(LENGTH, 4)  # what it would choose depends on numbers, which are made up
+            drafter = FixedRounds(drafter)
+            drafter.shape = (
+                Shape(LENGTH, 4) if drafter.runner is not None else Shape(0, 4)
+            )  # what it would choose depends on numbers, which are made up
         if compile:
             assert target.compile("kept", pytest.fail)
             assert drafter.compile("kept", pytest.fail) or method.split("+")[0] in ("plain", "lookup", "medusa")

@@ -26,7 +26,7 @@ from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import Prices
 from .drafting.auto.drafter import AutoDrafter
-from .drafting.auto.state import Forced
+from .drafting.auto.fixed import FixedRounds, Shape
 from .drafting.drafter import Drafter, ModelDrafter, NoDraft
 from .drafting.expansions.chain import Chain
 from .drafting.priced import PricedDrafter
@@ -200,23 +200,21 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     Whole rounds are timed, since drafting and verification drive one another's weights out of the CPU's cache. What a plain
     round takes longer among others than among its like is a part of the price of drafting.
     """
-    batch = _unread(target, drafter, count, context, temperature, max(NODES))
+    rounds = FixedRounds(drafter)
+    batch = _unread(target, rounds, count, context, temperature, max(NODES))
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
-    shapes = [Forced(0, nodes - 1) for nodes in NODES]
+    shapes = [Shape(0, nodes - 1) for nodes in NODES]
     if deepest:
-        shapes += [Forced(0, LONG), Forced(SHORT, LONG), Forced(deepest, LONG)]
+        shapes += [Shape(0, LONG), Shape(SHORT, LONG), Shape(deepest, LONG)]
     if drafter.length:
-        shapes += [Forced(drafter.length, LONG, whole=True), Forced(drafter.length, drafter.length, chain=True)]
+        shapes += [Shape(drafter.length, LONG, whole=True), Shape(drafter.length, drafter.length, chain=True)]
 
-    def round_of(shape: Forced) -> float:
-        drafter.forced = shape
-        return _forgotten(target, drafter, batch).total_s
+    def round_of(shape: Shape) -> float:
+        rounds.shape = shape
+        return _forgotten(target, rounds, batch).total_s
 
-    try:
-        times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
-        alone = statistics.median([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
-    finally:
-        drafter.forced = None
+    times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
+    alone = statistics.median([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
     among = max(0.0, times[0] - alone) if deepest else 0.0
     of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
     # More nodes never take less time, whatever was measured.

@@ -31,10 +31,10 @@ from ...drafts.program import NetworkDraft
 from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
-from .offer import Offer, copies_gain, forced_copies, tree_of, width_of
+from .offer import Offer, copies_gain, tree_of, width_of
 from .rate import Depths, Rate, Worth
 from .reliability import Offered
-from .state import GREEDY, SAMPLED, AutoRows, Forced, Level, Plan, RowState
+from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
@@ -70,7 +70,6 @@ class AutoDrafter:
         self.calibrated, self.priced = calibrated, priced
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
         self.rate, self.worth = Rate(2), Worth(2)
-        self.forced: Forced | None = None
         self.depths = Depths(2, DEPTH)
         self.chains = 0  # proposals one after another that were the runner's own chain
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
@@ -142,23 +141,25 @@ class AutoDrafter:
             return self.runner.propose(batch)
         if self._drafts(kinds, missing):
             self._draft(batch, plan, own, costs, rate)
-        elif self.forced is None and sum(plan.first) <= rate * (verify[1] - verify[0]):
+        elif self._nothing_pays(plan, verify, rate):
             return self._nothing(batch, plan)
-        if self.forced is not None:
-            plan.copies, chances = forced_copies(len(rows), self.forced.nodes)
-        else:
-            chances = [
-                self._of(self.copies, kind, copied_features(match, len(words), one.copied)) if words else np.zeros(0)
-                for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
-            ]
-        return self._chosen(batch, plan, chances, costs, verify, rate)
+        return self._chosen(batch, plan, self._chances(plan, own), verify, rate)
+
+    def _nothing_pays(self, plan: Plan, verify: Array, rate: float) -> bool:
+        """Do copied tokens bring less than verifying one of them costs, where nothing is drafted?"""
+        return sum(plan.first) <= rate * (verify[1] - verify[0])
+
+    def _chances(self, plan: Plan, own: Sequence[RowState]) -> list[Array]:
+        """The probabilities of each row's copied tokens, each given the one before."""
+        return [
+            self._of(self.copies, kind, copied_features(match, len(words), one.copied)) if words else np.zeros(0)
+            for kind, (match, words), one in zip(plan.kinds, plan.copies, own, strict=True)
+        ]
 
     def _chain_is_best(
         self, batch: Batch, kinds: list[int], missing: list[float], costs: RoundCosts, rate: float
     ) -> bool:
         """Is the runner's own chain worth more than a proposal node by node, which takes longer to think of?"""
-        if self.forced is not None:
-            return self.forced.chain
         if self.runner is None or not costs.length or not batch.laws.bare or min(missing) < 1 - LIKELY:
             return False
         gains = self.depths.gain(kinds, costs.length) - rate * costs.chain
@@ -167,9 +168,7 @@ class AutoDrafter:
         return self.chains % PROBE > 0
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
-        if self.runner is None or self.forced is not None:
-            return self.runner is not None and self.forced is not None and self.forced.depths > 0
-        return self.worth.drafts(kinds, missing)
+        return self.runner is not None and self.worth.drafts(kinds, missing)
 
     def _nothing(self, batch: Batch, plan: Plan) -> TokenTree:
         """The empty proposal."""
@@ -220,16 +219,14 @@ class AutoDrafter:
 
     def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
         """Is a chain by one program expected to gain more than one that ends where the next depth is not worth it?"""
-        if self.forced is not None or not costs.length:
-            return self.forced is not None and self.forced.whole
+        if not costs.length:
+            return False
         deep = max(self.depths.wanted[kind] for kind in kinds)
         node = (costs.verify(1 + costs.length) - 1.0) / costs.length
         of_steps = self.depths.gain(kinds, deep) - rate * (costs.start + (costs.draft + node) * deep)
         return self.depths.gain(kinds, costs.length) - rate * (costs.whole + node * costs.length) >= of_steps
 
     def _goes_on(self, depth: int, reach: Array, costs: RoundCosts, rate: float) -> bool:
-        if self.forced is not None:
-            return depth < self.forced.depths
         node = (costs.verify(3 + depth) - costs.verify(1 + depth)) / 2
         # The next token is about as probable as this path's were on average.
         gain = float((reach * reach ** (1 / depth)).sum())
@@ -274,26 +271,33 @@ class AutoDrafter:
 
     # --- the choice
 
-    def _chosen(
-        self, batch: Batch, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float
-    ) -> TokenTree:
+    def _chosen(self, batch: Batch, plan: Plan, chances: list[Array], verify: Array, rate: float) -> TokenTree:
         offers = [self._offer(i, row, plan, chances[i]) for i, row in enumerate(batch.rows)]
         orders = [offer.best() for offer in offers]
         reaches = [[offer.reach[node] for node in order] for offer, order in zip(offers, orders, strict=True)]
-        width = width_of(reaches, verify, rate) if self.forced is None else self.forced.nodes
+        width = self._width(reaches, verify, rate)
         kept = [offer.numbered(order[:width]) for offer, order in zip(offers, orders, strict=True)]
         width = max(map(len, kept))
         plan.offers, plan.kept = offers, kept
-        if plan.levels and self.forced is None:
-            share = rate / len(plan.kinds)
-            for i, kind in enumerate(plan.kinds):
-                gain = sum(offers[i].reach[node] for node in kept[i]) - share * (float(verify[width]) - 1.0)
-                missing = max(0.2, 1.0 - plan.first[i])
-                self.worth.learn(kind, (gain - copies_gain(chances[i], verify, share)) / missing, share * plan.cost)
+        if plan.levels:
+            self._learn_worth(plan, chances, verify, rate / len(plan.kinds))
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
         return tree_of(batch.roots, offers, kept, width, len(plan.levels), self.runner is not None)
+
+    def _width(self, reaches: list[list[float]], verify: Array, rate: float) -> int:
+        return width_of(reaches, verify, rate)
+
+    def _learn_worth(self, plan: Plan, chances: list[Array], verify: Array, rate: float) -> None:
+        """What the draft is expected to bring beyond copies. `rate`: of a row."""
+        width = max(map(len, plan.kept))
+        for kind, offer, kept, chance, first in zip(
+            plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True
+        ):
+            gain = sum(offer.reach[node] for node in kept) - rate * (float(verify[width]) - 1.0)
+            gain -= copies_gain(chance, verify, rate)
+            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost)
 
     def _offer(self, i: int, row: Row, plan: Plan, chance: Array) -> Offer:
         offer, parent, cap = Offer(), 0, max(0, row.budget - 1)
@@ -316,11 +320,15 @@ class AutoDrafter:
     # --- what is learned
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
-        around, plan = batch.draft.around, batch.draft.around.plan
+        around = batch.draft.around
         if self.runner is not None:
             self.runner.commit(batch, outcomes)
-        if plan is None or self.forced is not None:
-            return
+        if around.plan is not None:
+            self._learn(batch, around.plan, outcomes)
+        around.plan = None
+
+    def _learn(self, batch: Batch, plan: Plan, outcomes: Sequence[Outcome]) -> None:
+        around = batch.draft.around
         if self.offered is not None:
             chosen = (outcome.tokens for outcome in outcomes)
             self.offered += map(Offered, plan.offers, plan.kept, chosen)
@@ -343,7 +351,6 @@ class AutoDrafter:
             if plan.chain:
                 accepted = len(outcome.path) - 1
                 self.depths.note(kind, [1.0] * accepted + [0.0] * (outcome.depth - accepted))
-        around.plan = None
 
     def _learn_levels(self, i: int, kind: int, own: RowState, levels: list[Level], true: list[int]) -> None:
         """Learn from the nodes that the target reached: those above the first that it did not take, and that one."""

@@ -94,11 +94,6 @@ def copies_gain(chance: NDArray[np.float64], verify: NDArray[np.float64], rate: 
     return max(0.0, float(gain.max()))
 
 
-def forced_copies(rows: int, nodes: int) -> tuple[list[tuple[int, list[int]]], list[NDArray[np.float64]]]:
-    """Copies of so many tokens for every row, all of them certain."""
-    return [(1, [0] * nodes) for _ in range(rows)], [np.ones(nodes) for _ in range(rows)]
-
-
 def tree_of(
     roots: Tensor, offers: list[Offer], kept: list[list[int]], width: int, levels: int, drafts: bool
 ) -> TokenTree:

@@ -30,17 +30,6 @@ class RowState:
     seen: int = 0
 
 
-@dataclass(frozen=True)
-class Forced:
-    """A round of known size, while costs are measured: depths drafted, by one program or not, and nodes verified a row; or
-    the runner's own chain."""
-
-    depths: int
-    nodes: int
-    whole: bool = False
-    chain: bool = False
-
-
 @dataclass
 class Level:
     """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
