@@ -104,6 +104,14 @@ def test_lines_come_less_often_the_longer_it_takes(capsys, monkeypatch) -> None:
     assert 60 < len(lines) < 120
 
 
+def test_the_end_is_left_to_a_caller_that_says_more_of_it(capsys, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.bar("compiling", seconds=60, ends=False):
+        now[0] = 61.0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.fixture
 def on_terminal(monkeypatch, tmp_path):
     """Runs a command with its standard error on a terminal; gives what was drawn there."""

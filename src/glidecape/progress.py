@@ -67,13 +67,20 @@ class Bar:
         start: how much of it was done before, by a run that was interrupted.
         seconds: how long it will take as far as anybody knows, in the place of `total`.
         drawn: where it is drawn; None: said in lines.
+        ends: say that it is done, where it is said in lines? Not where the caller says more of it.
     """
 
     def __init__(
-        self, what: str, total: float | None, start: float, seconds: float | None, drawn: Progress | None
+        self,
+        what: str,
+        total: float | None,
+        start: float,
+        seconds: float | None,
+        drawn: Progress | None,
+        ends: bool = True,
     ) -> None:
         self.what, self.total, self.done, self.seconds = what, total, start, seconds
-        self._start, self._began, self._drawn = start, time.monotonic(), drawn
+        self._start, self._began, self._drawn, self._ends = start, time.monotonic(), drawn, ends
         self._next_line_s = FIRST_LINE_S
         self._task = None if drawn is None else drawn.add_task("", total=None, bar=self)
 
@@ -111,12 +118,14 @@ class Bar:
     def close(self) -> None:
         if self._drawn is not None and self._task is not None:
             self._drawn.remove_task(self._task)
-        elif self.elapsed >= FIRST_LINE_S:
+        elif self._ends and self.elapsed >= FIRST_LINE_S:
             say(f"{self.what}: done in {clock(self.elapsed)}")
 
 
 @contextmanager
-def bar(what: str, total: float | None = None, start: float = 0.0, seconds: float | None = None) -> Iterator[Bar]:
+def bar(
+    what: str, total: float | None = None, start: float = 0.0, seconds: float | None = None, ends: bool = True
+) -> Iterator[Bar]:
     """How far something is while the block runs, which tells the `Bar` that it gets. Arguments as there.
 
     Bars may be opened inside each other: they are drawn below each other.
@@ -125,7 +134,7 @@ def bar(what: str, total: float | None = None, start: float = 0.0, seconds: floa
     ...     done.advance()
     """
     if not on_terminal():
-        one = Bar(what, total, start, seconds, None)
+        one = Bar(what, total, start, seconds, None, ends)
         yield one
         one.close()
         return

@@ -259,7 +259,7 @@ def _make(
                 exported.graph_module.recompile()
                 compile(exported, to)
 
-        with bar(f"compiling {program.name}", seconds=USUAL_S):
+        with bar(f"compiling {program.name}", seconds=USUAL_S, ends=False):
             _keep(path, program.name, facts, write)
         say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
 
