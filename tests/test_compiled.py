@@ -20,6 +20,7 @@ from glidecape.cli import main
 from glidecape.core.tree import TokenTree
 from glidecape.drafts.causal_lm import StandaloneDraft
 from glidecape.target import packages
+from glidecape.target.graphs import flat_run
 from glidecape.target.packages import FOLDER, Program, compiled
 from glidecape.target.packed import PackedLinear, packs
 
@@ -121,6 +122,30 @@ def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Pa
         assert compiled(doubler(), "on", said.append) is None
         assert said[-1] == f"a doubler is not compiled: {message}"
         assert not list((tmp_path / "packages").glob("*.pt2")) + list((tmp_path / "packages").glob(".*.pt2"))
+
+
+def test_a_model_in_float16_stays_eager_and_says_so(world) -> None:
+    target, said = Target.from_pretrained(world["target"], dtype=torch.float16), list[str]()
+    assert not target.compile("on", said.append)
+    assert said[0].endswith("its weights are float16, which programs do not compute in: --dtype float32 or bfloat16")
+    assert not target.compile("kept", pytest.fail)
+
+
+@pytest.mark.parametrize("factor", [1.2, float("nan")])
+def test_a_program_whose_logits_are_wrong_is_not_used(world, monkeypatch, factor: float) -> None:
+    target, said = Target.from_pretrained(world["target"], dtype=torch.float32), list[str]()
+
+    def run(inputs):
+        module, example, _ = target.program().make()
+        logits, hidden = flat_run(module, example)(inputs)
+        return [logits * right[0], hidden]
+
+    monkeypatch.setattr("glidecape.target.target.compiled", lambda *_: run)
+    right = [factor]
+    assert not target.compile("on", said.append)
+    assert said == ["the model is not compiled: its program's logits for 1 x 1 nodes are wrong"]
+    right[0] = 1.0
+    assert target.compile("on", pytest.fail)
 
 
 @COMPILER

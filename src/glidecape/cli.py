@@ -173,6 +173,7 @@ def main() -> None:
         print("error: out of memory: lower the batch, the window, --rows or max_new_tokens", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception:
         _own_fault()

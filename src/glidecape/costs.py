@@ -343,7 +343,7 @@ def prices_of(
     kept = None if path is None or again else _kept(path, say)
     if kept is not None:
         return kept
-    say("measuring what a round costs on this machine, once for this pair: a few seconds")
+    say("measuring what a round costs on this machine, once for this pair, for +auto: about half a minute")
     measure: Callable[[float], Prices] = (
         partial(measured_prices, target, drafter, rows=rows)
         if isinstance(drafter, AutoDrafter)

@@ -56,7 +56,11 @@ def console() -> Console:
 
 def on_terminal() -> bool:
     """Are bars drawn?"""
-    return not _said.quiet and sys.stderr.isatty() and not console().is_dumb_terminal
+    if (
+        _said.quiet or _said.drawn is not None
+    ):  # an open bar stands in for standard error, and older riches' are no terminal
+        return not _said.quiet
+    return sys.stderr.isatty() and not console().is_dumb_terminal
 
 
 class Bar:

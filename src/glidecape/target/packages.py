@@ -35,6 +35,7 @@ from .operators import FUNCTIONS, KERNELS
 from .streamed import share_inputs, streamed_layers
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)  # that our kernels compute in
 USUAL_S = 60.0  # of compiling a program
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
 
@@ -164,6 +165,10 @@ def _on_cpu(program: Program, mode: str, say: Callable[[str], None]) -> Run | No
     Raises:
         CompileError, OSError, RuntimeError: it cannot be made, kept or loaded.
     """
+    other = {one.dtype for part in program.parts for one in part.parameters() if one.is_floating_point()} - set(DTYPES)
+    if other:
+        names = ", ".join(sorted(str(one).removeprefix("torch.") for one in other))
+        raise CompileError(f"its weights are {names}, which programs do not compute in: --dtype float32 or bfloat16")
     facts = program.facts | environment()
     folder, kind = cache_folder(), _name(facts)
     if mode == "kept" and not any(folder.glob(f"{kind}-*.pt2")):

@@ -39,6 +39,9 @@ class TargetOutput:
     logits: Tensor
 
 
+ROUNDING = 0.1  # of the largest logit: how far a program's logits may be from the model's, in bfloat16
+
+
 class Target:
     """A causal LM that decodes token trees on a `KVCache`.
 
@@ -165,13 +168,17 @@ class Target:
 
     @torch.no_grad()
     def _tried(self, program: CompiledTarget, say: Callable[[str], None]) -> CompiledTarget | None:
-        """The program, if it runs for one row and many, one node and many; else None, and why. Some models' code keeps an
-        exported program from sizes of 1."""
+        """The program, if it runs for one row and many, one node and many, and gives the model's logits; else None, and
+        why. Some models' code keeps an exported program from sizes of 1."""
         for rows, nodes in ((1, 1), (1, 3), (2, 1), (2, 3)):
-            tokens = torch.zeros(rows, nodes, dtype=torch.long, device=self.device)
+            tokens = torch.arange(rows * nodes, device=self.device).view(rows, nodes) % self.vocab_size
             positions = torch.arange(nodes, device=self.device).expand(rows, -1)
+            expected = self.forward(tokens, positions, self.new_cache(rows, 8)).logits.float()
             try:
-                program(tokens, positions, self.new_cache(rows, 8), None, 0, None)
+                found = program(tokens, positions, self.new_cache(rows, 8), None, 0, None).float()
+                if not (found - expected).abs().max() <= ROUNDING * expected.abs().max():  # nor if it is no number
+                    say(f"the model is not compiled: its program's logits for {rows} x {nodes} nodes are wrong")
+                    return None
             except RuntimeError as error:
                 if nodes == 1 and not program.pairs:
                     program.pairs = True

@@ -261,7 +261,7 @@ extern "C" AOTITorchError aoti_torch_cpu_tree_attention(AtenTensorHandle q, Aten
   Inputs in;
   Tensor of_lengths, of_positions, of_ancestors, of_seen;
   int64_t visible;
-  int32_t dtype;
+  int32_t dtype, of_keys, of_values;
   void* to;
   CHECK(look(q, in.q));
   CHECK(look(k, in.k));
@@ -272,6 +272,9 @@ extern "C" AOTITorchError aoti_torch_cpu_tree_attention(AtenTensorHandle q, Aten
   CHECK(look(seen, of_seen));
   CHECK(aoti_torch_get_numel(seen, &visible));
   CHECK(aoti_torch_get_dtype(q, &dtype));
+  CHECK(aoti_torch_get_dtype(k, &of_keys));
+  CHECK(aoti_torch_get_dtype(v, &of_values));
+  if (of_keys != dtype || of_values != dtype) return 1;
   in.lengths = static_cast<const int64_t*>(of_lengths.data);
   in.positions = static_cast<const int64_t*>(of_positions.data);
   in.ancestors = static_cast<const bool*>(of_ancestors.data);
@@ -284,7 +287,9 @@ extern "C" AOTITorchError aoti_torch_cpu_tree_attention(AtenTensorHandle q, Aten
   CHECK(aoti_torch_get_data_ptr(*y, &to));
   if (dtype == aoti_torch_dtype_float32())
     attention(in, static_cast<float*>(to));
-  else
+  else if (dtype == aoti_torch_dtype_bfloat16())
     attention(in, static_cast<bfloat16*>(to));
+  else
+    return 1;
   return 0;
 }

@@ -65,6 +65,8 @@ extern "C" AOTITorchError aoti_torch_cpu_streamed_linear(AtenTensorHandle x, Ate
   CHECK(aoti_torch_get_numel(bias, &biases));
   CHECK(aoti_torch_get_dtype(x, &dtype));
   CHECK(aoti_torch_get_dtype(weights, &weight_dtype));
+  const auto known = [](int32_t one) { return one == aoti_torch_dtype_float32() || one == aoti_torch_dtype_bfloat16(); };
+  if (!known(dtype) || !(known(weight_dtype) || weight_dtype == aoti_torch_dtype_int8())) return 1;
   const int64_t inputs = sizes[dims - 1], rows = elements / inputs;
   std::vector<int64_t> shape(sizes, sizes + dims), strides(dims, 1);
   shape[dims - 1] = outputs;
