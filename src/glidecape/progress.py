@@ -56,11 +56,10 @@ def console() -> Console:
 
 def on_terminal() -> bool:
     """Are bars drawn?"""
-    if (
-        _said.quiet or _said.drawn is not None
-    ):  # an open bar stands in for standard error, and older riches' are no terminal
-        return not _said.quiet
-    return sys.stderr.isatty() and not console().is_dumb_terminal
+    if _said.quiet:
+        return False
+    # An open bar stands in for standard error, and before rich 15 its stand-in is no terminal.
+    return _said.drawn is not None or (sys.stderr.isatty() and not console().is_dumb_terminal)
 
 
 class Bar:
