@@ -32,7 +32,7 @@ from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, copies_gain, tree_of, width_of
-from .rate import Depths, Rate, Worth
+from .rate import Depths, Probes, Rate, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 
@@ -43,7 +43,6 @@ RANKED = 5  # tokens after a node that are looked at
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
 LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
-PROBE = 24  # of so many chains one is made node by node
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
 
 
@@ -71,7 +70,7 @@ class AutoDrafter:
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
         self.rate, self.worth = Rate(2), Worth(2)
         self.depths = Depths(2, DEPTH)
-        self.chains = 0  # proposals one after another that were the runner's own chain
+        self.probes = Probes()
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
@@ -162,10 +161,9 @@ class AutoDrafter:
         """Is the runner's own chain worth more than a proposal node by node, which takes longer to think of?"""
         if self.runner is None or not costs.length or not batch.laws.bare or min(missing) < 1 - LIKELY:
             return False
-        gains = self.depths.gain(kinds, costs.length) - rate * costs.chain
-        self.chains = self.chains + 1 if gains > max(0.0, self.worth.of(kinds, missing)) else 0
-        # Now and then the other way is tried, too, for what it gains may have changed.
-        return self.chains % PROBE > 0
+        brings = self.depths.gain(kinds, costs.length)
+        is_best = brings - rate * costs.chain > max(0.0, self.worth.of(kinds, missing))
+        return is_best and not self.probes.due(brings / len(kinds))
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
         return self.runner is not None and self.worth.drafts(kinds, missing)
@@ -340,7 +338,7 @@ class AutoDrafter:
                 own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
             own.seen += 1
             # Copies that are not worth verifying are learned from, too, if rarely: each costs time.
-            if words and (not plan.empty or own.seen % SELDOM == 0):
+            if words and (own.seen % SELDOM == 0 or not (plan.empty or plan.chain)):
                 same = next((j for j, (a, b) in enumerate(zip(words, true, strict=False)) if a != b), None)
                 known = min(len(words), len(true)) if same is None else same + 1
                 x = copied_features(plan.copies[i][0], known, own.copied)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOW, FAST = 1 / 32, 1 / 4
-LONGEST = 24  # rounds between two probes, at most
+LONGEST = 24  # rounds between two probes of a draft that does not pay, at most
+OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
+MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
 
 
 class Rate:
@@ -93,3 +95,30 @@ class Worth:
         self.waited[kind] = 0
         worth = self.gain[kind] >= self.cost[kind]
         self.pause[kind] = 1 if worth else min(LONGEST, 2 * self.pause[kind]) if paused else 1
+
+
+class Probes:
+    """When a chain that is best is left out for once, to see what a proposal node by node would gain now.
+
+    A probe costs a part of a round. Pauses double while the chain stays best, and are short again once it brings more or less
+    than at the newest probe: the text is another one then.
+
+    >>> probes = Probes()
+    >>> [round for round in range(300) if probes.due(1.0)]
+    [23, 71, 167, 263]
+    >>> [round for round in range(300, 400) if probes.due(2.0)]
+    [300, 324, 372]
+    """
+
+    def __init__(self) -> None:
+        self.chains, self.pause, self.gain = 0, OFTEN, 0.0
+
+    def due(self, gain: float) -> bool:
+        """A chain is best once more; leave it out? `gain`: tokens that it is expected to bring, a row."""
+        self.chains += 1
+        moved = abs(gain - self.gain) > MOVED * self.gain
+        if self.chains < (OFTEN if moved else self.pause):
+            return False
+        self.pause = OFTEN if moved and self.gain else min(SELDOM, 2 * self.pause)
+        self.chains, self.gain = 0, gain
+        return True
