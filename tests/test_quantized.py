@@ -6,15 +6,18 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from glidecape.certify import BUG, EQUAL, certify
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import DRAFTLESS, METHODS, make_drafter
 from glidecape.drafts.checkpoint import load_draft
+from glidecape.engine.decode import generate
 from glidecape.errors import InputError
 from glidecape.target.packed import PackedLinear
 from glidecape.target.quantize import quantize
+from glidecape.target.streamed import StreamedLinear, streamable
 from glidecape.target.target import Target
 from test_command_line import pair, run
 
@@ -58,6 +61,50 @@ def test_an_int8_target_runs_with_every_method_and_takes_the_draft_with_a_note(w
     found = certify(target, reference, drafters, PROMPTS, SamplingParams(max_new_tokens=24))
     verdicts = {f.verdict for f in found}
     assert verdicts == {EQUAL} if dtype == torch.float32 else BUG not in verdicts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_product_of_int8_weights_is_the_eager_one(dtype):
+    needs_torchao()
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 100, dtype=dtype)
+    quantize(layer, "int8")
+    assert streamable(layer)
+    x = torch.randn(2, 3, 96, dtype=dtype)
+    found, eager = StreamedLinear(layer.weight, layer.bias)(x), layer(x)
+    torch.testing.assert_close(found, eager, atol=0.03 if dtype == torch.bfloat16 else 1e-5, rtol=0.01)
+    assert (found - nn.functional.linear(x, layer.weight.dequantize() * 1.1, layer.bias)).abs().max() > 0.05
+
+
+def test_int8_weights_of_another_kind_stay_eager():
+    """Scales of groups of inputs, and inputs that are rounded, too, are other products."""
+    needs_torchao()
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = nn.Sequential(nn.Linear(96, 64))
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    assert not streamable(layer[0])
+
+
+@pytest.mark.slow  # a minute of compiling each
+@pytest.mark.filterwarnings("ignore:the draft in")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_int8_target_writes_what_the_eager_one_does(world, dtype, tmp_path, monkeypatch):
+    needs_torchao()
+    monkeypatch.setenv("GLIDECAPE_CACHE", str(tmp_path))
+    quantized, eager = (Target.from_pretrained(world["target"], dtype=dtype, quantize="int8") for _ in range(2))
+    assert quantized.compile("on")
+    drafters = drafters_of(world, quantized)
+
+    def written(target, name, temperature):
+        params = SamplingParams(max_new_tokens=32, temperature=temperature, seed=3, ignore_eos=True)
+        return [one.tokens for one in generate(target, [[1, 2, 3, 4], [5, 6]], drafters[name], params)]
+
+    for temperature in (0.0, 1.0):
+        plain = written(quantized, "plain", temperature)
+        assert dtype != torch.float32 or plain == written(eager, "plain", temperature)
+        for name in ("glide", "glide+cape", "lookup"):
+            assert written(quantized, name, temperature) == plain, name
 
 
 def test_a_model_that_transformers_quantized_runs(world):
@@ -125,4 +172,4 @@ def test_a_quantizer_that_is_unknown_or_not_installed_is_refused(world, capfd, m
         Target.from_pretrained(world["target"], quantize="int3")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     code, _, err = run(capfd, monkeypatch, "generate", *pair(world), "--quantize", "int8", "-p", "x")
-    assert (code, "pip install torchao" in err, "Traceback" in err) == (2, True, False)
+    assert (code, "glidecape[int8]" in err, "Traceback" in err) == (2, True, False)

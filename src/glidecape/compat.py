@@ -98,6 +98,18 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of a weight `(outputs, inputs)` that torchao keeps in int8, the int8 values and a scale an output, `(outputs,)`; None of
+    any other, of one with scales of parts of an output, and of one whose inputs are to be rounded, too."""
+    values, scales, zeros = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
+    if not isinstance(values, Tensor) or values.dtype != torch.int8 or not isinstance(scales, Tensor):
+        return None
+    rounds_inputs = getattr(weight, "act_quant_kwargs", None) is not None
+    if rounds_inputs or scales.numel() != weight.shape[0] or (zeros is not None and bool(zeros.any())):
+        return None
+    return values, scales.flatten().float()
+
+
 def export_program(program: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
     """`torch.export`, with sizes 0 and 1 taken for what they are: one program serves one row and many."""
     with _inductor():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..compat import int8_parts
 from .operators import PANEL, panels_of, rounded, streamed_linear
 from .packed import PackedLinear
 
@@ -18,7 +19,7 @@ class StreamedLinear(nn.Module):
     """x W^T + b by `streamed_linear`, in x's dtype.
 
     Args:
-        weight: `(outputs, inputs)`, float32 or bfloat16.
+        weight: `(outputs, inputs)`, float32, bfloat16, or int8 by torchao.
         bias: `(outputs,)` or None.
         in_8_bits: round the weights to 8 bits: half of the bytes to read.
     """
@@ -31,7 +32,9 @@ class StreamedLinear(nn.Module):
         super().__init__()
         self.outputs, scales = weight.shape[0], torch.zeros(0)
         weight = weight.detach()
-        if in_8_bits:
+        if (parts := int8_parts(weight)) is not None:
+            weight, scales = parts
+        elif in_8_bits:
             weight, scales = rounded(weight)
         self.register_buffer("panels", panels_of(weight))
         self.register_buffer("scales", scales)
@@ -44,14 +47,11 @@ class StreamedLinear(nn.Module):
 
 
 def streamable(layer: object) -> bool:
-    """Layers that have a `StreamedLinear` of the same outcome: packed ones, and plain ones in float32 or bfloat16."""
-    if type(layer) is nn.Linear:
+    """Layers that have a `StreamedLinear` of the same outcome: packed ones, and plain ones in float32, bfloat16 or int8."""
+    if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
         weight = layer.weight
-        return (
-            type(weight) is nn.Parameter
-            and weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-        )
+        plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16)
+        return plain or int8_parts(weight) is not None
     return isinstance(layer, PackedLinear)
 
 
