@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import ServingMachine, TargetName, base_of, command_line
+from .shared import ServingMachine, TargetName, base_of, command_line, resumable
 
 
 def regenerate(
@@ -55,5 +55,5 @@ def regenerate(
     model = machine.load(target)
     drafter = make_drafter(method, fitting_draft(draft, method, model), options)
     machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
-    with only_writer(out, folder=False):
+    with only_writer(out, folder=False), resumable(out):
         run(model, data, out, plan, drafter, batch, command_line())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -211,6 +212,17 @@ def opened(path: Path | None) -> Iterator[TextIO | None]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """Say how to resume what is interrupted while it writes to `out`, and exit as a shell does: 130, or 143 for SIGTERM."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if out is not None:
+            print(f"stopped; give the same command again to resume from {out}", file=sys.stderr)
+        raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
 @dataclass(frozen=True)

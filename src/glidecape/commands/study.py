@@ -10,7 +10,7 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..train.recipe import DraftRecipe, is_muon
-from .shared import Machine, TargetName, command_line
+from .shared import Machine, TargetName, command_line, resumable
 from .train import SaveEvery, Tokens, budget_of
 
 
@@ -64,7 +64,7 @@ def study(
     trial = Trial(prompts, prompt_tokens, new_tokens)
     model = machine.load(target, pack=False)
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
-    with only_writer(out):
+    with only_writer(out), resumable(out):
         result = run_study(
             model, data, out, recipes, budget_of(tokens, None), numbers, trial, command_line(), save_every
         )
