@@ -100,8 +100,8 @@ def bench(
     target, given = pair_or_shipped(target, draft or [])
     read = read_suites(names, suites, fetch)
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
-    model = machine.load(target)
     folders = named_folders(given)
+    model = machine.load(target)
     drafts = load_drafts(folders, model)
     made = [one.drafter(drafts) for one in chosen]
     machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices

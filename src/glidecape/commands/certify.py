@@ -64,8 +64,8 @@ def certify(
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
     with opened(output) as out:
-        model = machine.load(target)
         folders = named_folders(drafts)
+        model = machine.load(target)
         drafters = make_drafters(methods, load_drafts(folders, model))
         machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
         with bar(f"loading {target} for transformers"):

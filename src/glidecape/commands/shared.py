@@ -109,6 +109,11 @@ class ServingMachine(Machine):
 
         Raises: see `load` and `with_draft`.
         """
+        from ..drafting.methods import DRAFTLESS, parse_method
+        from ..drafts.checkpoint import resolve
+
+        if draft is not None and parse_method(method)[0] not in DRAFTLESS:
+            resolve(draft)  # a mistyped path is an error before the target is loaded
         model = self.load(target)
         with waiting(f"loading {draft}", shown=draft is not None):
             from ..interface.load import with_draft
@@ -182,9 +187,8 @@ def choose(target: str | None, draft: str | None, method: str) -> tuple[str, str
     from ..drafting.methods import DRAFTLESS, parse_method, usual_method
 
     needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
-    if target is None or (draft is None and needs_draft):
-        target, found = pair_or_shipped(target, [] if draft is None else [draft])
-        draft = found[0] if found and needs_draft else draft
+    target, found = pair_or_shipped(target, [] if draft is None else [draft])
+    draft = found[0] if found and needs_draft else draft
     if method == "auto":
         method = usual_method(None if draft is None else base_of(draft))
     return target, draft, method
@@ -301,10 +305,14 @@ def named_folders(items: list[str]) -> dict[str, str]:
 
     Raises:
         InputError: two of one name.
+        CheckpointError: nothing is there, which is noticed before a target is loaded.
     """
+    from ..drafts.checkpoint import resolve
+
     named: dict[str, str] = {}
     for item in items:
         name, _, folder = item.rpartition("=")
+        resolve(folder)
         name = name or base_of(folder)
         if name in named:
             raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")

@@ -49,6 +49,7 @@ def study(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
+    from ..train.data import check_exists
     from ..train.study import Trial, run_study
     from ..train.study_rows import changes_of, study_rows
     from ..train.study_table import table_of
@@ -62,6 +63,7 @@ def study(
     common = {"length": length, "rows": rows, "rate": rate, "muon": is_muon(optimizer)}
     recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
     trial = Trial(prompts, prompt_tokens, new_tokens)
+    check_exists(data)
     model = machine.load(target, pack=False)
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
     with only_writer(out), resumable(out):

@@ -34,9 +34,11 @@ def train(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train a draft for a frozen target; no hidden states need to be stored."""
+    from ..train.data import check_exists
     from ..train.draft import preview_data, train_draft
 
     budget = None if preview else budget_of(tokens, minutes)
+    check_exists(data)  # before the model is loaded
     model = machine.load(target, pack=False)
     if budget is None:
         _show(preview_data(model, data, recipe))

@@ -26,13 +26,17 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     if not str(name):
         raise CheckpointError("the model has an empty name: name a folder with config.json, or a Hub model")
     folder = Path(name).expanduser()
-    if not isinstance(name, Path) and not folder.exists() and _may_be_on_hub(name):
+    if not isinstance(name, Path) and not folder.exists() and may_be_on_hub(name):
         _check_reachable(name, revision)
         return None
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file: name the model's folder, the one that holds config.json")
     if not folder.is_dir():
         raise CheckpointError(f"no model folder at {name}: name a folder with config.json, or a Hub model")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{name} has no config.json: is it a Hugging Face model folder?")
+        raise CheckpointError(
+            f"{name} has no config.json, so it is no Hugging Face model folder; a draft's folder belongs to --draft"
+        )
     return folder
 
 
@@ -74,7 +78,7 @@ def _load_tokenizer(name: str | Path, folder: Path | None, options: dict[str, An
     return tokenizer
 
 
-def _may_be_on_hub(name: str) -> bool:
+def may_be_on_hub(name: str) -> bool:
     """Whether `name` can be a Hub model's, and does not look like a mistyped path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..drafts.checkpoint import CARD, WEIGHTS
+from ..drafts.card import CARD, STATE_FILE, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
 from ..progress import bar
 from .stopping import Stopped, stop_requests
 
-STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
+CURVE, PICTURE = "curve.json", "curve.png"
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
