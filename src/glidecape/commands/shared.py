@@ -123,11 +123,16 @@ class ServingMachine(Machine):
     def compile_models(
         self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, price: bool = True
     ) -> None:
-        """Compile what decodes, if that was asked for or is worth it for so many tokens; see `interface.load`."""
-        from ..interface.load import compile_models
+        """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round
+        costs, unless `price` is False."""
+        from ..interface.load import compile_models, set_prices
 
-        with bar("preparing compiled programs"):
-            compile_models(target, drafters, self.compile, tokens, price=price)
+        drafters = list(drafters)
+        if self.compile != "off":
+            with bar("preparing compiled programs", ends=False):  # whatever takes long there says so itself
+                compile_models(target, drafters, self.compile, tokens)
+        if price:
+            set_prices(target, drafters)
 
 
 def load_drafts(folders: dict[str, str], target: Target) -> dict[str, AnyDraft]:
