@@ -23,6 +23,7 @@ from .shared import (
     opened,
     pair_or_shipped,
     read_prompts,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def certify(
         model = machine.load(target)
         drafters = make_drafters(methods, load_drafts(folders, model))
         machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
-        with bar(f"loading {target} for transformers"):
+        with bar(f"loading {short(target)} for transformers"):
             reference = _reference(target, model.dtype, machine)
         with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as shown:
             findings = run(model, reference, drafters, texts, params, batch, shown.at)

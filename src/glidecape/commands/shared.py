@@ -61,12 +61,11 @@ class Machine:
         Raises:
             InputError, CheckpointError, UnsupportedError: see `load_target`.
         """
-        with waiting(f"loading {name}", shown=not _downloaded(name)):
+        with waiting(f"loading {short(name)}", shown=not _downloaded(name)):
             from transformers.utils import logging
 
             from ..interface.load import load_target
 
-            logging.disable_progress_bar()
             logging.set_verbosity_error()
             return load_target(
                 name,
@@ -115,7 +114,7 @@ class ServingMachine(Machine):
         if draft is not None and parse_method(method)[0] not in DRAFTLESS:
             resolve(draft)  # a mistyped path is an error before the target is loaded
         model = self.load(target)
-        with waiting(f"loading {draft}", shown=draft is not None):
+        with waiting(f"loading {short(draft or '')}", shown=draft is not None):
             from ..interface.load import with_draft
 
             return with_draft(model, draft, method, options)
@@ -148,6 +147,15 @@ def load_drafts(folders: dict[str, str], target: Target) -> dict[str, AnyDraft]:
             loaded[name] = load_draft(folder, target)
             shown.advance()
     return loaded
+
+
+def short(name: str) -> str:
+    """A model's name for a bar, which has one line: of a path the last two parts.
+
+    >>> short("/home/me/models/pysource/target"), short("owner/model")
+    ('pysource/target', 'owner/model')
+    """
+    return "/".join(Path(name).parts[-2:])
 
 
 def _downloaded(name: str) -> bool:

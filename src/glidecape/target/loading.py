@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..compat import without_weight_bars
 from ..errors import CheckpointError, first_line
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -54,9 +55,10 @@ def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, An
         _check_files(folder)
     try:
         # transformers answers weights of another shape with advice for its own callers, so `_check_report` answers them.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with without_weight_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:  # a model's own code may raise anything
         raise _loading_error(name, folder, error) from None
     _check_report(name, model, report)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..compat import without_weight_bars
 from ..drafts.card import CARD, STATE_FILE, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
@@ -218,7 +219,8 @@ def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None
     """
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        with without_weight_bars():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
