@@ -687,7 +687,7 @@ def test_a_record_of_auto_counts_what_it_offered_by_predicted_probability() -> N
 
 def test_what_is_measured_of_auto_knows_what_rounds_cost(monkeypatch) -> None:
     prices = [Prices.guess(0.123), Prices.guess(0.456)]
-    monkeypatch.setattr(runner, "prices_of", lambda target, drafter, say: prices)
+    monkeypatch.setattr("glidecape.interface.load.prices_of", lambda target, drafter, say: prices)
     methods = read_methods(["plain", "lookup+auto", "glide+auto"], MethodOptions())
     plan = runner.Plan(TARGET, {"glide": DRAFT}, {}, methods, [], Settings())
     made = runner._drafters(plan, SimpleNamespace(header={}))

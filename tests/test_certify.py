@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from glidecape import certify as certify_module
 from glidecape import cli
-from glidecape.certify import BUG, EQUAL, NEAR_TIE, certify
+from glidecape.certify import BUG, EQUAL, NEAR_TIE, Finding, certify
+from glidecape.commands.certify import print_table
 from glidecape.core import verify as verify_module
 from glidecape.core.params import SamplingParams
 from glidecape.core.verify import verify_points
@@ -184,6 +185,24 @@ def run(capfd, monkeypatch, *words):
         code = stop.code or 0
     out, err = capfd.readouterr()
     return code, out, err
+
+
+def test_the_table_names_the_dtype_and_explains_itself_where_outputs_differ(capsys):
+    tie = Finding("glide+cape+svip", 3, NEAR_TIE, "transformers", 5, 66, 1599, 0.01, 0.02, 0.06, 0.07, 0.37)
+    print_table([Finding("plain", 3), tie], "bfloat16")
+    told = capsys.readouterr().out
+    assert "prompts by verdict, in bfloat16" in told
+    assert all(f"{word}:" in told for word in ("index", "gap", "error", "rounding", "near-tie", "verdict"))
+    assert "how far bfloat16 may move" in " ".join(told.split())
+    assert "--dtype float32 has fewer" in told
+    assert max(map(len, told.splitlines())) <= 110
+    print_table([Finding("plain", 3)], "float32")
+    told = capsys.readouterr().out
+    assert "in float32" in told
+    assert "gap" not in told
+    assert "fewer" not in told
+    print_table([tie], "float32")
+    assert "fewer" not in capsys.readouterr().out
 
 
 def test_the_command(world, capfd, monkeypatch, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from glidecape import SamplingParams, cli, generate
 from glidecape.core.stats import loops, repetition
 from glidecape.drafting.methods import METHODS
+from glidecape.drafts.card import STATE_FILE
+from glidecape.target.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,8 +120,11 @@ def test_vanilla_batches_files_and_standard_input(world, capfd, monkeypatch, tmp
 BAD = {
     "missing target": (["--target", "nowhere/at/all"], "no model|cannot load"),
     "no config": (["--target", "{empty}"], "config.json"),
-    "missing draft": (["--draft", "./nowhere"], "no draft folder"),
-    "empty draft folder": (["--draft", "{empty}"], "neither a draft of ours"),
+    "a file for a model": (["--target", __file__], "is a file: name the model's folder"),
+    "missing draft": (["--draft", "./nowhere"], "no draft folder at ./nowhere: check the path, train a draft"),
+    "mistyped draft": (["--draft", f"{Path.cwd().name}/../{Path.cwd().name}"], "no draft folder"),
+    "a file for a draft": (["--draft", __file__], "is a file: name the folder that holds it"),
+    "empty draft folder": (["--draft", "{empty}"], "no draft in .*: it holds neither"),
     "unknown method": (["--method", "glyde"], "unknown method"),
     "expanded plain": (["--method", "plain+cape"], "drafts nothing"),
     "two stop policies": (["--method", "glide+svip+heuristic"], "more than one stop policy"),
@@ -183,6 +188,7 @@ TRAIN = {
     "unknown preset": (["--preset", "mine"], "no preset"),
     "unknown optimizer": (["--optimizer", "sgd"], "unknown optimizer"),
     "missing data": (["--data", "nowhere.jsonl"], "no data at"),
+    "a draft for a model": (["--target", "{draft}"], "no config.json.* a draft's folder belongs to --draft"),
 }
 
 
@@ -190,8 +196,41 @@ TRAIN = {
 def test_bad_input_to_train_is_one_sentence(case, world, capfd, monkeypatch, tmp_path):
     words, message = TRAIN[case]
     base = ["train", "--target", world["target"], "--data", world["corpus"], "--out", tmp_path / "o", "--tokens", "64"]
-    code, _, err = run(capfd, monkeypatch, *base, *words)
+    code, _, err = run(capfd, monkeypatch, *base, *(word.format(draft=world["glide"]) for word in words))
     only_sentence(code, err, message)
+
+
+MISSING = {
+    "a draft": ["generate", "{target}", "--draft", "./nowhere", "--method", "glide", "-p", "def"],
+    "a draft to certify": ["certify", "{target}", "--draft", "glide=./nowhere"],
+    "a draft to measure": ["bench", "{target}", "--draft", "glide=./nowhere", "--suite", "own:1"],
+    "data": ["train", "{target}", "--data", "nowhere.jsonl", "--output", "{out}", "--tokens", "64"],
+    "data of a study": ["study", "{target}", "--data", "nowhere.jsonl", "--output", "{out}", "--tokens", "64"],
+    "data to plan for": ["plan", "{target}", "--data", "nowhere.jsonl"],
+    "prompts to continue": ["regenerate", "{target}", "--data", "nowhere.jsonl", "--output", "{out}.jsonl"],
+}
+
+
+@pytest.mark.parametrize("case", list(MISSING))
+def test_what_is_missing_is_noticed_before_a_model_is_loaded(case, world, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    words = [word.format(target=world["target"], out=tmp_path / "out") for word in MISSING[case]]
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], r"no (draft folder|data) at (\./)?nowhere")
+
+
+def test_a_draft_whose_training_has_not_ended_is_told_from_one_that_is_none(world, capfd, monkeypatch, tmp_path):
+    (tmp_path / STATE_FILE).touch()
+    words = ["generate", world["target"], "--draft", tmp_path, "-p", "def"]
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], "has not ended: give its `glidecape train` command again")
+    words += ["--method", "glide"]
+    only_sentence(*run(capfd, monkeypatch, *words)[::2], "has not ended")
+
+
+@pytest.mark.parametrize("method", ["auto", "plain", "lookup", "lookup+auto", "glide"])
+def test_a_draft_alone_is_enough_with_every_method(method, world, capfd, monkeypatch):
+    words = ["generate", world["glide"], "--method", method, "-p", "def load_table(", "--max-new-tokens", 4]
+    code, out, err = run(capfd, monkeypatch, *words)
+    assert (code, out.startswith("def load_table(")) == (0, True), err
 
 
 def test_training_without_an_end_or_into_a_file_is_one_sentence(world, capfd, monkeypatch, tmp_path):

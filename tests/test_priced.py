@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from glidecape import SamplingParams, load_draft, make_drafter
@@ -18,6 +20,7 @@ from glidecape.drafting.priced import FIRST, PROBE, PricedDrafter
 from glidecape.drafting.stop import Entropy, FixedLength, Heuristic
 from glidecape.engine.decode import generate
 from glidecape.engine.engine import Engine
+from glidecape.progress import Bar
 from glidecape.target.packages import FOLDER
 from serving import MODELS
 from toys import ReRun, ToyDraft, ToyHeads, ToyTarget, check_invariants, random_rule
@@ -141,7 +144,12 @@ def test_prices_of_a_method_are_those_of_its_whole_rounds(target, tmp_path, monk
     made, again = (
         PricedDrafter(make_drafter(method, draft, **({} if "svip" in method else {"length": 4}))) for _ in range(2)
     )
+    shown = []
+    monkeypatch.setattr(
+        "glidecape.costs.bar", lambda *given: shown.append(Bar(*given, 0.0, None, None)) or nullcontext(shown[-1])
+    )
     found = prices_of(target, made, said.append, rows=(1, 2), tokens=64)
+    assert [(one.done, one.total) for one in shown] == [(4.0, 4)]  # one bar for both temperatures
     assert len(said) == 1
     assert prices_of(target, again, said.append, rows=(1, 2), tokens=64) == found
     assert len(said) == 1

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import glidecape
 from glidecape import cli, progress
 from glidecape.commands import waiting
+from glidecape.compat import without_weight_bars
 
 SCRIPT = """
 import sys, time
@@ -111,6 +113,32 @@ def test_the_end_is_left_to_a_caller_that_says_more_of_it(capsys, monkeypatch) -
     with progress.bar("compiling", seconds=60, ends=False):
         now[0] = 61.0
     assert capsys.readouterr().err == ""
+
+
+def test_in_python_nothing_is_drawn_and_downloads_keep_their_bars(world, capfd) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.enable_progress_bar()
+    glidecape.load(world["target"], draft=world["glide"])
+    assert "\r" not in capfd.readouterr().err
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == (True, False)
+    with without_weight_bars():
+        assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == (False, False)
+    if not before[0]:
+        logging.disable_progress_bar()
+
+
+def test_the_figures_of_what_was_written_are_the_last_line_of_a_log(world, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)  # as if all of it took long
+    words = ["generate", world["target"], "--draft", world["glide"], "-p", "def", "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["glidecape", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].startswith("[glide: 4 tokens, ")
+    assert not [line for line in said if line.startswith("preparing compiled programs: done")]
 
 
 @pytest.fixture

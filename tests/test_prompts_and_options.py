@@ -13,7 +13,6 @@ from glidecape.batch.text import Prompt
 from glidecape.commands import effects
 from glidecape.commands.shared import opened, read_prompts
 from glidecape.core.params import SamplingParams
-from glidecape.core.stats import Stats
 from glidecape.drafting.drafter import NoDraft
 from glidecape.drafting.methods import METHODS
 from glidecape.engine import engine as engine_module
@@ -73,7 +72,19 @@ def test_the_prompts_that_svip_is_fitted_on_go_through_the_template_too(world, t
         "glidecape.interface.load.load_draft", lambda *a: type("Any", (), {"kind": "glide", "max_lag": 8})()
     )
     path = write(tmp_path / "chats.jsonl", json.dumps({"messages": TALK}))
-    words = ["--target", "x", "--draft", "y", "--method", "glide+svip", "--svip-fit", path, "--chat", "-p", "hi"]
+    words = [
+        "--target",
+        "x",
+        "--draft",
+        world["glide"],
+        "--method",
+        "glide+svip",
+        "--svip-fit",
+        path,
+        "--chat",
+        "-p",
+        "hi",
+    ]
     only_sentence(*run(capfd, monkeypatch, "generate", *words)[::2], "that is all")
     assert target.tokenizer.decode(seen[0]).startswith("<system>")
 
@@ -150,14 +161,6 @@ def test_a_long_list_is_decoded_a_batch_at_a_time(target: Target, monkeypatch: p
     assert [one.tokens for one in bounded] == [one.tokens for one in generate(target, prompts, NoDraft(), params)]
     with pytest.raises(InputError, match="at least 1 prompt"):
         generate(target, prompts, batch=0)
-
-
-def test_a_prompt_that_may_emit_nothing_takes_no_round_wherever_it_waits(target: Target) -> None:
-    stats, params = Stats(), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 0, 2, 0)]
-    found = generate(target, [[3], [4], [5], [6]], NoDraft(), params, stats, batch=1)
-    assert [len(one.tokens) for one in found] == [3, 0, 2, 0]
-    assert [one.finish for one in found] == ["length"] * 4
-    assert stats.rounds == 5
 
 
 # --- options

@@ -17,11 +17,12 @@ from glidecape.drafts.checkpoint import CARD, WEIGHTS
 from glidecape.errors import CheckpointError
 from glidecape.files import only_writer, remove_leftovers, write_folder
 from glidecape.target.target import Target
-from glidecape.train import figures
+from glidecape.train import figures, loop
 from glidecape.train.draft import train_draft
 from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
 from glidecape.train.recipe import DraftRecipe
-from processes import Child
+from glidecape.train.stopping import stop_requests
+from processes import Child, glidecape
 
 STEPS, ROWS, LENGTH = 60, 4, 32
 RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
@@ -87,6 +88,44 @@ def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
     drafts = [load_file(out / "draft.safetensors") for out in (whole, killed)]
     assert all(torch.equal(t, drafts[1][name]) for name, t in drafts[0].items())
     assert not [p.name for p in killed.iterdir() if p.name.startswith(".")]
+
+
+def train_until(number, at_step, words):
+    """The command line, in a process of its own, which gets a signal in the middle of a step."""
+    step = loop._step
+
+    def interrupted(modules, made, losses, now, clip):
+        if now == at_step:
+            os.kill(os.getpid(), number)
+        step(modules, made, losses, now, clip)
+
+    loop._step = interrupted
+    glidecape(*words)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_a_training_finish_its_step_and_save(world, tmp_path, number, code):
+    out = tmp_path / "draft"
+    words = ["train", world["target"], "--data", world["corpus"], "--output", out, "--tokens", 4 * 64]
+    words += ["--length", 32, "--rows", 2, "--save-every", 9999]
+    child = Child(train_until, number, 2, words)
+    assert child.wait() == code
+    assert f"stopped; give the same command again to resume from {out}" in child.stderr.read()
+    child.stderr.close()
+    assert torch.load(out / STATE_FILE)["clock"]["step"] == 2
+    child = Child(glidecape, *words)
+    assert child.wait() == 0, child.stderr.read()
+    child.stderr.close()
+    assert torch.load(out / STATE_FILE)["clock"]["step"] == 4
+
+
+def test_the_second_interruption_does_not_wait_for_the_step():
+    with stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 SHORT = Budget(tokens=4 * 2 * 32)

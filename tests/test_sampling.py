@@ -170,7 +170,7 @@ def test_the_lowest_temperatures_still_give_a_law_in_float32(temperature: float)
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], not 1.1"),
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\], not nan"),
-        ({"max_new_tokens": -1}, r"max_new_tokens must not be negative, but is -1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1, not 0"),
         ({"sampling": "beam"}, r"sampling must be 'noise' or 'residual', not 'beam'"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\], not 1.5"),
         ({"min_p": float("nan")}, r"min_p must be in .*, not nan"),
@@ -204,7 +204,7 @@ def test_stop_and_bias_are_stored_in_one_form() -> None:
 
 
 def test_the_edges_are_accepted() -> None:
-    for options in ({"top_p": 1.0}, {"max_new_tokens": 0}, {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"top_k": 10**9}):
+    for options in ({"top_p": 1.0}, {"max_new_tokens": 1}, {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"top_k": 10**9}):
         SamplingParams(temperature=1.0, **options)
     assert SamplingParams().greedy
     assert not SamplingParams(temperature=1e-5).greedy

@@ -95,6 +95,7 @@ def test_every_option_and_field_is_documented() -> None:
     ("fields", "param", "words"),
     [
         ({"tools": []}, "tools", "does not support the field 'tools'"),
+        ({"temprature": 1}, "temprature", "did you mean temperature?"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "warm"}, "temperature", "number"),
         ({"n": 0}, "n", "greater than or equal to 1"),
@@ -131,6 +132,10 @@ def test_malformed_bodies_are_400_and_unknown_routes_404(running) -> None:
         status, answer, _ = running.ask("/v1/chat/completions", body)
         assert status == 400, (body[:20], answer)
         assert answer["error"]["type"] == "invalid_request_error"
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # the second is what curl -d says
+        status, answer, _ = running.ask("/v1/completions", b'{"prompt": "x"}', {"Content-Type": kind})
+        assert (status, answer["error"]["code"]) == (400, "no_content_type")
+        assert "Content-Type: application/json" in answer["error"]["message"]
     lone = b'{"prompt": "\\ud800", "max_tokens": 1}'
     assert running.ask("/v1/completions", lone)[0] == 400
     assert running.ask("/v1/nothing")[0] == 404
@@ -385,6 +390,17 @@ def test_two_servers_cannot_have_one_port(running, target, drafter) -> None:
 
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {running.port}"):
         Running(target, drafter, port=running.port)
+
+
+def test_a_port_in_use_is_one_sentence_before_the_model_is_loaded(running, capfd, monkeypatch) -> None:
+    monkeypatch.setattr("glidecape.target.target.Target.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(sys, "argv", ["glidecape", "serve", "--port", str(running.port)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "port" in said
+    assert said.count("in use") == 1
+    assert said.endswith("choose another --host or --port")
 
 
 def test_threads_are_gone_when_a_server_ends(target, drafter) -> None:

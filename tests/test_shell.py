@@ -89,7 +89,7 @@ def test_zsh_is_told_the_same(line: str) -> None:
 
 def test_exit_codes_are_those_that_help_names(monkeypatch) -> None:
     text = shell("glidecape --help")
-    assert all(f"  {code}  " in text for code in (0, 1, 2, 3, 130, 141))
+    assert all(f"  {code}  " in text for code in (0, 1, 2, 3, 130, 141, 143))
     for code, words in (
         (0, ["--version"]),
         (2, ["report", "nowhere"]),

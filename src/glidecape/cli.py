@@ -44,6 +44,8 @@ EXIT_CODES = """[bold]Exit codes[/]
 
   141  whoever read the output ended, as `head` does
 
+  143  a training ended by SIGTERM, and saved
+
 [bold]Names[/] of transformers, vLLM and llama.cpp are understood, such as --max-tokens or --assistant-model, with dashes or \
 underscores."""
 

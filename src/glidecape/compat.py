@@ -53,6 +53,7 @@ __all__ = [
     "packed_linear",
     "register_attention",
     "sliding_window_causal_mask_function",
+    "without_weight_bars",
 ]
 
 # A causal LM's argument for its keys and values. transformers 5.24 renamed it, and warns about the old name.
@@ -76,6 +77,26 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
 def cache_of(output: Any) -> Any:
     """The cache in a model's output."""
     return next(output[name] for name in CACHE_ARGUMENTS if name in output)
+
+
+@contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """While it lasts, transformers draws no bar for the weights that it reads or writes. Downloads keep theirs, which
+    transformers would switch off as well."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    drawn, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+        if not downloads:
+            hub.disable_progress_bars()
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:

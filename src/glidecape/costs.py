@@ -152,20 +152,27 @@ LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
 
 @torch.no_grad()
 def measured_prices(
-    target: Target, drafter: AutoDrafter, temperature: float = 0.0, rows: Sequence[int] | None = None
+    target: Target,
+    drafter: AutoDrafter,
+    temperature: float = 0.0,
+    rows: Sequence[int] | None = None,
+    done: Callable[[float], object] = lambda _: None,
 ) -> Prices:
     """Prices of this pair on this machine, by rows and tokens before them; medians. A few seconds.
 
     The caches' content doesn't matter to time, so nothing is read before.
+
+    Args:
+        done: is told each share that is measured, of the 1 that a number of rows is.
     """
     rows = rows or ROWS
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
-    cells: list[list[Cell]] = []
-    with bar("measuring what a round costs", len(rows)) as shown:
-        for count in rows:
-            cells.append([_priced(target, drafter, count, context, temperature) for context in contexts])
-            shown.advance()
+    cells: list[list[Cell]] = [[] for _ in rows]
+    for own, count in zip(cells, rows, strict=True):
+        for context in contexts:
+            own.append(_priced(target, drafter, count, context, temperature))
+            done(1 / len(contexts))
 
     def table(of: Callable[[Cell], float]) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(of(cell) for cell in row) for row in cells)
@@ -261,12 +268,18 @@ def _forgotten(target: Target, drafter: Drafter, batch: Batch) -> Stats:
 
 @torch.no_grad()
 def length_prices(
-    target: Target, drafter: PricedDrafter, rows: Sequence[int], tokens: int, temperature: float = 0.0
+    target: Target,
+    drafter: PricedDrafter,
+    tokens: int,
+    temperature: float,
+    rows: Sequence[int],
+    done: Callable[[float], object] = lambda _: None,
 ) -> Prices:
     """Prices of a method's whole rounds by their length, for `PricedDrafter`: a size is so many depths and the root.
 
     Args:
         tokens: of a row, most.
+        done: as for `measured_prices`.
     """
     longest, inner = drafter.longest, drafter.inner
     sizes = sorted({1 + length for length in (0, 1, 2, 4, 8, 16, longest) if length <= longest})
@@ -288,6 +301,7 @@ def length_prices(
         found = _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S)
         # A server that drafts nothing runs plain rounds among their like.
         alone = statistics.median([round_of(1) for _ in range(2 * ALONE)][ALONE:]) if sum(found) < LIMIT_S else found[0]
+        done(1 / len(contexts))
         return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
 
     verify = tuple(tuple(times(count, context) for context in contexts) for count in rows)
@@ -343,13 +357,15 @@ def prices_of(
     kept = None if path is None or again else _kept(path, say)
     if kept is not None:
         return kept
-    say("measuring what a round costs on this machine, once for this pair, for +auto: about half a minute")
-    measure: Callable[[float], Prices] = (
-        partial(measured_prices, target, drafter, rows=rows)
+    say("measuring what a round costs on this machine, once for this pair: half a minute, or more on a busy machine")
+    measure: Callable[..., Prices] = (
+        partial(measured_prices, target, drafter)
         if isinstance(drafter, AutoDrafter)
-        else partial(length_prices, target, drafter, rows, tokens)
+        else partial(length_prices, target, drafter, tokens)
     )
-    prices = [measure(temperature) for temperature in (0.0, 1.0)]
+    heats = (0.0, 1.0)
+    with bar("measuring what a round costs", len(heats) * len(rows)) as shown:
+        prices = [measure(temperature, rows=rows, done=shown.advance) for temperature in heats]
     if path is not None:
         with contextlib.suppress(CheckpointError):
             write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))

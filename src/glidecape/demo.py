@@ -109,9 +109,6 @@ def run_demo(
     target: Path | None, draft: Path | None, max_new_tokens: int = 96, threads: int = 0, compile: str = "auto"
 ) -> bool:
     """Print the races, greedy and sampled, and their tables; returns whether all outputs were equal."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
     if (target is None) != (draft is None):

@@ -36,7 +36,8 @@ def show(
     for i, (prompt, own) in enumerate(zip(ids, each, strict=True)):
         new_row(i, prompt, own, lm.target)  # all of them, before anything is printed
     seen = out is None and sys.stdout.isatty()  # then the text itself says how far it is
-    with nullcontext() if seen else bar("writing", len(ids)) as shown:
+    # Else figures are the last that is said.
+    with nullcontext() if seen else bar("writing", len(ids), ends=as_json) as shown:
         for first in range(0, len(ids), batch):
             rows = range(first, min(first + batch, len(ids)))
             stats = Stats()

@@ -14,7 +14,6 @@ import torch
 
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
-from ..costs import prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.auto.reliability import reliability
 from ..drafting.drafter import Drafter
@@ -23,7 +22,8 @@ from ..drafts.base import DepthModel
 from ..engine.decode import decode
 from ..errors import InputError, OutputError
 from ..fit import with_fitted_threshold
-from ..progress import bar, note
+from ..interface.load import set_prices
+from ..progress import bar
 from ..target.target import Target
 from .costs import measure_costs
 from .draw import categories_of, draw, draw_category, in_jobs
@@ -152,9 +152,7 @@ def _drafters(plan: Plan, folder: RunFolder) -> dict[str, Drafter]:
             fits[one.name] = asdict(with_fitted_threshold(plan.target, made[one.name], prompts, params)[1])
             folder.keep(fits=fits)
         made[one.name] = one.drafter(plan.drafts, fits[one.name]["threshold"])
-    for drafter in made.values():
-        if isinstance(drafter, AutoDrafter):
-            drafter.set_prices(prices_of(plan.target, drafter, note))
+    set_prices(plan.target, made.values())
     return made
 
 

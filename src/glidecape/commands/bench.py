@@ -15,7 +15,16 @@ from ..drafting.options import FIXED
 from ..errors import InputError, OutputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import AsJson, ServingMachine, TargetOrShipped, command_line, load_drafts, named_folders, pair_or_shipped
+from .shared import (
+    AsJson,
+    ServingMachine,
+    TargetOrShipped,
+    command_line,
+    load_drafts,
+    named_folders,
+    pair_or_shipped,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from ..bench.peers.base import Peer, PeerSource
@@ -91,8 +100,8 @@ def bench(
     target, given = pair_or_shipped(target, draft or [])
     read = read_suites(names, suites, fetch)
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
-    model = machine.load(target)
     folders = named_folders(given)
+    model = machine.load(target)
     drafts = load_drafts(folders, model)
     made = [one.drafter(drafts) for one in chosen]
     machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices
@@ -123,17 +132,13 @@ def _measure(plan: Plan, out: Path | None, as_json: bool) -> None:
     from ..bench.runner import run
     from ..bench.tables import show
 
-    with tempfile.TemporaryDirectory() as scratch, only_writer(out or Path(scratch) / "run"):
+    with tempfile.TemporaryDirectory() as scratch, only_writer(out or Path(scratch) / "run"), resumable(out):
         folder = RunFolder(out or Path(scratch) / "run", plan.identity())
         try:
             run(plan, folder, command_line())
         except OutputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            if out is not None:
-                print(f"stopped; give the same command again to resume from {out}", file=sys.stderr)
-            raise
         finally:
             if folder.measured.lines:
                 summary = summarise(folder)

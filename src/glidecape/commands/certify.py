@@ -23,6 +23,7 @@ from .shared import (
     opened,
     pair_or_shipped,
     read_prompts,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -64,19 +65,20 @@ def certify(
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
     with opened(output) as out:
-        model = machine.load(target)
         folders = named_folders(drafts)
+        model = machine.load(target)
         drafters = make_drafters(methods, load_drafts(folders, model))
         machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
-        with bar(f"loading {target} for transformers"):
+        with bar(f"loading {short(target)} for transformers"):
             reference = _reference(target, model.dtype, machine)
         with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as shown:
             findings = run(model, reference, drafters, texts, params, batch, shown.at)
+        dtype = str(model.dtype).removeprefix("torch.")
         if as_json:
             report: dict[str, Any] = {
                 "target": target,
                 "drafts": folders,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "temperature": temperature,
                 "max_new_tokens": max_new_tokens,
                 "prompts": len(texts),
@@ -87,7 +89,7 @@ def certify(
             }
             print(json.dumps(report), file=out)
         else:
-            print_table(findings, out)
+            print_table(findings, dtype, out)
     if worst(findings) == BUG:
         raise typer.Exit(1)
 
@@ -138,8 +140,21 @@ def worst(findings: list[Finding]) -> str:
     return max((f.verdict for f in findings), key=(EQUAL, NEAR_TIE, BUG).index, default=EQUAL)
 
 
-def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
-    """A row a method, then one for each output that is not equal; to `out` or standard output."""
+MEANING = """\
+index: the first new token that differs, counted from 0; expected and got are its ids.
+gap: how far the lower of these two tokens' logits lies below the highest one.
+error: how far our logits there are from those of transformers.
+rounding: how far {dtype} may move a logit.
+near-tie: a gap of at most twice the rounding, and an error of at most the rounding, so that
+rounding alone may decide between the two tokens. Anything else is a bug."""
+
+
+def print_table(findings: list[Finding], dtype: str, out: TextIO | None = None) -> None:
+    """A row a method, then one for each output that is not equal, with what its columns mean; to `out` or standard output.
+
+    Args:
+        dtype: of the target, as users write it.
+    """
     from ..certify import BUG, EQUAL, NEAR_TIE
     from ..tables import TextTable, wide_console
 
@@ -148,9 +163,9 @@ def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
     for f in findings:
         by_method.setdefault(f.method, []).append(f.verdict)
     counts = [[method, *(str(own.count(v)) for v in verdicts)] for method, own in by_method.items()]
-    TextTable("output against the target's own", ["method", *verdicts], counts).print(console)
+    TextTable(f"prompts by verdict, in {dtype}", ["method", *verdicts], counts).print(console)
     exact = ["method", "prompt", "verdict", "against", "index", "expected", "got"]
-    rounded = ["margin", "gap", "shapes", "error", "rounding"]
+    rounded = ["gap", "error", "rounding"]
     apart = [
         [*(str(getattr(f, name)) for name in exact), *(f"{getattr(f, name):.2g}" for name in rounded)]
         for f in findings
@@ -158,9 +173,12 @@ def print_table(findings: list[Finding], out: TextIO | None = None) -> None:
     ]
     if apart:
         TextTable("first differing tokens", [*exact, *rounded], apart).print(console)
+        console.print(MEANING.format(dtype=dtype), soft_wrap=True, highlight=False)
     meaning = {
         EQUAL: "every output is the target's own",
-        NEAR_TIE: "all differences are rounding between equally probable tokens; --dtype float32 has fewer of them",
+        NEAR_TIE: "wherever outputs differ, two tokens are almost equally probable, and rounding decided",
         BUG: "an output is not the target's: please report it with this table",
     }
-    console.print(f"verdict: {worst(findings)}\n({meaning[worst(findings)]})")
+    console.print(f"verdict: {worst(findings)}\n({meaning[worst(findings)]})", soft_wrap=True)
+    if worst(findings) == NEAR_TIE and dtype != "float32":
+        console.print("--dtype float32 has fewer near-ties.", highlight=False)

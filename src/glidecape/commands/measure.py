@@ -98,13 +98,13 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     for temperature in run.temperatures:
         replace(chosen, temperature=temperature).params("check")  # bad ones are an error before anything is loaded
     read = read_suites([one for one in run.suite.split(",") if one.strip()], run.suites)
+    folders = named_folders(draft)
     model = run.machine.load(target)
     # An answer that is decoded past its end is nothing that anybody asks for, and easy to predict.
     chat = bool(getattr(model.tokenizer, "chat_template", None)) and any(
         p.conversation for s in read for p in s.prompts
     )
     chosen = replace(chosen, stop_at_eos=chat)
-    folders = named_folders(draft)
     facts = {"command": command_line()} | circumstances(model)
     facts |= {f"sha256 of {one.name}": one.sha256[:16] for one in read}
     facts |= {f"weights of {key}": digest_of_model(folder)[:16] for key, folder in folders.items()}

@@ -206,6 +206,10 @@ def plan(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
+    from ..train.data import check_exists
+
+    if data is not None:
+        check_exists(data)
     model = machine.load(target, pack=False)
     with bar("measuring", seconds=seconds + 1):
         made = make_plan(model, recipe, int(tokens), data, seconds)

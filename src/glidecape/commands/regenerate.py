@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import ServingMachine, TargetName, base_of, command_line
+from .shared import ServingMachine, TargetName, base_of, command_line, resumable
 
 
 def regenerate(
@@ -43,6 +43,7 @@ def regenerate(
     """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
     from ..drafting.methods import make_drafter, parse_method
     from ..interface.load import fitting_draft
+    from ..train.data import check_exists
     from ..train.regenerate import Regeneration
     from ..train.regenerate import regenerate as run
 
@@ -52,8 +53,9 @@ def regenerate(
     parse_method(method)
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
+    check_exists(data)
     model = machine.load(target)
     drafter = make_drafter(method, fitting_draft(draft, method, model), options)
     machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
-    with only_writer(out, folder=False):
+    with only_writer(out, folder=False), resumable(out):
         run(model, data, out, plan, drafter, batch, command_line())

@@ -31,6 +31,7 @@ def serve(
     """Serve a model: OpenAI's chat and completions interface, batched, with metrics (docs/serving.md)."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"the server needs {', '.join(missing)}: pip install 'glidecape[serve]'")
+    from ..serve.server import bind
     from ..serve.server import serve as run
 
     target, found = pair_or_shipped(target, [] if draft is None else [draft])
@@ -38,7 +39,8 @@ def serve(
     if method == "auto":
         method = "plain" if draft is None else base_of(draft)
     refuse_unused(ctx, [method])
+    listening = bind(settings)  # a port that is in use is an error before the model is loaded
     lm = machine.load_pair(target, draft, method, options)
     machine.compile_models(lm.target, [lm.drafter], tokens=0)  # auto: a start is to take seconds
     name = settings.model_name or (Path(target).resolve().name if Path(target).exists() else target)
-    run(lm.target, lm.drafter, settings, name, method)
+    run(lm.target, lm.drafter, settings, name, method, listening)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,12 +61,11 @@ class Machine:
         Raises:
             InputError, CheckpointError, UnsupportedError: see `load_target`.
         """
-        with waiting(f"loading {name}", shown=not _downloaded(name)):
+        with waiting(f"loading {short(name)}", shown=not _downloaded(name)):
             from transformers.utils import logging
 
             from ..interface.load import load_target
 
-            logging.disable_progress_bar()
             logging.set_verbosity_error()
             return load_target(
                 name,
@@ -108,8 +108,13 @@ class ServingMachine(Machine):
 
         Raises: see `load` and `with_draft`.
         """
+        from ..drafting.methods import DRAFTLESS, parse_method
+        from ..drafts.checkpoint import resolve
+
+        if draft is not None and parse_method(method)[0] not in DRAFTLESS:
+            resolve(draft)  # a mistyped path is an error before the target is loaded
         model = self.load(target)
-        with waiting(f"loading {draft}", shown=draft is not None):
+        with waiting(f"loading {short(draft or '')}", shown=draft is not None):
             from ..interface.load import with_draft
 
             return with_draft(model, draft, method, options)
@@ -117,11 +122,16 @@ class ServingMachine(Machine):
     def compile_models(
         self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, price: bool = True
     ) -> None:
-        """Compile what decodes, if that was asked for or is worth it for so many tokens; see `interface.load`."""
-        from ..interface.load import compile_models
+        """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round
+        costs, unless `price` is False."""
+        from ..interface.load import compile_models, set_prices
 
-        with bar("preparing compiled programs"):
-            compile_models(target, drafters, self.compile, tokens, price=price)
+        drafters = list(drafters)
+        if self.compile != "off":
+            with bar("preparing compiled programs", ends=False):  # whatever takes long there says so itself
+                compile_models(target, drafters, self.compile, tokens)
+        if price:
+            set_prices(target, drafters)
 
 
 def load_drafts(folders: dict[str, str], target: Target) -> dict[str, AnyDraft]:
@@ -137,6 +147,15 @@ def load_drafts(folders: dict[str, str], target: Target) -> dict[str, AnyDraft]:
             loaded[name] = load_draft(folder, target)
             shown.advance()
     return loaded
+
+
+def short(name: str) -> str:
+    """A model's name for a bar, which has one line: of a path the last two parts.
+
+    >>> short("/home/me/models/pysource/target"), short("owner/model")
+    ('pysource/target', 'owner/model')
+    """
+    return "/".join(Path(name).parts[-2:])
 
 
 def _downloaded(name: str) -> bool:
@@ -181,9 +200,8 @@ def choose(target: str | None, draft: str | None, method: str) -> tuple[str, str
     from ..drafting.methods import DRAFTLESS, parse_method, usual_method
 
     needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
-    if target is None or (draft is None and needs_draft):
-        target, found = pair_or_shipped(target, [] if draft is None else [draft])
-        draft = found[0] if found and needs_draft else draft
+    target, found = pair_or_shipped(target, [] if draft is None else [draft])
+    draft = found[0] if found and needs_draft else draft
     if method == "auto":
         method = usual_method(None if draft is None else base_of(draft))
     return target, draft, method
@@ -211,6 +229,17 @@ def opened(path: Path | None) -> Iterator[TextIO | None]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """Say how to resume what is interrupted while it writes to `out`, and exit as a shell does: 130, or 143 for SIGTERM."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if out is not None:
+            print(f"stopped; give the same command again to resume from {out}", file=sys.stderr)
+        raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
 @dataclass(frozen=True)
@@ -289,10 +318,14 @@ def named_folders(items: list[str]) -> dict[str, str]:
 
     Raises:
         InputError: two of one name.
+        CheckpointError: nothing is there, which is noticed before a target is loaded.
     """
+    from ..drafts.checkpoint import resolve
+
     named: dict[str, str] = {}
     for item in items:
         name, _, folder = item.rpartition("=")
+        resolve(folder)
         name = name or base_of(folder)
         if name in named:
             raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")

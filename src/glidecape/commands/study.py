@@ -10,7 +10,7 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..train.recipe import DraftRecipe, is_muon
-from .shared import Machine, TargetName, command_line
+from .shared import Machine, TargetName, command_line, resumable
 from .train import SaveEvery, Tokens, budget_of
 
 
@@ -49,6 +49,7 @@ def study(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
+    from ..train.data import check_exists
     from ..train.study import Trial, run_study
     from ..train.study_rows import changes_of, study_rows
     from ..train.study_table import table_of
@@ -62,9 +63,10 @@ def study(
     common = {"length": length, "rows": rows, "rate": rate, "muon": is_muon(optimizer)}
     recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
     trial = Trial(prompts, prompt_tokens, new_tokens)
+    check_exists(data)
     model = machine.load(target, pack=False)
     recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
-    with only_writer(out):
+    with only_writer(out), resumable(out):
         result = run_study(
             model, data, out, recipes, budget_of(tokens, None), numbers, trial, command_line(), save_every
         )

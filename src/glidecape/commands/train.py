@@ -11,7 +11,7 @@ import typer
 from ..errors import InputError
 from ..files import only_writer
 from ..train.recipe import DraftRecipe, TargetShape, Windowing
-from .shared import Machine, TargetName, command_line
+from .shared import Machine, TargetName, command_line, resumable
 
 if TYPE_CHECKING:
     from ..train.loop import Budget
@@ -34,14 +34,16 @@ def train(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train a draft for a frozen target; no hidden states need to be stored."""
+    from ..train.data import check_exists
     from ..train.draft import preview_data, train_draft
 
     budget = None if preview else budget_of(tokens, minutes)
+    check_exists(data)  # before the model is loaded
     model = machine.load(target, pack=False)
     if budget is None:
         _show(preview_data(model, data, recipe))
         return
-    with only_writer(out):
+    with only_writer(out), resumable(out):
         train_draft(
             model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
         )
@@ -106,7 +108,7 @@ def train_target(
     draft = _joint_recipe(draft_recipe, seed) if with_draft else None
     if draft_recipe and draft is None:
         raise InputError("--draft-recipe says how to train a draft: give --with-draft too")
-    with only_writer(out):
+    with only_writer(out), resumable(out):
         recipes.train_target(
             data,
             out,

@@ -58,8 +58,7 @@ def tune(
         drafter = make_drafter("lookup+auto" if loaded is None else f"{base_for(loaded.kind)}+auto", loaded)
         assert isinstance(drafter, AutoDrafter)
         machine.compile_models(model, [drafter], 0, price=False)
-        with bar("measuring"):
-            found = tuned(model, drafter, note, again)
+        found = tuned(model, drafter, note, again)
         kept = None
         if store:
             with bar("learning"):

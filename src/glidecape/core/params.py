@@ -54,7 +54,7 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all.
         seed: of this row's noise; rows with one seed see the same noise, so give each row its own.
-        max_new_tokens: tokens to emit at most.
+        max_new_tokens: tokens to emit at most, 1 or more.
         stop_token_ids: end the row when one is emitted (the token is kept). The model's own end-of-text tokens are
             added by `generate` unless `ignore_eos`.
         sampling: "noise" (shared Gumbel noise: the same seed gives the same text with every method) or "residual"
@@ -134,8 +134,8 @@ class SamplingParams:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed must fit in 64 bits (signed), but is {self.seed}")
-        if self.max_new_tokens < 0:
-            raise InputError(f"max_new_tokens must not be negative, but is {self.max_new_tokens}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.sampling not in (NOISE, RESIDUAL):
             raise InputError(f"sampling must be '{NOISE}' or '{RESIDUAL}', not '{self.sampling}'")
         if not 0 <= self.min_p <= 1:

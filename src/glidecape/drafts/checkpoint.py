@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError, first_line
 from ..files import write_atomic
+from ..target.loading import may_be_on_hub
 from ..target.packed import draft_products
 from ..target.target import Target
-from .card import CARD, FORMAT, WEIGHTS, Card, checked, read_card_text
+from .card import CARD, FORMAT, STATE_FILE, WEIGHTS, Card, checked, read_card_text
 from .causal_lm import StandaloneDraft
 from .eagle.adapter import EagleDraft
 from .eagle.config import EagleConfig
@@ -126,7 +127,7 @@ def read_card(folder: Path) -> Card:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"no draft in {folder}: it has no {WEIGHTS} (make one with `glidecape train`)")
+        raise _no_draft(folder, f"it has no {WEIGHTS} (make one with `glidecape train`)")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})["glidecape"]
@@ -221,8 +222,13 @@ def resolve(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise CheckpointError(f"no draft folder at {name}")
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file: name the folder that holds it, {folder.parent}")
+    if str(name).count("/") != 1 or not may_be_on_hub(str(name)):
+        raise CheckpointError(
+            f"no draft folder at {name}: check the path, train a draft with `glidecape train`, or leave it out and use "
+            "--method lookup"
+        )
     try:
         from huggingface_hub import snapshot_download
 
@@ -231,6 +237,14 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointError(
             f"{name} is neither a folder here nor a repository of the Hub ({first_line(error)})"
         ) from None
+
+
+def _no_draft(folder: Path, lacks: str) -> CheckpointError:
+    if (folder / STATE_FILE).is_file():
+        return CheckpointError(
+            f"the training in {folder} has not ended: give its `glidecape train` command again, which resumes it"
+        )
+    return CheckpointError(f"no draft in {folder}: {lacks}")
 
 
 def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDraft:
@@ -247,7 +261,7 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
     if (folder / WEIGHTS).is_file():
         return load_network(folder, target)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds neither a draft of ours ({WEIGHTS}) nor a causal LM (config.json)")
+        raise _no_draft(folder, f"it holds neither {WEIGHTS} nor a causal LM (config.json)")
     products = draft_products(target.dtype)
     model = Target.from_pretrained(folder, dtype=target.dtype, device=str(target.device), pack=products)
     if model.vocab_size != target.vocab_size:

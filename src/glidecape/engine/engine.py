@@ -10,7 +10,7 @@ import torch
 from ..batch.batch import Batch
 from ..batch.row import Emitted, Row
 from ..core.noise import Noise, gumbel
-from ..core.stats import RoundStats, Stats
+from ..core.stats import Stats
 from ..drafting.drafter import Drafter
 from ..errors import InputError
 from ..target.target import Target, read_chunk
@@ -81,28 +81,18 @@ class Engine:
     def step(self, stats: Stats | None = None) -> list[Emitted]:
         """Read a chunk of a prompt, or run a round, in turn; rows that ended leave, and waiting ones take their slots."""
         started = seconds(self.batch, stats)
-        ended = self._end_empty_rows()
         self._fill_slots()
         self._read_last = not (self._read_last and self.ready) and self.read_prompts(self.ready > 0)
         if stats is not None:
             stats.prefill_s += seconds(self.batch, stats) - started
         if self._read_last or not self.ready:
-            return ended
+            return []
         with self.pace.round():
-            events = self._round(0, self.ready, stats)
-        return ended + events
+            return self._round(0, self.ready, stats)
 
     def _round(self, first: int, last: int, stats: Stats | None) -> list[Emitted]:
         self.batch.use(first, last)
         return run_round(self.target, self.drafter, self.batch, stats)
-
-    def _end_empty_rows(self) -> list[Emitted]:
-        """End the waiting rows that may not emit anything: their prompts need not be read."""
-        empty = [row for row in self.waiting if row.budget == 0]
-        for row in empty:
-            row.finish = "length"
-            self.waiting.remove(row)
-        return [Emitted(row.index, [], [], RoundStats(0, 0, 0, 0), "length") for row in empty]
 
     def _fill_slots(self) -> None:
         batch = self.batch

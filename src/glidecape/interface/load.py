@@ -77,6 +77,7 @@ def load(
     )
     lm = with_draft(target, draft, method, options)
     compile_models(target, [lm.drafter], compile, tokens=0)
+    set_prices(target, [lm.drafter])
     return lm
 
 
@@ -158,18 +159,21 @@ def compile_models(
     compile: str,
     tokens: float = math.inf,
     say: Callable[[str], None] = note,
-    price: bool = True,
 ) -> None:
-    """Compile what decodes, if that was asked for or is worth it for so many tokens; and let `auto` know what a round costs,
-    unless `price` is False."""
-    mode = "on" if compile == "on" or (compile == "auto" and tokens >= WORTH) else "kept"
-    if compile != "off":
-        target.compile(mode, say)
+    """Compile what decodes, if that was asked for or is worth it for so many tokens."""
+    if compile == "off":
+        return
+    mode = "on" if compile == "on" or tokens >= WORTH else "kept"
+    target.compile(mode, say)
     for drafter in drafters:
-        if compile != "off":
-            drafter.compile(mode, say)
-        if price and isinstance(drafter, AutoDrafter):
-            drafter.set_prices(prices_of(target, drafter, say))
+        drafter.compile(mode, say)
+
+
+def set_prices(target: Target, drafters: Iterable[Drafter]) -> None:
+    """Let `auto` know what a round costs, once it is decided what is compiled."""
+    for drafter in drafters:
+        if isinstance(drafter, AutoDrafter):
+            drafter.set_prices(prices_of(target, drafter, note))
 
 
 def _target_of_draft(name: str | Path) -> str | None:

@@ -97,8 +97,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
-    async def _not_of_the_schema(_: HttpRequest, error: RequestValidationError) -> Response:
-        return answer(invalid(error.errors()))
+    async def _not_of_the_schema(http: HttpRequest, error: RequestValidationError) -> Response:
+        form = ChatRequest if http.url.path.endswith("/chat/completions") else CompletionRequest
+        return answer(invalid(error.errors(), form.model_fields))
 
     @app.exception_handler(HTTPException)
     async def _of_the_router(_: HttpRequest, error: HTTPException) -> Response:

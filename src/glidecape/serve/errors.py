@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel
@@ -77,11 +78,16 @@ def refused(error: GlideCapeError, param: str | None = None) -> ApiError:
     return ApiError(400, str(error), param)
 
 
-def invalid(errors: Sequence[Any]) -> ApiError:
+def invalid(errors: Sequence[Any], known: Iterable[str] = ()) -> ApiError:
     """The answer to a request that is not of the schema: about the first of pydantic's errors.
+
+    Args:
+        known: fields that the request may have.
 
     >>> invalid([{"type": "extra_forbidden", "loc": ("body", "tools"), "msg": ""}]).message
     "this server does not support the field 'tools': leave it out"
+    >>> invalid([{"type": "extra_forbidden", "loc": ("body", "max_token"), "msg": ""}], ["max_tokens", "n"]).message
+    "this server does not support the field 'max_token': did you mean max_tokens?"
     """
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
@@ -90,10 +96,16 @@ def invalid(errors: Sequence[Any]) -> ApiError:
         return ApiError(
             400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="json_invalid"
         )
+    if field is None and isinstance(first.get("input"), bytes):
+        return ApiError(
+            400, "the body was not sent as JSON: add the header Content-Type: application/json", code="no_content_type"
+        )
     if first["type"] == "extra_forbidden":
+        near = get_close_matches(str(field), known, 1)
+        advice = f"did you mean {near[0]}?" if near else "leave it out"
         return ApiError(
             400,
-            f"this server does not support the field '{field}': {INSTEAD.get(str(field), 'leave it out')}",
+            f"this server does not support the field '{field}': {INSTEAD.get(str(field), advice)}",
             field,
             "unsupported_field",
         )

@@ -122,23 +122,34 @@ def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter
 
 
 def bind(settings: ServeSettings) -> socket.socket:
-    """A socket that listens.
+    """A socket that has the address. It does not listen yet, so that clients see when the server is ready.
 
     Raises:
         InputError: the address cannot be had.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else it is held for a minute after a server's end
+        bound.bind((settings.host, settings.port))
     except OSError as error:
-        raise InputError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from None
+        bound.close()
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot listen on {settings.host} port {settings.port} ({reason}): choose another --host or --port"
+        ) from None
+    return bound
 
 
-def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> None:
+def serve(
+    target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str, listening: socket.socket
+) -> None:
     """Serve a model until SIGTERM or SIGINT; then no new request is taken, and those that there are may end.
 
+    Args:
+        listening: of `bind`.
+
     Raises:
-        InputError: see `make_service` and `bind`.
+        InputError: see `make_service`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
@@ -147,7 +158,6 @@ def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, 
         log.setLevel(level)
     drafter = priced(target, drafter, settings)
     service = make_service(target, drafter, settings, name, method)
-    listening = bind(settings)
     generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
     port = listening.getsockname()[1]
     if not getattr(target.tokenizer, "chat_template", None):
@@ -161,6 +171,7 @@ def serve(target: Target, drafter: Drafter, settings: ServeSettings, name: str, 
         "cache_mib": round(cache_bytes_of(service.worker.engine) / 2**20),
         "pid": os.getpid(),
     }
+    listening.listen(2048)
     LOG.info("serving", extra={"facts": facts})
     config = uvicorn.Config(
         create_app(service),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..compat import without_weight_bars
 from ..errors import CheckpointError, first_line
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -26,13 +27,17 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     if not str(name):
         raise CheckpointError("the model has an empty name: name a folder with config.json, or a Hub model")
     folder = Path(name).expanduser()
-    if not isinstance(name, Path) and not folder.exists() and _may_be_on_hub(name):
+    if not isinstance(name, Path) and not folder.exists() and may_be_on_hub(name):
         _check_reachable(name, revision)
         return None
+    if folder.is_file():
+        raise CheckpointError(f"{name} is a file: name the model's folder, the one that holds config.json")
     if not folder.is_dir():
         raise CheckpointError(f"no model folder at {name}: name a folder with config.json, or a Hub model")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{name} has no config.json: is it a Hugging Face model folder?")
+        raise CheckpointError(
+            f"{name} has no config.json, so it is no Hugging Face model folder; a draft's folder belongs to --draft"
+        )
     return folder
 
 
@@ -50,9 +55,10 @@ def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, An
         _check_files(folder)
     try:
         # transformers answers weights of another shape with advice for its own callers, so `_check_report` answers them.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with without_weight_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:  # a model's own code may raise anything
         raise _loading_error(name, folder, error) from None
     _check_report(name, model, report)
@@ -74,7 +80,7 @@ def _load_tokenizer(name: str | Path, folder: Path | None, options: dict[str, An
     return tokenizer
 
 
-def _may_be_on_hub(name: str) -> bool:
+def may_be_on_hub(name: str) -> bool:
     """Whether `name` can be a Hub model's, and does not look like a mistyped path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

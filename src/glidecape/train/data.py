@@ -104,6 +104,15 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
 
 
+def check_exists(path: Path) -> None:
+    """
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    if not path.exists():
+        raise DataError(f"no data at {path}: name a .jsonl or text file, a folder of them, or a corpus folder")
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file or folder, each with its place in words; a text file is one row with a `text` column.
 
@@ -117,8 +126,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for file in files:
             yield from read_rows(file)
         return
-    if not path.is_file():
-        raise DataError(f"no data at {path}: name a .jsonl or text file, a folder of them, or a corpus folder")
+    check_exists(path)
     if tables := {".csv", ".tsv", ".parquet", ".xlsx", ".arrow"} & set(path.suffixes):
         raise DataError(f"{path} is a table ({tables.pop()}), which is not read: write its rows as .jsonl")
     number = 0

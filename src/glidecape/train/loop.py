@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..drafts.checkpoint import CARD, WEIGHTS
+from ..compat import without_weight_bars
+from ..drafts.card import CARD, STATE_FILE, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
 from ..progress import bar
+from .stopping import Stopped, stop_requests
 
-STATE_FILE, CURVE, PICTURE = "training.pt", "curve.json", "curve.png"
+CURVE, PICTURE = "curve.json", "curve.png"
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
@@ -217,7 +219,8 @@ def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None
     """
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        with without_weight_bars():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
@@ -261,13 +264,17 @@ def fit(
     Each loss is differentiated before the next is asked for, so one graph lives at a time. A step takes the mean gradient
     of `accumulate` batches, clipped to norm `clip` in each module (0: not clipped). A batch depends on its number alone, so a
     run killed and resumed sees the same data as one never killed.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM asked for the end. The step that ran then is finished, and saved.
+        InputError: a loss is not finite.
     """
     reuse_freed_memory()
     last_save = started = time.monotonic()
     before = clock.seconds
     progress = budget.progress(clock.tokens, clock.seconds)
-    with bar("training", 1.0, start=progress) as shown:
-        while progress < 1.0:
+    with stop_requests() as asked, bar("training", 1.0, start=progress) as shown:
+        while progress < 1.0 and asked.signal is None:
             for group in (group for optimizer in made for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * budget.factor(progress)
             here = [0.0] * len(modules)
@@ -288,5 +295,7 @@ def fit(
             if time.monotonic() - last_save > save_every_s:
                 save(clock)
                 last_save = time.monotonic()
-    save(clock)
+        save(clock)
+    if asked.signal is not None:
+        raise Stopped(asked.signal)
     return clock
