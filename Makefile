@@ -38,7 +38,7 @@ demo: install ## race plain decoding against GliDe on the shipped model
 test: $(VENV)/.installed-dev ## run the default test suite
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not slow and not serve"
 
-test-all: $(VENV)/.installed-dev ## run every test, the long matrices too
+test-all: $(VENV)/.installed-int8 ## run every test, the long matrices too
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "not serve"
 
 test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory, older clients, the pages in Chromium; fifteen minutes
@@ -113,6 +113,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 	$(LOCKED) --group fuzz --group browser
+	touch $@
+
+$(VENV)/.installed-int8: $(VENV)/.installed-dev
+	$(LOCKED) --no-build-isolation -e ".[int8]"
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -255,6 +255,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("command", ["bench", "measure svip", "train", "study", "regenerate"])
+def test_a_folder_or_data_file_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    command, world, monkeypatch, capfd, tmp_path: Path
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("glidecape.interface.load.load_target", load)
+    others = {
+        "bench": ["--methods", "plain", "--suite", "own"],
+        "measure svip": ["--draft", world["glide"], "--suite", "own"],
+        "train": ["--data", world["corpus"], "--tokens", "1e3"],
+        "study": ["--data", world["corpus"], "--tokens", "1e3", "--row", "length=8"],
+        "regenerate": ["--data", world["corpus"]],
+    }
+    place = write(tmp_path / "file", "x") / ("below.jsonl" if command == "regenerate" else "below")
+    code, _, err = run(capfd, monkeypatch, *command.split(), world["target"], *others[command], "--output", place)
+    only_sentence(code, err, "cannot write to")
+
+
 def test_a_device_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
     link = tmp_path / "null"
     link.symlink_to(os.devnull)

@@ -25,7 +25,7 @@ PROMPTS = ["def load_table(", "    return"]
 
 
 def needs_torchao():
-    """torchao is optional, and its build must fit this torch."""
+    """torchao is the extra int8, which `make test-all` installs: transformers takes a second more to import beside it."""
     try:
         import torchao.quantization  # noqa: F401
     except ImportError as error:

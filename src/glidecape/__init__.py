@@ -11,6 +11,7 @@ True
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from .interface.language_model import LanguageModel
     from .interface.load import load
     from .target.target import Target
+
+# transformers imports torchao where it is installed, which warns of its kernels for other hardware and of its own enums.
+for _library in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 # Loaded when first used: `import glidecape` itself imports neither torch nor transformers.
 _HOME = {

@@ -47,6 +47,7 @@ __all__ = [
     "cpu_has_bfloat16",
     "export_program",
     "free_threads",
+    "int8_parts",
     "load_for_gpu",
     "load_package",
     "pack_weight",

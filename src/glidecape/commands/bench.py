@@ -101,13 +101,17 @@ def bench(
     read = read_suites(names, suites, fetch)
     calibration = read_suites([svip_fit], suites, fetch)[0] if svip_fit else None
     folders = named_folders(given)
-    model = machine.load(target)
-    drafts = load_drafts(folders, model)
-    made = [one.drafter(drafts) for one in chosen]
-    machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices
-    digests = {name: digest_of_model(folder) for name, folder in folders.items()}
-    others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
-    _measure(Plan(model, drafts, digests, chosen, read, settings, others, calibration), out, as_json)
+    with tempfile.TemporaryDirectory() as scratch, only_writer(records := out or Path(scratch) / "run"):
+        # The folder is asked for before the model is loaded, too.
+        model = machine.load(target)
+        drafts = load_drafts(folders, model)
+        made = [one.drafter(drafts) for one in chosen]
+        machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices
+        digests = {name: digest_of_model(folder) for name, folder in folders.items()}
+        others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
+        plan = Plan(model, drafts, digests, chosen, read, settings, others, calibration)
+        with resumable(out):
+            _measure(plan, records, as_json)
 
 
 def _peers(names: str | None, source: PeerSource, settings: Settings, machine: ServingMachine) -> list[Peer]:
@@ -125,25 +129,24 @@ def _peers(names: str | None, source: PeerSource, settings: Settings, machine: S
     return make_peers([name for name in names.split(",") if name.strip()], source)
 
 
-def _measure(plan: Plan, out: Path | None, as_json: bool) -> None:
-    """Run the plan and show what was measured, of an interrupted run, too."""
+def _measure(plan: Plan, records: Path, as_json: bool) -> None:
+    """Run the plan, keep its records in a folder, and show what was measured, of an interrupted run, too."""
     from ..bench.metrics import summarise
     from ..bench.records import RunFolder, write_json
     from ..bench.runner import run
     from ..bench.tables import show
 
-    with tempfile.TemporaryDirectory() as scratch, only_writer(out or Path(scratch) / "run"), resumable(out):
-        folder = RunFolder(out or Path(scratch) / "run", plan.identity())
-        try:
-            run(plan, folder, command_line())
-        except OutputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
-        finally:
-            if folder.measured.lines:
-                summary = summarise(folder)
-                write_json(folder.path / "summary.json", summary)
-        if as_json:
-            print(json.dumps(summary, indent=1))
-        else:
-            show(summary)
+    folder = RunFolder(records, plan.identity())
+    try:
+        run(plan, folder, command_line())
+    except OutputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        if folder.measured.lines:
+            summary = summarise(folder)
+            write_json(folder.path / "summary.json", summary)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        show(summary)

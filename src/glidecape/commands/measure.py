@@ -11,6 +11,7 @@ import typer
 
 from ..drafting.options import CAPPED, SMALL_BINS, SVIP, MethodOptions, bins_from
 from ..errors import InputError
+from ..files import only_writer
 from ..options import option
 from .effects import refuse_unused
 from .parsing import add_to
@@ -93,7 +94,8 @@ def _open(name: str, target: str, draft: list[str], run: StudyOptions, **setting
     if out is not None and (out.suffix == ".md" or out.is_dir()):
         raise InputError(f"--output names a JSON file, beside which a .md is written, not {out}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)  # not after an hour
+        with only_writer(out, folder=False):
+            pass  # it can be written, which is no discovery to make after an hour
     chosen = Settings(max_new_tokens=run.max_new_tokens, repeats=run.repeats, **settings)
     for temperature in run.temperatures:
         replace(chosen, temperature=temperature).params("check")  # bad ones are an error before anything is loaded

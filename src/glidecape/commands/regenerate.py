@@ -54,8 +54,9 @@ def regenerate(
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     check_exists(data)
-    model = machine.load(target)
-    drafter = make_drafter(method, fitting_draft(draft, method, model), options)
-    machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
-    with only_writer(out, folder=False), resumable(out):
-        run(model, data, out, plan, drafter, batch, command_line())
+    with only_writer(out, folder=False):  # asked before the model is loaded, too
+        model = machine.load(target)
+        drafter = make_drafter(method, fitting_draft(draft, method, model), options)
+        machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
+        with resumable(out):
+            run(model, data, out, plan, drafter, batch, command_line())

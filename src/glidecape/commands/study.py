@@ -64,10 +64,10 @@ def study(
     recipe = DraftRecipe(**(common | (changes_of(base) if base else {})))
     trial = Trial(prompts, prompt_tokens, new_tokens)
     check_exists(data)
-    model = machine.load(target, pack=False)
-    recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
-    with only_writer(out), resumable(out):
-        result = run_study(
-            model, data, out, recipes, budget_of(tokens, None), numbers, trial, command_line(), save_every
-        )
+    with only_writer(out):  # asked before the model is loaded, too
+        model = machine.load(target, pack=False)
+        recipes = study_rows(recipe, factor or [], row or [], len(model.shapes))
+        budget = budget_of(tokens, None)
+        with resumable(out):
+            result = run_study(model, data, out, recipes, budget, numbers, trial, command_line(), save_every)
     table_of(result["table"]).print()

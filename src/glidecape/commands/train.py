@@ -39,14 +39,15 @@ def train(
 
     budget = None if preview else budget_of(tokens, minutes)
     check_exists(data)  # before the model is loaded
-    model = machine.load(target, pack=False)
     if budget is None:
-        _show(preview_data(model, data, recipe))
+        _show(preview_data(machine.load(target, pack=False), data, recipe))
         return
-    with only_writer(out), resumable(out):
-        train_draft(
-            model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
-        )
+    with only_writer(out):  # asked before the model is loaded, too
+        model = machine.load(target, pack=False)
+        with resumable(out):
+            train_draft(
+                model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
+            )
 
 
 def _show(preview: Any) -> None:

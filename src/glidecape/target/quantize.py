@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,15 +22,12 @@ def quantize(model: nn.Module, name: str) -> None:
     """
     if name not in QUANTIZERS:
         raise InputError(f"unknown quantizer '{name}': choose {', '.join(QUANTIZERS)}")
-    logging.disable(logging.WARNING)  # it warns of kernels for other hardware, and of PyTorch's newest version
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise InputError(
             f"quantizing to {name} needs torchao, which does not load ({error}): pip install 'glidecape[int8]'"
         ) from None
-    finally:
-        logging.disable(logging.NOTSET)
     try:
         quantize_(model, Int8WeightOnlyConfig())
     except (RuntimeError, AssertionError) as error:
