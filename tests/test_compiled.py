@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,15 +216,41 @@ def test_tokens_are_eager_decoding_s_with_every_draft(world, monkeypatch) -> Non
     packs.cache_clear()
 
 
+OTHERS = ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "cohere", "glm", "granite"]
+
+
 @COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "cohere", "glm", "granite"],
-)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_tokens_are_eager_decoding_s_for_other_families(kind: str) -> None:
     target = Target(zoo.build(kind))
     compare(target, {"vanilla": StandaloneDraft(Target(zoo.build(kind)))}, ["plain", "vanilla+cape"], residual=False)
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_in_bfloat16_every_method_writes_what_plain_decoding_does(kind: str) -> None:
+    """To the bit, so that no token differs by rounding: alone and in ragged batches, greedily and with noise."""
+    model = zoo.build(kind)
+    with torch.no_grad():
+        for one in model.parameters():  # another model than the target, but near enough to be accepted now and then
+            one += 0.05 * torch.randn_like(one)
+    target, draft = (Target(one.to(torch.bfloat16)) for one in (zoo.build(kind), model))
+    said: list[str] = []
+    assert target.compile("on", said.append), said
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_new_tokens=64, temperature=temperature, seed=3, ignore_eos=True)
+        prompts = [([7 + i, 8, 9], replace(params, seed=3 + i)) for i in range(8)]
+        plain = [generate(target, [prompt], None, one)[0].tokens for prompt, one in prompts]
+        for method in ("vanilla", "vanilla+cape", "vanilla+cape+svip", "lookup"):
+            drafter = make_drafter(method, None if method == "lookup" else StandaloneDraft(draft), bins=(2, 1, 1, 0))
+            alone = [generate(target, [prompt], drafter, one)[0] for prompt, one in prompts]
+            assert [one.tokens for one in alone] == plain, (method, temperature)
+            if method != "lookup":  # accepted now and then, and rejected, too: a round brings one to six tokens
+                assert 8 * 11 < sum(len(one.rounds) for one in alone) < 8 * 64
+            together = generate(target, [prompt for prompt, _ in prompts], drafter, params)
+            assert [one.tokens for one in together] == plain, (method, temperature)
 
 
 @COMPILER
