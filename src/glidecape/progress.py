@@ -99,7 +99,9 @@ class Bar:
     def at(self, done: float, what: str | None = None) -> None:
         """So much is done by now; `what` as in `advance`."""
         self.done, self.what = done, self.what if what is None else what
-        if self._drawn is None and self.elapsed >= self._next_line_s and self.share() != 1.0:  # the end has its own line
+        if (
+            self._drawn is None and self.elapsed >= self._next_line_s and self.share() != 1.0
+        ):  # the end has its own line
             self._next_line_s = self.elapsed + max(FIRST_LINE_S, LATER_LINES * self.elapsed)
             say(f"{self.what}: {self.told()}")
 
