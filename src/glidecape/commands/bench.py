@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 Methods = Annotated[
     str,
     typer.Option(
-        help="Methods as for generate, joined by commas: plain,lookup+auto,glide. NAME:method uses the draft of that name; method@length=8 sets an option "
-        "(length, bins, threshold, cap, over, beams, ngram, top, total, without) for that method alone."
+        help="Methods as for generate, joined by commas: plain,lookup+auto,glide. NAME:method uses the draft of that name; "
+        "method@length=8 sets an option (length, bins, threshold, cap, over, beams, ngram, top, total, without) for that "
+        "method alone."
     ),
 ]
 SuiteNames = Annotated[
