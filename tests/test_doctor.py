@@ -220,9 +220,8 @@ def test_every_kind_of_draft_is_examined(target, world, kind) -> None:
     found = diagnosis(target, world[kind])
     assert found.forced
     assert sum(count for _, count in found.decoded) > 40
-    # The LM learned its text by heart, and accepts less of what the prompts lead to; of the others hardly anything is accepted.
-    (row,) = [row for row in found.findings if row.cause == "acceptance while decoding"]
-    assert ("so little hardly ever pays" in row.change) == (kind != "lm")
+    # The LM learned its text by heart, and accepts less of what the prompts lead to.
+    assert ("acceptance while decoding" in causes(found)) == (kind == "lm")
 
 
 def test_a_draft_of_which_hardly_anything_is_accepted_is_not_fine() -> None:
