@@ -91,7 +91,7 @@ fi
 if wanted widened; then
     for temperature in 0 1; do
         bench "$large" --dtype bfloat16 --temperature $temperature --peers transformers,transformers+lookup \
-            --methods plain,lookup,vanilla,glide,glide+cape,glide+cape+svip,glide+auto,eagle@top=4@total=12 --output "$out/widened-t$temperature"
+            --methods plain,lookup,vanilla,glide,glide+cape,glide+cape+svip,glide+auto,eagle@top=4@total=12 --cape-bins paper --output "$out/widened-t$temperature"
     done
 fi
 
@@ -113,7 +113,7 @@ fi
 if wanted scale; then
     for batch in $batches; do
         for context in $contexts; do
-            bench "$pair" --dtype bfloat16 --batch "$batch" --limit "$batch" --context "$context" --methods plain,glide,glide+cape+svip,glide+auto --peers "" \
+            bench "$pair" --dtype bfloat16 --batch "$batch" --limit "$batch" --context "$context" --methods plain,glide,glide+cape+svip,glide+auto --cape-bins paper --peers "" \
                 --output "$out/scale-$batch-$context"
         done
     done

@@ -30,6 +30,7 @@ from glidecape.bench.report import html, markdown, write_report
 from glidecape.bench.runner import run_job, run_peer
 from glidecape.bench.settings import Settings
 from glidecape.bench.suites import Prompt, Suite
+from glidecape.bench.tables import show
 from glidecape.bench.watch import overlap, watch
 from glidecape.core.params import SamplingParams
 from glidecape.costmodel import Prices
@@ -532,7 +533,8 @@ BAD = {
     "named twice": ({"methods": "glide,glide"}, "named twice"),
     "no such draft": ({"methods": "nocross:glide"}, "needs a draft named 'nocross'"),
     "no length": ({"methods": "glide@length=0"}, "at least 1"),
-    "unknown peer": ({"peers": "abacus"}, "unknown peer 'abacus'"),
+    "unknown peer": ({"peers": "abacus"}, "unknown peer 'abacus': choose from"),
+    "mistyped peer": ({"peers": "transfomers"}, "did you mean transformers?"),
     "peer of a batch": ({"peers": "transformers", "batch": 2}, "one prompt at a time"),
     "no repeats": ({"repeats": 0}, "repeats must be at least 1"),
     "unknown sampling": ({"sampling": "magic"}, "sampling"),
@@ -720,3 +722,17 @@ def test_the_report_shows_behind_a_fold_how_true_auto_s_predictions_are(tmp_path
     (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match="a calibration that counts no nodes"):
         RunFolder(folder)
+
+
+def test_the_main_table_fits_a_terminal_and_says_where_the_rest_is(tmp_path: Path, capsys) -> None:
+    import report_runs
+
+    summary = summarise(RunFolder(report_runs.made(tmp_path / "run", 0.0)))
+    show(summary, None)
+    told = capsys.readouterr().out
+    assert max(len(line) for line in told.splitlines() if line.startswith(("┃", "│"))) <= 100
+    assert "transformers" in told
+    assert "from each prompt's own pace" in told
+    assert "give --output FOLDER, then glidecape report FOLDER" in told
+    show(summary, tmp_path / "run")
+    assert f"All other columns: glidecape report {tmp_path / 'run'}" in capsys.readouterr().out

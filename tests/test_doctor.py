@@ -19,8 +19,9 @@ from glidecape import SamplingParams, Target, generate
 from glidecape.bench.suites import read_suites
 from glidecape.costmodel import Prices
 from glidecape.costs import measured_prices
-from glidecape.doctor.examine import Diagnosis, examine
-from glidecape.doctor.origin import Origin
+from glidecape.doctor.acceptance import Acceptance
+from glidecape.doctor.examine import Diagnosis, _while_decoding, examine
+from glidecape.doctor.origin import Figures, Origin
 from glidecape.drafts.card import CARD, WEIGHTS
 from glidecape.drafts.checkpoint import save_network
 from glidecape.drafts.glide.adapter import GlideDraft
@@ -221,6 +222,13 @@ def test_every_kind_of_draft_is_examined(target, world, kind) -> None:
     assert sum(count for _, count in found.decoded) > 40
     # The LM learned its text by heart, and accepts less of what the prompts lead to.
     assert ("acceptance while decoding" in causes(found)) == (kind == "lm")
+
+
+def test_a_draft_of_which_hardly_anything_is_accepted_is_not_fine() -> None:
+    nothing = Origin("glide", None, Figures())
+    for alpha, verdict in ((0.03, "cause"), (0.19, "cause"), (0.3, "fine")):
+        found = Acceptance([alpha] * 8, [(alpha, 100)], alpha, [])
+        assert _while_decoding(nothing, found, 0.0).verdict == verdict
 
 
 def test_figures_that_are_none_are_refused(target, world, tmp_path) -> None:

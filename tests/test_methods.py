@@ -45,7 +45,10 @@ def test_every_method_has_a_drafter_and_its_name_parses() -> None:
         ("vanilla+svip+heuristic", "more than one stop policy"),
         ("lookup+svip", "copies tokens and has no draft law"),
         ("plain+beam", "drafts nothing"),
-        ("vanilla+bean", "unknown method"),
+        ("vanilla+bean", r"unknown method 'vanilla\+bean': did you mean vanilla\+beam\?"),
+        ("glied", r"did you mean glide\?"),
+        ("magic", "choose from plain, lookup, "),
+        ("auto", r"name them one by one, such as glide or glide\+auto"),
         ("vanilla+beam+beam", "unknown method"),
     ],
 )

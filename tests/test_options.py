@@ -105,7 +105,7 @@ def test_a_drafter_takes_a_class_or_single_options() -> None:
     assert make_drafter("lookup", None, MethodOptions(length=7, ngram=2)).length == 7
     drafter = make_drafter("lookup", None, MethodOptions(length=7, ngram=2), length=4)
     assert (drafter.length, drafter.ngram) == (4, 2)
-    with pytest.raises(InputError, match="unknown option 'lenght': choose from length, bins"):
+    with pytest.raises(InputError, match="unknown option 'lenght': did you mean length"):
         make_drafter("lookup", lenght=4)
 
 

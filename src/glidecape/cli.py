@@ -70,7 +70,7 @@ def demo(
     compile: Annotated[
         str,
         typer.Option(
-            help="Decode with compiled programs: on, off, or auto (only if they were compiled before).",
+            help="Decode with compiled programs: on, off, or auto: race at once, then again with programs compiled for it.",
             envvar="GLIDECAPE_COMPILE",
         ),
     ] = "auto",

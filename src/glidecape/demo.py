@@ -18,7 +18,6 @@ from .core.params import SamplingParams
 from .core.stats import Stats
 from .drafting.drafter import Drafter
 from .drafting.methods import make_drafter
-from .drafting.options import SMALL_BINS
 from .drafts.checkpoint import load_draft
 from .engine.decode import decode
 from .errors import InputError
@@ -121,7 +120,7 @@ def run_demo(
     racers = {
         "plain": make_drafter("plain", None),
         "glide": make_drafter("glide", loaded, length=4),
-        "glide+cape": make_drafter("glide+cape", loaded, length=4, bins=SMALL_BINS),
+        "glide+cape": make_drafter("glide+cape", loaded, length=4),
     }
     heats = [SamplingParams(heat, seed=SEED, max_new_tokens=max_new_tokens, ignore_eos=True) for heat in HEATS]
 

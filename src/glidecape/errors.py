@@ -1,9 +1,24 @@
 """Every error a user can meet: one sentence that says what was wrong, with the values, and what to do next."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """How the sentence on an unknown name ends: with the nearest known one, or as `otherwise` says.
+
+    >>> did_you_mean("temprature", ["temperature", "top_p"], "leave it out")
+    'did you mean temperature?'
+    >>> did_you_mean("tools", ["temperature", "top_p"], "leave it out")
+    'leave it out'
+    """
+    near = get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 class GlideCapeError(Exception):

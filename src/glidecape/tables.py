@@ -33,13 +33,15 @@ class TextTable:
         lines.insert(1, "|---" + "|---:" * (len(self.heads) - 1) + "|")
         return "\n".join(lines)
 
-    def print(self, console: Console | None = None) -> None:
-        """Draw the table on the terminal, numbers to the right."""
+    def print(self, console: Console | None = None, narrow: bool = False) -> None:
+        """Draw the table on the terminal, numbers to the right; `narrow`: heads are broken between words."""
         from rich.table import Table
 
         drawn = Table(title=self.title)
         for i, head in enumerate(self.heads):
-            drawn.add_column(head, justify="right" if i else "left", no_wrap=not i)
+            cells = [row[i] for row in self.rows]
+            most = max(map(len, (*head.split(), *cells))) if narrow else None
+            drawn.add_column(head, justify="right" if i else "left", no_wrap=not i, max_width=most)
         for row in self.rows:
             drawn.add_row(*row)
         (console or wide_console()).print(drawn)

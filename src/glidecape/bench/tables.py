@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..tables import TextTable, wide_console
@@ -29,7 +30,9 @@ COLUMNS = {
     "equal": "tokens equal plain's",
 }
 MAIN = ("method", "tokens_per_s", "over_plain", "interval", "acceptance_length", "equal")  # what most readers need
-SHORT = ("method", "tokens_per_s", "over_plain", "interval", "acceptance_length", "alpha", "nodes", "share", "equal")
+LEGEND = """\
+tokens/s: all tokens over all seconds.
+over plain: from each prompt's own pace, so it is not exactly the ratio of two tokens/s."""
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -131,14 +134,17 @@ def by_category(summary: Mapping[str, Any], kind: str) -> tuple[list[str], list[
     return heads, [[name, *(text.get(name, "") for text in texts)] for name in names]
 
 
-def show(summary: Mapping[str, Any]) -> None:
-    """Print the tables."""
+def show(summary: Mapping[str, Any], folder: Path | None) -> None:
+    """Print the main tables, and how to see the rest; `folder`: where the records are kept."""
     console = wide_console()
     for group in (group for group in summary["groups"] if group["category"] == "all"):
-        sheet(group, summary["settings"], SHORT).print(console)
+        sheet(group, summary["settings"], MAIN, peers=[]).print(console, narrow=True)
         over, rows = by_category(summary, group["kind"])
         if rows:
             TextTable(f"{group['kind']}: speed-up over plain by category (prompts)", over, rows).print(console)
+    console.print(LEGEND, highlight=False)
     for name, fit in summary["fits"].items():
         console.print(f"{name}: SVIP threshold fitted, {fit['threshold']}")
     console.print(circumstances_line(summary), highlight=False)
+    first = "" if folder else "give --output FOLDER, then "
+    console.print(f"All other columns: {first}glidecape report {folder or 'FOLDER'}", highlight=False, soft_wrap=True)

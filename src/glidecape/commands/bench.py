@@ -17,6 +17,7 @@ from ..files import only_writer
 from .effects import refuse_unused
 from .shared import (
     AsJson,
+    Drafts,
     ServingMachine,
     TargetOrShipped,
     command_line,
@@ -27,17 +28,14 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..bench.peers.base import Peer, PeerSource
     from ..bench.runner import Plan
 
-Drafts = Annotated[
-    list[str] | None, typer.Option("--draft", help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")
-]
 Methods = Annotated[
     str,
     typer.Option(
-        help="Methods, joined by commas. NAME:method uses the draft of that name; method@length=8 sets an option "
-        "(length, bins, threshold, cap, over, beams, ngram, top, total, without) for that method alone."
+        help="Methods as for generate, joined by commas: plain,lookup+auto,glide. NAME:method uses the draft of that name; "
+        "method@length=8 sets an option (length, bins, threshold, cap, over, beams, ngram, top, total, without) for that "
+        "method alone."
     ),
 ]
 SuiteNames = Annotated[
@@ -87,6 +85,7 @@ def bench(
     """
     from ..bench.methods import read_methods
     from ..bench.peers.base import PeerSource
+    from ..bench.peers.registry import make_peers
     from ..bench.provenance import digest_of_model
     from ..bench.runner import Plan
     from ..bench.suites import read_suites
@@ -94,6 +93,7 @@ def bench(
     settings.params("check")  # bad sampling options are an error before anything is loaded
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
+    peer_names = _peer_names(peers, settings, machine)
     names = [name for name in (*suite.split(","), *prompts.split(",")) if name.strip()]
     if target is None and not names:
         names = ["own"]  # what the shipped pair was made for
@@ -108,29 +108,35 @@ def bench(
         made = [one.drafter(drafts) for one in chosen]
         machine.compile_models(model, made, price=False)  # the run, whose drafters are others, asks for prices
         digests = {name: digest_of_model(folder) for name, folder in folders.items()}
-        others = _peers(peers, PeerSource(target, model, folders, settings.options.length), settings, machine)
+        others = make_peers(peer_names, PeerSource(target, model, folders, settings.options.length))
         plan = Plan(model, drafts, digests, chosen, read, settings, others, calibration)
         with resumable(out):
-            _measure(plan, records, as_json)
+            _measure(plan, records, out, as_json)
 
 
-def _peers(names: str | None, source: PeerSource, settings: Settings, machine: ServingMachine) -> list[Peer]:
+def _peer_names(names: str | None, settings: Settings, machine: ServingMachine) -> list[str]:
     """The other libraries of `--peers`.
 
     Raises:
         InputError: an unknown one, or the target is quantized.
     """
-    from ..bench.peers.registry import make_peers
+    from ..bench.peers.registry import check_peers
 
     if names is None:
         names = "transformers" if settings.batch == 1 and machine.quantize is None else ""
     elif machine.quantize is not None and names:
         raise InputError("other libraries would run the full weights: leave --peers out where --quantize is given")
-    return make_peers([name for name in names.split(",") if name.strip()], source)
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    check_peers(found)
+    return found
 
 
-def _measure(plan: Plan, records: Path, as_json: bool) -> None:
-    """Run the plan, keep its records in a folder, and show what was measured, of an interrupted run, too."""
+def _measure(plan: Plan, records: Path, out: Path | None, as_json: bool) -> None:
+    """Run the plan, keep its records in a folder, and show what was measured, of an interrupted run, too.
+
+    Args:
+        out: where the user finds them afterwards, if it was named.
+    """
     from ..bench.metrics import summarise
     from ..bench.records import RunFolder, write_json
     from ..bench.runner import run
@@ -149,4 +155,4 @@ def _measure(plan: Plan, records: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
-        show(summary)
+        show(summary, out)

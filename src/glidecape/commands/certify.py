@@ -15,6 +15,7 @@ from ..progress import bar
 from .shared import (
     AsJson,
     ConstraintOptions,
+    Drafts,
     Output,
     ServingMachine,
     TargetOrShipped,
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
 def certify(
     target: TargetOrShipped = None,
-    draft: Annotated[
-        list[str] | None, typer.Option(help="A folder, or NAME=FOLDER such as glide=drafts/glide; repeat.")
-    ] = None,
+    draft: Drafts = None,
     methods: Annotated[
         str, typer.Option(help="all, or names joined by commas; NAME:method uses the draft of that name.")
     ] = "all",
@@ -61,6 +60,7 @@ def certify(
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
 
+    check_methods(methods)
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
@@ -106,6 +106,20 @@ def _reference(target: str, dtype: Any, machine: ServingMachine) -> Any:
     return model.eval().to(machine.device)
 
 
+def check_methods(methods: str) -> list[str]:
+    """The names in `--methods`, where it is not "all".
+
+    Raises:
+        InputError: an unknown one.
+    """
+    from ..drafting.methods import parse_method
+
+    named = [] if methods == "all" else [item.strip() for item in methods.split(",")]
+    for item in named:
+        parse_method(item.rpartition(":")[2])
+    return named
+
+
 def make_drafters(methods: str, drafts: dict[str, Any]) -> dict[str, Drafter]:
     """The drafters of `--methods`, with loaded drafts by name; "all": plain, and every method that a draft there is for.
 
@@ -121,7 +135,7 @@ def make_drafters(methods: str, drafts: dict[str, Any]) -> dict[str, Drafter]:
             label = "" if name == base else f"{name}:"
             wanted += [label + m for m in METHODS if m.split("+")[0] == base]
     else:
-        wanted = [m.strip() for m in methods.split(",")]
+        wanted = check_methods(methods)
     made: dict[str, Drafter] = {}
     for item in wanted:
         key, _, method = item.rpartition(":")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.params import SamplingParams
-from ..drafting.options import SMALL_BINS, MethodOptions
+from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..options import option_of
 from ..progress import note
@@ -39,7 +39,7 @@ def chat(
     ] = None,
     system: Annotated[str, typer.Option(help="A first turn that tells the model how to answer.")] = "",
     params: SamplingParams = SamplingParams(max_new_tokens=TOKENS),
-    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
+    options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Talk to a model: a local pair, or a server. /help lists what can be typed."""

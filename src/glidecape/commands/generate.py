@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.params import SamplingParams
-from ..drafting.options import SMALL_BINS, MethodOptions
+from ..drafting.options import MethodOptions
 from ..progress import note, say
 from .effects import note_unused, refuse_unused, typed
 from .shared import (
@@ -32,9 +32,10 @@ def generate(
     method: Annotated[
         str,
         typer.Option(
-            help="auto: what suits the draft, or lookup without one. Else plain, lookup, vanilla, glide, eagle or medusa; all "
-            "but the first two also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for "
-            "medusa), and +svip or +heuristic."
+            help="auto: by the draft, or lookup without one. Else plain, lookup, vanilla, glide, eagle or medusa. All but "
+            "plain also +auto, where measured costs decide how much is drafted: lookup+auto, glide+auto. Those with a "
+            "draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), "
+            "and +svip or +heuristic."
         ),
     ] = "auto",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
@@ -52,7 +53,7 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 1,
     params: SamplingParams = SamplingParams(),
     constraint: ConstraintOptions = ConstraintOptions(),
-    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
+    options: MethodOptions = MethodOptions(),
     svip_fit: Annotated[
         Path | None, typer.Option(help="Fit SVIP's threshold on these prompts first; .jsonl or a text file.")
     ] = None,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..drafting.options import CAPPED, SMALL_BINS, SVIP, MethodOptions, bins_from
+from ..drafting.options import CAPPED, SVIP, MethodOptions, bins_from
 from ..errors import InputError
 from ..files import only_writer
 from ..options import option
 from .effects import refuse_unused
 from .parsing import add_to
-from .shared import ServingMachine, TargetName, command_line, load_drafts, named_folders
+from .shared import ServingMachine, SomeDrafts, TargetName, command_line, load_drafts, named_folders
 
 if TYPE_CHECKING:
     from ..bench.settings import Settings
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The papers' studies, on your own target and drafts.", no_args_is_help=True)
 
-Drafts = Annotated[list[str], typer.Option("--draft", help="NAME=FOLDER, such as glide=models/pysource/glide; repeat.")]
 PromptTokens = Annotated[int, typer.Option("--prompt-tokens", help="Cut prompts to this many tokens; 0: do not cut.")]
 Limit = Annotated[
     int,
@@ -38,7 +37,6 @@ Limit = Annotated[
 ]
 Methods = Annotated[str, typer.Option("--methods", help="Methods, joined by commas, as for `glidecape bench`.")]
 Length = Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted in each round.")]
-SMALL = MethodOptions(bins=SMALL_BINS)
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _numbers(text: str, name: str, read: type = int) -> list[Any]:
 )
 def cape(
     target: TargetName,
-    draft: Drafts,
+    draft: SomeDrafts,
     name: Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")] = "",
     siblings: Annotated[str, typer.Option(help="Fixed numbers of siblings, joined by commas.")] = "2,4,8",
     beams: Annotated[str, typer.Option(help="Numbers of beams, joined by commas.")] = "4,8",
@@ -217,7 +215,7 @@ def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
 def svip(
     ctx: typer.Context,
     target: TargetName,
-    draft: Drafts,
+    draft: SomeDrafts,
     methods: Annotated[
         str, typer.Option(help="vanilla, glide, …, with +cape or +beam; the stop policies are the study's own.")
     ] = "glide",
@@ -225,7 +223,7 @@ def svip(
         str, typer.Option(help="Suites or files to fit the threshold on; default: every fourth prompt.")
     ] = "",
     lengths: Annotated[str, typer.Option(help="Constant lengths, such as 1-16 or 1,2,4,8.")] = "1-6,8,12,16",
-    method_options: MethodOptions = SMALL,
+    method_options: MethodOptions = MethodOptions(),
     prompt_tokens: PromptTokens = 192,
     limit: Limit = 16,
     run: StudyOptions = StudyOptions(),
@@ -289,10 +287,10 @@ def _calibrated(opened: _Opened, settings: Settings, calibration: str) -> tuple[
 def batch(
     ctx: typer.Context,
     target: TargetName,
-    draft: Drafts,
+    draft: SomeDrafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
     sizes: Annotated[str, typer.Option(help="Batch sizes, joined by commas.")] = "1,4,16",
-    method_options: MethodOptions = SMALL,
+    method_options: MethodOptions = MethodOptions(),
     prompt_tokens: PromptTokens = 192,
     limit: Limit = 16,
     run: StudyOptions = StudyOptions(),
@@ -319,12 +317,12 @@ def batch(
 def context(
     ctx: typer.Context,
     target: TargetName,
-    draft: Drafts,
+    draft: SomeDrafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
     lengths: Annotated[
         str, typer.Option(help="Lengths of the prompts in tokens, joined by commas; earlier text pads them.")
     ] = "256,1024,4096",
-    method_options: MethodOptions = SMALL,
+    method_options: MethodOptions = MethodOptions(),
     limit: Limit = 8,
     run: StudyOptions = StudyOptions(suite="own"),
 ) -> None:
@@ -348,9 +346,9 @@ def context(
 def long(
     ctx: typer.Context,
     target: TargetName,
-    draft: Drafts,
+    draft: SomeDrafts,
     methods: Methods = "glide,glide+cape,glide+cape+svip",
-    method_options: MethodOptions = SMALL,
+    method_options: MethodOptions = MethodOptions(),
     prompt_tokens: PromptTokens = 192,
     run: StudyOptions = StudyOptions(suite="own:4", temperature="1,0", max_new_tokens=4096),
 ) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -16,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import progress
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from .flatten import flattened
 
 MODEL = "MODEL"
@@ -153,8 +152,7 @@ def _take_config(ctx: typer.Context, path: Path | None) -> Path | None:
         own = command.own_name(f"--{key}".replace("_", "-"))
         name = "target" if own == MODEL else next((p.name for p in command.params if own in p.opts), key)
         if name not in params:
-            near = get_close_matches(key, [one.replace("_", "-") for one in params], 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"see `{ctx.command_path} --help`"
+            hint = did_you_mean(key, [one.replace("_", "-") for one in params], f"see `{ctx.command_path} --help`")
             raise InputError(f"{path}: '{key}' is no option of {ctx.command_path}: {hint}")
         if name in values:
             raise InputError(f"{path}: '{key}' is given twice, by two of its names")

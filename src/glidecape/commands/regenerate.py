@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import ServingMachine, TargetName, base_of, command_line, resumable
+from .shared import Draft, ServingMachine, TargetName, base_of, command_line, resumable
 
 
 def regenerate(
@@ -22,9 +22,7 @@ def regenerate(
         Path,
         typer.Option("--output", "-o", help="The .jsonl file to write, for train --data; an interrupted run resumes."),
     ],
-    draft: Annotated[
-        str | None, typer.Option(help="A draft that makes this faster; the file is the same without it.")
-    ] = None,
+    draft: Draft = None,
     method: Annotated[str, typer.Option(help="As in generate; default: a chain if there is a draft, else plain.")] = "",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document that serve as its prompt.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to emit for each row.")] = 192,
@@ -40,7 +38,10 @@ def regenerate(
     options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(dtype="float32"),
 ) -> None:
-    """Let the target continue the prompts of a corpus, and write its text as data to train a draft on."""
+    """Let the target continue the prompts of a corpus, and write its text as data to train a draft on.
+
+    A draft makes it faster; the file is the same without.
+    """
     from ..drafting.methods import make_drafter, parse_method
     from ..interface.load import fitting_draft
     from ..train.data import check_exists

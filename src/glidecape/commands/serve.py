@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..drafting.options import SMALL_BINS, MethodOptions
+from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..serve.settings import ServeSettings
 from .effects import refuse_unused
@@ -25,7 +25,7 @@ def serve(
         str, typer.Option(help="As for generate; auto: a chain of the draft's own kind, or plain without a draft.")
     ] = "auto",
     settings: ServeSettings = ServeSettings(),
-    options: MethodOptions = MethodOptions(bins=SMALL_BINS),
+    options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(),
 ) -> None:
     """Serve a model: OpenAI's chat and completions interface, batched, with metrics (docs/serving.md)."""

@@ -39,10 +39,11 @@ TargetOrShipped = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
-Draft = Annotated[
-    str | None,
-    typer.Option("--draft", help="GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name."),
-]
+_DRAFT = "GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name"
+Draft = Annotated[str | None, typer.Option("--draft", help=f"{_DRAFT}.")]
+_SEVERAL = typer.Option("--draft", help=f"{_DRAFT}; repeat for several, NAME=FOLDER where two are of one kind.")
+Drafts = Annotated[list[str] | None, _SEVERAL]
+SomeDrafts = Annotated[list[str], _SEVERAL]  # one at least
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class ServingMachine(Machine):
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
     compile: str = option(
         "auto",
-        "Decode with compiled programs: on, off, or auto (if they were compiled before, or there is enough to decode).",
+        "Decode with compiled programs: on, off, or auto: those that are there, and new ones for 20,000 tokens or more; bench "
+        "and measure always compile.",
         environment="GLIDECAPE_COMPILE",
     )
 

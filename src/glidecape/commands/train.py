@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ..train.loop import Budget
 
 Tokens = Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, such as 4e6.")]
-Minutes = Annotated[float | None, typer.Option(help="Minutes to train; training ends at whichever limit comes first.")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        help="Minutes to train, loading before and evaluation after it not counted; the first limit reached ends training."
+    ),
+]
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between saves; a killed run loses no more than that.")]
 
 

@@ -26,6 +26,7 @@ from .row import Row
 
 FELL = 0.8  # of the acceptance before: less is a cause
 LITTLE = 0.4  # teacher-forced at the first depth: a draft that accepts less has learned little
+TOO_LITTLE = 0.2  # of the tested nodes: drafts of which less is accepted hardly ever pay
 DEAR, DEAR_START = 0.35, 0.6  # of a plain round: a draft step, and what drafting takes besides, that cost too much
 SLOWER = 0.95  # of the best length's speed-up: the usual length is too far from it
 MISSING = 0.02  # of the tokens written: more outside a reduced vocabulary are a cause
@@ -152,7 +153,8 @@ def _while_decoding(origin: Origin, found: Acceptance, temperature: float) -> Ro
         return Row(cause, f"{told}: too few to say more", known=False)
     expected = mean(found.forced[:DEEPEST]) * (GUESSED if origin.kind == "eagle" else 1.0)
     if found.alpha >= FELL * expected:
-        return Row(cause, told)
+        too_little = "train it longer, and on text like this: so little hardly ever pays"
+        return Row(cause, told, too_little if found.alpha < TOO_LITTLE else "")
     change = (
         "decoding shows the draft something else than training did: train it again, and report it if that is no cure"
     )

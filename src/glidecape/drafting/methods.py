@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..drafts.base import DepthModel, DraftModel
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from .auto.drafter import CHAIN, AutoDrafter
 from .auto.stored import begin_with_stored
 from .drafter import Drafter, ModelDrafter, NoDraft
@@ -31,6 +31,7 @@ DRAFTLESS = ("plain", "lookup")  # bases without a draft model
 EXPANSIONS = ("chain", "cape", "beam", "tree", "static")
 STOPS = ("svip", "heuristic")
 AUTO = "auto"
+USUAL_ONLY = "where several methods are named, name them one by one, such as glide or glide+auto"
 USUAL = {"eagle": "tree", "medusa": "static"}  # expansions of bases that are no chain if none is named
 METHODS = (
     *DRAFTLESS,
@@ -66,7 +67,8 @@ def parse_method(method: str) -> tuple[str, set[str]]:
     """
     base, *added = method.strip().lower().split("+")
     if base not in BASES or not set(added) <= {*EXPANSIONS, *STOPS, AUTO} or len(added) != len(set(added)):
-        raise InputError(f"unknown method '{method}': choose from {', '.join(METHODS)}")
+        advice = did_you_mean(method, METHODS, f"choose from {', '.join(METHODS)}")
+        raise InputError(f"unknown method '{method}': {USUAL_ONLY if method == AUTO else advice}")
     if base == "plain" and added:
         raise InputError(f"'{method}': plain decoding drafts nothing, so there is nothing to expand or stop")
     if AUTO in added and len(added) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..options import option, option_of
 
 PAPER_BINS = (7, 7, 7, 5, 5, 5, 3, 3, 1, 1)
@@ -72,7 +72,7 @@ class MethodOptions:
         needs=FIXED,
     )
     bins: tuple[int, ...] = option(
-        PAPER_BINS,
+        SMALL_BINS,
         "Siblings by confidence: paper, small, or numbers like 7,5,3,1.",
         flag="cape-bins",
         needs=CAPE,
@@ -126,7 +126,8 @@ class MethodOptions:
         """
         known = {one.name: one for one in fields(self)}
         if unknown := [name for name in changes if name not in known]:
-            raise InputError(f"unknown option '{unknown[0]}': choose from {', '.join(known)}")
+            advice = did_you_mean(unknown[0], known, f"choose from {', '.join(known)}")
+            raise InputError(f"unknown option '{unknown[0]}': {advice}")
         return replace(self, **{name: _value(known[name], value) for name, value in changes.items()})
 
 

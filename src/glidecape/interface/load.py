@@ -12,7 +12,7 @@ from ..costs import prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import DRAFTLESS, make_drafter, parse_method, usual_method
-from ..drafting.options import SMALL_BINS, MethodOptions
+from ..drafting.options import MethodOptions
 from ..drafts.card import WEIGHTS
 from ..drafts.causal_lm import StandaloneDraft
 from ..drafts.checkpoint import NetworkDraft, load_draft, read_card
@@ -98,7 +98,6 @@ def with_draft(
     """A loaded target with a draft and a method, see `load`."""
     loaded = None if method == "auto" and draft is None else fitting_draft(draft, method, target)
     chosen = usual_method(None if loaded is None else loaded.kind) if method == "auto" else method
-    options = options or MethodOptions(bins=SMALL_BINS)  # on a CPU many nodes cost more than they save
     return LanguageModel(target, make_drafter(chosen, loaded, options), chosen, loaded)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, TypedDict
 
 from ..core.constraint import Constraint
 from ..core.params import Ends, Processor, SamplingParams
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, did_you_mean
 from ..integrations.huggingface import ends_of, processor_of, refuse_stateful
 
 
@@ -121,6 +120,5 @@ def _listed(found: Any, name: str) -> list[Any]:
 
 
 def _advice_on(name: str) -> str:
-    near = get_close_matches(name, SamplingOptions.__annotations__, 1)
-    known = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SamplingOptions.__annotations__)}"
-    return ADVICE.get(name, known)
+    known = SamplingOptions.__annotations__
+    return ADVICE.get(name, did_you_mean(name, known, f"choose from {', '.join(known)}"))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel
 
-from ..errors import GlideCapeError
+from ..errors import GlideCapeError, did_you_mean
 
 LONGEST = 600  # characters of a message
 # Fields of other servers, and what to send here.
@@ -101,8 +100,7 @@ def invalid(errors: Sequence[Any], known: Iterable[str] = ()) -> ApiError:
             400, "the body was not sent as JSON: add the header Content-Type: application/json", code="no_content_type"
         )
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(str(field), known, 1)
-        advice = f"did you mean {near[0]}?" if near else "leave it out"
+        advice = did_you_mean(str(field), known, "leave it out")
         return ApiError(
             400,
             f"this server does not support the field '{field}': {INSTEAD.get(str(field), advice)}",

@@ -7,6 +7,7 @@ The target runs on each batch and its keys and values are used at once: nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from ..drafts.medusa.config import MedusaConfig
 from ..drafts.medusa.network import MedusaModel
 from ..drafts.sharing import name_from
 from ..errors import InputError
-from ..progress import say
+from ..progress import note, say
 from ..target.target import Target
 from .data import Windows, load_streams
 from .features import eagle_loss, medusa_loss
@@ -38,6 +39,9 @@ from .losses import distillation_loss
 from .recipe import DraftRecipe
 from .rows import Preview, preview
 from .teacher import Teacher, TeacherOutput, draft_logits, reads_hidden
+
+ENOUGH = 1_000_000  # tokens that a draft learns a good deal from (docs/tutorials/train.md)
+WORTH = 2.0  # acceptance length from which on a draft usually pays
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
@@ -282,7 +286,23 @@ def finish_draft(
     write_curve(out, losses, figures["tokens"], figures)
     save_draft(out, module, target, command, figures)
     say(f"wrote {out}: {summary(figures)}")
+    if learned_little(figures):
+        note(
+            f"a draft that speeds decoding up usually takes {ENOUGH:,} tokens or more: give the same command with larger "
+            "--tokens or --minutes, which goes on from here"
+        )
     return figures
+
+
+def learned_little(figures: dict[str, Any]) -> bool:
+    """Was it trained on few tokens, and is too little accepted to pay?
+
+    >>> learned_little({"tokens": 20_000, "acceptance_length_greedy": 1.2})
+    True
+    >>> learned_little({"tokens": 20_000, "acceptance_length_greedy": 3.1})
+    False
+    """
+    return figures["tokens"] < ENOUGH and figures.get("acceptance_length_greedy", math.inf) < WORTH
 
 
 def summary(figures: dict[str, Any]) -> str:

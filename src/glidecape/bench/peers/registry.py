@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ...errors import InputError
+from ...errors import InputError, did_you_mean
 from .base import Peer, PeerSource, draft_lm
 from .llama_cpp import NGRAMS, LlamaCppPeer
 from .openvino import OpenVinoPeer
@@ -25,13 +25,22 @@ PEERS: dict[str, Callable[[PeerSource], Peer]] = {
 }
 
 
+def check_peers(names: list[str]) -> None:
+    """
+    Raises:
+        InputError: one is unknown.
+    """
+    for name in names:
+        if name not in PEERS:
+            advice = did_you_mean(name, PEERS, f"choose from {', '.join(PEERS)}")
+            raise InputError(f"unknown peer '{name}': {advice}")
+
+
 def make_peers(names: list[str], source: PeerSource) -> list[Peer]:
     """The peers of these names.
 
     Raises:
-        InputError: an unknown name; or whatever a peer raises when its library is not installed.
+        InputError: see `check_peers`; or whatever a peer raises when its library is not installed.
     """
-    for name in names:
-        if name not in PEERS:
-            raise InputError(f"unknown peer '{name}': choose from {', '.join(PEERS)}")
+    check_peers(names)
     return [PEERS[name](source) for name in names]
