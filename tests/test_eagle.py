@@ -20,12 +20,13 @@ from glidecape.errors import CheckpointError, InputError
 from glidecape.target.target import Target
 from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftLoss, make_draft, train_draft
-from glidecape.train.features import eagle_loss, medusa_loss, noisy
 from glidecape.train.figures import figures_by_lag
+from glidecape.train.kinds.eagle import eagle_loss, noisy
+from glidecape.train.kinds.medusa import MedusaTraining, medusa_loss
 from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
 from glidecape.train.recipe import DraftRecipe
-from glidecape.train.teacher import Teacher, logits_by_lag, previous
+from glidecape.train.teacher import Teacher, previous
 from test_against_transformers import build
 
 PROMPTS = [[(i * 5) % 90 + 3 for i in range(20)], [7, 8, 9], [11]]
@@ -148,7 +149,7 @@ def test_heads_in_serving_are_heads_in_training(target):
             ids = torch.tensor([prompt])
             teacher = Teacher(target, 1, len(prompt), hidden=True)
             teacher(ids)
-            for lag, logits in enumerate(logits_by_lag(module, ids, teacher), 1):
+            for lag, logits in enumerate(MedusaTraining(module).logits_by_lag(ids, teacher), 1):
                 if len(prompt) > 1 and lag == 1:
                     # At lag 1 the last position is the root, which the first head answers.
                     torch.testing.assert_close(served[row, 0], logits[0, -1], atol=2e-4, rtol=1e-3)

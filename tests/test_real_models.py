@@ -101,7 +101,8 @@ def test_acceptance_in_training_is_acceptance_in_serving():
 
     from glidecape.core.stats import Stats
     from glidecape.engine.decode import decode
-    from glidecape.train.teacher import Teacher, hidden_by_lag, reads_hidden
+    from glidecape.train.kinds.glide import GlideTraining, hidden_by_lag
+    from glidecape.train.teacher import Teacher
 
     target = Target.from_pretrained(PAIR / "target", dtype=torch.float32)
     lines = (ROOT / "evaluation" / "prompts" / "python.jsonl").read_text().splitlines()[:6]
@@ -113,7 +114,7 @@ def test_acceptance_in_training_is_acceptance_in_serving():
             for event in decode(target, make_drafter("glide", draft, length=5), [prompt], params, stats):
                 new += event.tokens
             ids = torch.tensor([prompt + new])
-            teacher = Teacher(target, 1, ids.shape[1], reads_hidden(draft.module))
+            teacher = Teacher(target, 1, ids.shape[1], GlideTraining(draft.module).reads_hidden)
             teacher(ids)
             with torch.no_grad():
                 states = hidden_by_lag(draft.module, ids, teacher.positions, teacher.cache, 5)

@@ -16,9 +16,10 @@ from glidecape.train import draft as drafts
 from glidecape.train import figures
 from glidecape.train.data import load_tokens
 from glidecape.train.draft import train_draft
+from glidecape.train.kinds.glide import draft_logits
 from glidecape.train.loop import STATE_FILE, Budget
 from glidecape.train.recipe import DraftRecipe
-from glidecape.train.teacher import Teacher, draft_logits
+from glidecape.train.teacher import Teacher
 
 
 @pytest.fixture

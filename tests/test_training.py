@@ -25,10 +25,10 @@ from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.data import Windows, load_tokens
 from glidecape.train.draft import Teacher, train_draft
+from glidecape.train.kinds.glide import draft_hidden, draft_logits
 from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
 from glidecape.train.recipe import DraftRecipe
-from glidecape.train.teacher import draft_hidden, draft_logits
 from test_against_transformers import build
 
 

@@ -47,11 +47,10 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     frozen = sum(p.numel() * p.element_size() for p in target.model.parameters())
     cache = 2 * sum(h * d for h, d in target.shapes) * recipe.rows * length * target.dtype.itemsize
     # Logits: the target's, the draft's and twice their gradient in autocast's two bytes; a piece of them is widened.
-    from ..drafts.medusa.network import MedusaModel
+    from ..train.kinds import training_of
     from ..train.losses import CHUNK
 
-    heads = module.config.heads if isinstance(module, MedusaModel) else 1
-    logits = recipe.rows * length * target.vocab_size * heads
+    logits = recipe.rows * length * target.vocab_size * training_of(module).laws
     widened = 6 * 4 * min(logits, CHUNK)
     config = target.text_config
     ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

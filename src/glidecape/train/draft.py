@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,129 +18,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..drafts.causal_lm import StandaloneDraft
-from ..drafts.checkpoint import Network, save_network
-from ..drafts.eagle.config import EagleConfig
-from ..drafts.eagle.network import EagleModel
-from ..drafts.glide.config import GlideConfig
-from ..drafts.glide.network import GlideModel
-from ..drafts.medusa.config import MedusaConfig
-from ..drafts.medusa.network import MedusaModel
-from ..drafts.sharing import name_from
 from ..errors import InputError
 from ..progress import note, say
 from ..target.target import Target
 from .data import Windows, load_streams
-from .features import eagle_loss, medusa_loss
 from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
-from .lags import lag_visible
-from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
-from .losses import distillation_loss
+from .kinds import BY_RECIPE, training_of
+from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 from .recipe import DraftRecipe
 from .rows import Preview, preview
-from .teacher import Teacher, TeacherOutput, draft_logits, reads_hidden
+from .teacher import Teacher, TeacherOutput
 
 ENOUGH = 1_000_000  # tokens that a draft learns a good deal from (docs/tutorials/train.md)
 WORTH = 2.0  # acceptance length from which on a draft usually pays
 
 
-def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[int, ...] = ()) -> Tensor:
-    """The `count` most frequent token ids of a text and those named in `always`, ascending; `(count,)`.
-
-    >>> frequent_tokens(np.array([3, 3, 1, 1, 1, 2]), 2, 5, always=(4,)).tolist()
-    [1, 4]
-    """
-    often = np.bincount(tokens, minlength=vocab)
-    for token in always:
-        often[token] = np.iinfo(often.dtype).max
-    return torch.from_numpy(np.sort(np.argsort(-often, kind="stable")[:count]))
-
-
 def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = None) -> nn.Module:
-    """The untrained draft network of a recipe, float32, on the target's device.
-
-    Args:
-        text: token ids of the training text, for a reduced vocabulary.
-
-    Raises:
-        InputError, UnsupportedError: the recipe does not fit the target.
-    """
+    """The untrained draft network of a recipe, see `DraftTraining.new`."""
     target.unpack()  # gradients pass through its head
     torch.manual_seed(recipe.seed)
-    if recipe.kind == "lm":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        c = target.text_config
-        heads, head_dim = max(1, round(c.num_attention_heads * recipe.width)), c.hidden_size // c.num_attention_heads
-        config = LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=heads * head_dim,
-            intermediate_size=round((getattr(c, "intermediate_size", None) or 4 * c.hidden_size) * recipe.width),
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=head_dim,
-            max_position_embeddings=target.context,
-            tie_word_embeddings=True,
-            bos_token_id=c.bos_token_id,
-            eos_token_id=c.eos_token_id,
-        )
-        return LlamaForCausalLM(config).float().to(target.device)
-    deepest: dict[str, Any] = {"max_lag": recipe.max_lag} if recipe.max_lag else {}
-    if recipe.kind == "eagle":
-        return EagleModel.new(EagleConfig.for_target(target, **deepest), target).float()
-    if recipe.kind == "medusa":
-        heads = {"heads": recipe.max_lag} if recipe.max_lag else {}
-        return MedusaModel.new(MedusaConfig.for_target(target, **heads), target).float()
-    config = glide_config(target, recipe)
-    kept = None
-    if config.draft_vocab:
-        if text is None:
-            raise InputError("a reduced vocabulary needs text to count tokens in: name it with --data")
-        kept = frequent_tokens(text, config.draft_vocab, target.vocab_size, target.eos_token_ids)
-    return GlideModel.new(config, target, kept).float()
-
-
-def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
-    """The shape of a recipe's GliDe draft.
-
-    Raises:
-        InputError, UnsupportedError: it does not fit the target.
-    """
-    plain = GlideConfig.for_target(target, recipe.preset, recipe.layers, recipe.read)
-    if recipe.draft_vocab > plain.vocab_size:
-        raise InputError(
-            f"the target has {plain.vocab_size} tokens: a draft vocabulary cannot have {recipe.draft_vocab}"
-        )
-    heads = max(1, round(plain.heads * recipe.width))
-    changes: dict[str, Any] = {
-        "cross_attention": recipe.kind == "glide",
-        "draft_vocab": recipe.draft_vocab,
-        "heads": heads,
-        "width": round(plain.width * recipe.width) if recipe.width != 1 else plain.width,
-        "ffn": round(plain.ffn * recipe.width),
-    }
-    if recipe.window >= 0:
-        changes["window"] = recipe.window
-    if recipe.max_lag:
-        changes["max_lag"] = recipe.max_lag
-    if recipe.embedding:
-        changes["share_embedding"] = recipe.embedding == "shared"
-    if recipe.norm:
-        changes["cross_norm"] = recipe.norm == "on"
-    if recipe.glimpse or recipe.kind == "glide-no-cross":
-        changes["glimpse"] = recipe.glimpse == "on"
-    return replace(plain, **changes)
+    return BY_RECIPE[recipe.kind].new(target, recipe, text)
 
 
 @contextmanager
 def compiled(module: nn.Module) -> Iterator[None]:
-    """Run the draft's layers (of an LM, all of it) through torch.compile, until the end of the block.
-
-    What stands around a network's layers asks tensors for numbers, which a compiled graph cannot; parameters keep their
-    names.
-    """
-    parts: list[Any] = list(module.layers) if isinstance(module, Network) else [module]
+    """Run the draft's layers (of an LM, all of it) through torch.compile, until the end of the block. Parameters keep their
+    names."""
+    parts = training_of(module).layers
     for part in parts:
         part.forward = torch.compile(part.forward)
     try:
@@ -161,14 +65,12 @@ class DraftLoss:
     def __init__(
         self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
     ) -> None:
-        self.module, self.recipe = module, recipe
-        self.teacher = teacher or Teacher(target, recipe.rows, length, reads_hidden(module))
-        self.max_lag = module.config.max_lag if isinstance(module, GlideModel) else 8
-        if isinstance(module, GlideModel) and self.max_lag >= length:
+        self.training, self.recipe = training_of(module), recipe
+        self.teacher = teacher or Teacher(target, recipe.rows, length, self.training.reads_hidden)
+        if length < (least := self.training.shortest):
             raise InputError(
-                f"windows of {length} tokens hold no lag of {self.max_lag}: lower --max-lag, or lengthen --length"
+                f"windows of {length} tokens hold no lag of {least - 1}: lower --max-lag, or lengthen --length"
             )
-        self.kept = module.kept if isinstance(module, GlideModel) and module.config.draft_vocab else None
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
         """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `TeacherOutput`."""
@@ -176,27 +78,7 @@ class DraftLoss:
 
     def of(self, output: TeacherOutput) -> Tensor:
         """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""
-        if isinstance(self.module, EagleModel):
-            return eagle_loss(self.module, output, self.recipe.loss, self.recipe.noise, self.recipe.seed)
-        if isinstance(self.module, MedusaModel):
-            return medusa_loss(self.module, output, self.recipe.loss)
-        batch, teacher = output.tokens, output.teacher
-        rows, length = batch.shape
-        visible = lag_visible(self.recipe.lags, self.recipe.seed, output.number, rows, length, self.max_lag)
-        visible = visible.to(batch.device)
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            drafted = draft_logits(self.module, batch, teacher.positions, teacher.cache, visible)
-        counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
-        logits = output.logits
-        if self.kept is not None:  # what it cannot propose is nothing to learn: the target's law among the others
-            logits, batch = logits[..., self.kept], self._among_kept(batch)
-        return distillation_loss(drafted, logits, batch, counted, self.recipe.loss)
-
-    def _among_kept(self, tokens: Tensor) -> Tensor:
-        """Places of tokens in the reduced vocabulary, -100 for those outside."""
-        assert self.kept is not None
-        place = torch.searchsorted(self.kept, tokens).clamp(max=len(self.kept) - 1)
-        return torch.where(self.kept[place] == tokens, place, -100)
+        return self.training.loss(output, self.recipe)
 
 
 def train_draft(
@@ -284,7 +166,7 @@ def finish_draft(
         figures |= evaluate_draft(target, module, chosen, new_tokens)
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
-    save_draft(out, module, target, command, figures)
+    training_of(module).save(out, target, command, figures)
     say(f"wrote {out}: {summary(figures)}")
     if learned_little(figures):
         note(
@@ -317,24 +199,6 @@ def summary(figures: dict[str, Any]) -> str:
             alpha, length = figures[f"alpha_{mode}"], figures[f"acceptance_length_{mode}"]
             parts.append(f"{name} alpha {alpha:.2f}, acceptance length {length:.2f}")
     return "; ".join([*parts, "all figures are in card.json"])
-
-
-def save_draft(out: Path, module: nn.Module, target: Target, command: str, figures: dict[str, Any]) -> None:
-    """Write a draft of any kind, as `load_draft` reads it; weights in bfloat16.
-
-    Raises:
-        CheckpointError: see `save_network`.
-    """
-    if isinstance(module, Network):
-        save_network(out, module, target, command, figures, torch.bfloat16)
-    else:
-        _save_lm(module, target, out, command, figures)
-
-
-def _save_lm(module: Any, target: Target, out: Path, command: str, figures: dict[str, Any]) -> None:
-    module.config._attn_implementation = "sdpa"
-    card = {"command": command, "kind": StandaloneDraft.kind, "figures": figures, "target": name_from(out, target.name)}
-    save_lm(module.to(torch.bfloat16), target.tokenizer, out, card)
 
 
 def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:

@@ -14,17 +14,15 @@ from torch import nn
 from ..core.params import SamplingParams
 from ..core.stats import Stats, loops
 from ..drafting.drafter import Drafter
-from ..drafting.methods import AnyDraft, base_for, make_drafter
-from ..drafts.causal_lm import StandaloneDraft
-from ..drafts.checkpoint import KINDS, Network
-from ..drafts.glide.network import GlideModel
+from ..drafting.methods import make_drafter
 from ..engine.decode import decode, generate
 from ..errors import DataError
 from ..files import write_atomic
 from ..progress import bar, note
 from ..target.target import Target
+from .kinds import training_of
 from .loop import CURVE, PICTURE
-from .teacher import Teacher, logits_by_lag, num_lags, reads_hidden
+from .teacher import Teacher
 
 
 def evaluation_prompts(tokens: np.ndarray, count: int, length: int, seed: int) -> list[list[int]]:
@@ -48,20 +46,12 @@ def trial_prompts(tokens: np.ndarray, count: int, context: int, seed: int) -> tu
     return evaluation_prompts(tokens, count, min(128, context - new_tokens), seed) if count else [], new_tokens
 
 
-def as_draft(module: nn.Module) -> tuple[str, AnyDraft]:
-    """The base of its methods, such as "glide" or "vanilla", and the network joined to the decode loop, unpacked."""
-    module.eval()
-    if isinstance(module, Network):
-        return base_for(module.kind), KINDS[module.kind][2](module)
-    return base_for(StandaloneDraft.kind), StandaloneDraft(Target(module))
-
-
 def evaluate_draft(
     target: Target, module: nn.Module, prompts: list[list[int]], new_tokens: int = 64
 ) -> dict[str, float]:
     """alpha and acceptance length of a chain of 5, by the real decode loop, greedy and at temperature 1."""
     figures: dict[str, float] = {}
-    method, draft = as_draft(module)
+    method, draft = training_of(module).joined()
     with bar("trying the draft", 2 * len(prompts)) as shown:
         for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
             stats = Stats()
@@ -132,12 +122,12 @@ def figures_by_lag(
         a token drawn from the draft is accepted at temperature 1; greedy_acceptance_by_lag: how often both have the same
         most likely token. Empty when the text is shorter than a window.
     """
-    lags = list(range(1, num_lags(module) + 1))
-    deepest = module.config.max_lag if isinstance(module, GlideModel) else max(8, len(lags))
+    training = training_of(module)
+    lags, deepest = list(range(1, training.lags + 1)), training.deepest
     windows = min(max_windows, len(tokens) // length)
     if windows < 1 or length <= deepest:
         return {}
-    teacher = Teacher(target, 1, length, hidden=reads_hidden(module))
+    teacher = Teacher(target, 1, length, hidden=training.reads_hidden)
     overlap, same = [0.0] * len(lags), [0] * len(lags)
     if isinstance(module, nn.Module):
         module.eval()
@@ -146,7 +136,7 @@ def figures_by_lag(
             batch = torch.from_numpy(tokens[at : at + length].astype(np.int64))[None].to(target.device)
             output = teacher(batch)[0, deepest:]
             p = output.float().softmax(-1)
-            by_lag = logits_by_lag(module, batch, teacher)
+            by_lag = training.logits_by_lag(batch, teacher)
             for i, drafted in enumerate(logits[0, deepest:] for logits in by_lag):
                 overlap[i] += float(torch.minimum(p, drafted.float().softmax(-1)).sum())
                 same[i] += int((drafted.argmax(-1) == output.argmax(-1)).sum())

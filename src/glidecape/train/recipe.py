@@ -43,7 +43,7 @@ class DraftRecipe:
         kind: "glide", "glide-no-cross" (the ablation), "eagle", "medusa" or "lm" (an independent LM).
         preset: of GliDe, "default" or "paper"; the paper's shape and deepest lag. Its training is loss="ce" with
             lags="block" besides.
-        loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`features.eagle_loss`). "" takes
+        loss: one of `losses.LOSSES`, or several joined by "+"; for EAGLE also "feature" (`kinds.eagle`). "" takes
             "feature" for EAGLE, else "kl".
         lags: one of `lags.LAGS`; of GliDe.
         max_lag: deepest lag trained; 0 takes the preset's. Of EAGLE the deepest node, of Medusa the number of heads.

@@ -25,9 +25,8 @@ from ..files import remove_leftovers, write_atomic
 from ..progress import bar
 from ..target.target import Target
 from .data import Stream, Windows, load_streams
-from .draft import DraftLoss, make_draft, save_draft
+from .draft import DraftLoss, make_draft
 from .figures import (
-    as_draft,
     evaluation_prompts,
     figures_by_lag,
     stats_by_prompt,
@@ -35,10 +34,11 @@ from .figures import (
     trained_on,
     write_curve,
 )
+from .kinds import training_of
 from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
 from .recipe import DraftRecipe
 from .study_table import summary, table_of
-from .teacher import Teacher, reads_hidden
+from .teacher import Teacher
 
 RESULT = "row.json"
 MEASURED = {"chain": ("+chain", 5), "cape": ("+cape", 5)}  # what is added to the base method, tokens drafted a round
@@ -68,7 +68,8 @@ class DraftGroup:
         first = next(iter(recipes.values()))
         self.target, self.names, self.length = target, list(recipes), length
         self.modules = [make_draft(target, recipe, text) for recipe in recipes.values()]
-        self.teacher = Teacher(target, first.rows, length, any(map(reads_hidden, self.modules)))
+        reads_hidden = any(training_of(module).reads_hidden for module in self.modules)
+        self.teacher = Teacher(target, first.rows, length, reads_hidden)
         self.state = nn.ModuleDict({f"row{i}": module for i, module in enumerate(self.modules)})
         self.made = [
             one
@@ -267,7 +268,7 @@ def _figures(
     }
     module.eval()
     figures |= figures_by_lag(target, module, text.tokens, trained.length)
-    base, draft = as_draft(module)
+    base, draft = training_of(module).joined()
     with bar(f"trying {trained.names[i]}", len(MEASURED) * len(TEMPERATURES)) as shown:
         for name, (addition, depth) in MEASURED.items():
             for heat, temperature in TEMPERATURES.items():
@@ -297,6 +298,6 @@ def write_row(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, (*WRITTEN, RESULT))
     write_curve(folder, losses, figures["tokens"], figures)
-    save_draft(folder, module, target, command, figures)
+    training_of(module).save(folder, target, command, figures)
     done = json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n"
     write_atomic(folder / RESULT, lambda path: path.write_text(done))

@@ -1,19 +1,41 @@
-"""The losses of drafts that read the target's last hidden states, its features: EAGLE and Medusa."""
+"""EAGLE drafts in training: every position reads the target's last hidden state, its feature, of the one before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..drafts.eagle.network import EagleModel
-from ..drafts.medusa.network import MedusaModel
-from .losses import distillation_loss
-from .recipe import FEATURE
-from .teacher import TeacherOutput, previous
+from ...drafts.eagle.config import EagleConfig
+from ...drafts.eagle.network import EagleModel
+from ...target.target import Target
+from ..losses import distillation_loss
+from ..recipe import FEATURE, DraftRecipe
+from ..teacher import Teacher, TeacherOutput, previous
+from .base import DraftTraining
 
 LAW_WEIGHT = 0.1
-FADE = 0.8
+
+
+class EagleTraining(DraftTraining):
+    module: EagleModel
+    reads_hidden = True
+
+    @staticmethod
+    def new(target: Target, recipe: DraftRecipe, text: np.ndarray | None) -> nn.Module:
+        deepest: dict[str, Any] = {"max_lag": recipe.max_lag} if recipe.max_lag else {}
+        return EagleModel.new(EagleConfig.for_target(target, **deepest), target).float()
+
+    def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
+        return eagle_loss(self.module, output, recipe.loss, recipe.noise, recipe.seed)
+
+    def logits_by_lag(self, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
+        before = previous(teacher.features(tokens))
+        yield self.module.logits(self.module.hidden(tokens, teacher.positions, before))
 
 
 def noisy(features: Tensor, noise: float, seed: int, number: int) -> Tensor:
@@ -51,22 +73,3 @@ def eagle_loss(module: EagleModel, output: TeacherOutput, loss: str, noise: floa
     apart = F.smooth_l1_loss(guessed.float(), features.float(), reduction="none").mean(-1)
     close = (apart * counted).sum() / counted.sum().clamp(min=1)
     return close + LAW_WEIGHT * distillation_loss(drafted, output.logits, tokens, counted, "kl")
-
-
-def medusa_loss(module: MedusaModel, output: TeacherOutput, loss: str) -> Tensor:
-    """Mean loss of a batch: head k at each position against the target's law k places later, weighted by 0.8^k.
-
-    Source: Medusa paper, section 2.2.1, with loss "ce". Differs: weights sum to 1, so that the loss is a mean over heads in
-    nats; and our default loss is the KL to the target's law, which says more than the text's one token.
-    """
-    tokens, counted = output.tokens, output.counted()
-    features = output.teacher.features(tokens)
-    heads = module.config.heads
-    weights = [FADE**k for k in range(1, heads + 1)]
-    total = features.new_zeros((), dtype=torch.float32)
-    for k, weight in enumerate(weights, 1):
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            drafted = module.head_logits(k - 1, features[:, :-k])
-        value = distillation_loss(drafted, output.logits[:, k:], tokens[:, k:], counted[:, k:], loss)
-        total = total + weight / sum(weights) * value
-    return total
