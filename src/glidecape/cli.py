@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -162,7 +163,8 @@ def main() -> None:
     try:
         app()
     except GlideCapeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)

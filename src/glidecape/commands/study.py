@@ -50,10 +50,12 @@ def study(
 ) -> None:
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
     from ..train.data import check_exists
+    from ..train.ranks import refuse_several
     from ..train.study import Trial, run_study
     from ..train.study_rows import changes_of, study_rows
     from ..train.study_table import table_of
 
+    refuse_several("study")
     if tokens is None:
         raise InputError("give --tokens: the rows of a study are compared at equal tokens")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,18 +39,22 @@ def train(
     save_every: SaveEvery = 300,
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
-    """Train a draft for a frozen target; no hidden states need to be stored."""
+    """Train a draft for a frozen target; no hidden states need to be stored.
+
+    On several GPUs or machines: torchrun --nproc-per-node GPUS -m glidecape train …
+    """
     from ..train.data import check_exists
     from ..train.draft import preview_data, train_draft
+    from ..train.ranks import process_group, ranks
 
     budget = None if preview else budget_of(tokens, minutes)
     check_exists(data)  # before the model is loaded
     if budget is None:
         _show(preview_data(machine.load(target, pack=False), data, recipe))
         return
-    with only_writer(out):  # asked before the model is loaded, too
+    with process_group(), only_writer(out) if ranks().first else nullcontext():
         model = machine.load(target, pack=False)
-        with resumable(out):
+        with resumable(out if ranks().first else None):
             train_draft(
                 model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
             )
@@ -108,7 +113,9 @@ def train_target(
 ) -> None:
     """Train a small target from scratch, or continue training a model that you have."""
     from ..train import target as recipes
+    from ..train.ranks import refuse_several
 
+    refuse_several("train-target")
     Machine(device, threads=threads).check()
     budget = budget_of(tokens, minutes)
     draft = _joint_recipe(draft_recipe, seed) if with_draft else None

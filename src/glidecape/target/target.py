@@ -187,6 +187,10 @@ class Target:
                 return None
         return program
 
+    def keep_digest(self) -> None:
+        """Digest the weights now, and keep to it: they are going to be split or moved."""
+        self._digest = self.weights_digest
+
     @property
     def weights_digest(self) -> str:
         """`digest_of` the model's weights."""

@@ -24,7 +24,8 @@ from ..target.target import Target
 from .data import Windows, load_streams
 from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
 from .kinds import BY_RECIPE, training_of
-from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .ranks import own_rows, ranks, shard
 from .recipe import DraftRecipe
 from .rows import Preview, preview
 from .teacher import Teacher, TeacherOutput
@@ -66,14 +67,16 @@ class DraftLoss:
         self, target: Target, module: nn.Module, recipe: DraftRecipe, length: int, teacher: Teacher | None = None
     ) -> None:
         self.training, self.recipe = training_of(module), recipe
-        self.teacher = teacher or Teacher(target, recipe.rows, length, self.training.reads_hidden)
+        rows = ranks().share(recipe.rows)
+        self.teacher = teacher or Teacher(target, rows, length, self.training.reads_hidden)
         if length < (least := self.training.shortest):
             raise InputError(
                 f"windows of {length} tokens hold no lag of {least - 1}: lower --max-lag, or lengthen --length"
             )
 
     def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, the run's batch of that number; `learned` as in `TeacherOutput`."""
+        """Mean loss over `batch (rows, length)`, this process's rows of the run's batch of that number; `learned` as in
+        `TeacherOutput`."""
         return self.of(self.teacher.run(batch, number, learned))
 
     def of(self, output: TeacherOutput) -> Tensor:
@@ -110,18 +113,21 @@ def train_draft(
     windows = Windows(text.tokens, recipe.seed, text.learned)
     module = make_draft(target, recipe, text.tokens)
     made = optimizers(module, recipe.rate, recipe.muon)
-    out.mkdir(parents=True, exist_ok=True)
+    if ranks().first:
+        out.mkdir(parents=True, exist_ok=True)
     identity = asdict(recipe) | {"data": text.digest, "target": target.weights_digest[:16]}
     identity |= {"dtype": str(target.dtype), "compile": compile_model}  # they change the weights in their last bits
     clock = load_state(out, module, made, identity)
     draft_loss = DraftLoss(target, module, recipe, length)
+    shard(target)
     module.train()
 
     def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
-        batch = windows.batch(number, recipe.rows, length).to(target.device)
+        batch = windows.batch(number, recipe.rows, length)
         learned = windows.batch_learned(number, recipe.rows, length)
-        return [draft_loss(batch, number, None if learned is None else learned.to(target.device))], batch.numel()
+        own = None if learned is None else own_rows(learned).to(target.device)
+        return [draft_loss(own_rows(batch).to(target.device), number, own)], batch.numel()
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
@@ -137,7 +143,9 @@ def train_draft(
         "train_loss": recent_mean(clock.losses),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
-    return finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+    figures = finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
+    (out / BEFORE).unlink(missing_ok=True)
+    return figures
 
 
 def finish_draft(
@@ -164,6 +172,8 @@ def finish_draft(
         figures |= figures_by_lag(target, module, held_out, length)
         chosen, new_tokens = trial_prompts(held_out, prompts, target.context, seed)
         figures |= evaluate_draft(target, module, chosen, new_tokens)
+    if not ranks().first:
+        return figures
     out.mkdir(parents=True, exist_ok=True)
     write_curve(out, losses, figures["tokens"], figures)
     training_of(module).save(out, target, command, figures)

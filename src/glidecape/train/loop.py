@@ -12,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from ..compat import without_weight_bars
 from ..drafts.card import CARD, STATE_FILE, WEIGHTS
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers, write_atomic, write_folder
-from ..progress import bar
+from ..progress import bar, note
+from .ranks import average_gradients, from_first, largest_of, mean_of, ranks
 from .stopping import Stopped, stop_requests
 
 CURVE, PICTURE = "curve.json", "curve.png"
+BEFORE = (
+    "training-before.pt"  # the state that STATE_FILE replaced: a disk may damage what was whole when it was written
+)
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
@@ -166,15 +171,12 @@ def load_state(
     Raises:
         CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
     """
-    remove_leftovers(folder, WRITTEN)
     path = folder / STATE_FILE
-    if not path.exists():
+    # The folder may lie on the first process's machine alone.
+    state = from_first(_read_state(path) if ranks().first else None)
+    if state is None:
         return Clock()
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state.get("identity", {})
-    except Exception as error:
-        raise _cannot_resume(path, error) from None
+    saved = state.get("identity", {})
     if other := differences(saved, identity or {}):
         raise CheckpointError(
             f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --output"
@@ -186,6 +188,29 @@ def load_state(
         return Clock(**state["clock"])
     except Exception as error:
         raise _cannot_resume(path, error) from None
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """What `save_state` wrote, or the save before it, where that one is damaged; None where it wrote nothing."""
+    remove_leftovers(path.parent, WRITTEN)
+    if not path.exists():
+        return None
+    try:
+        return _state_in(path)
+    except Exception as error:
+        reason = error
+    try:
+        state = _state_in(path.with_name(BEFORE))
+    except Exception:
+        raise _cannot_resume(path, reason) from None
+    note(
+        f"{path} is damaged ({type(reason).__name__}): resuming from the save before it, step {state['clock']['step']}"
+    )
+    return state
+
+
+def _state_in(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _cannot_resume(path: Path, error: Exception) -> CheckpointError:
@@ -201,14 +226,21 @@ def save_state(
     clock: Clock,
     identity: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights, optimizer moments and clock: all that a resumed run needs to go on bit for bit."""
+    """Write weights, optimizer moments and clock: all that a resumed run needs to go on bit for bit. Of several processes the
+    first one writes: all have the same."""
+    if not ranks().first:
+        return
     state = {
         "module": module.state_dict(),
         "optimizers": [o.state_dict() for o in made],
         "clock": vars(clock),
         "identity": identity or {},
     }
-    write_atomic(folder / STATE_FILE, lambda p: torch.save(state, p))
+    path, before = folder / STATE_FILE, folder / BEFORE
+    with suppress(OSError):  # a file system without links keeps one state
+        before.unlink(missing_ok=True)
+        before.hardlink_to(path)
+    write_atomic(path, lambda p: torch.save(state, p))
 
 
 def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None:
@@ -284,11 +316,16 @@ def fit(
                     (loss / accumulate).backward()
                     here[i] += float(loss.detach()) / accumulate
                 clock.tokens += tokens
+            here = mean_of(here)
+            for module in modules:
+                average_gradients(module)
             _step(modules, made, here, clock.step + 1, clip)
             clock.step += 1
             clock.seconds = before + time.monotonic() - started
             clock.log(here)
-            progress = budget.progress(clock.tokens, clock.seconds)
+            # Clocks differ a little between processes, and a signal may reach one of them alone.
+            progress, heard = largest_of([budget.progress(clock.tokens, clock.seconds), asked.signal or 0])
+            asked.signal = int(heard) or None
             mean = recent_mean(clock.losses, 20)
             pace = clock.tokens / clock.seconds
             shown.at(progress, f"training, step {clock.step}, loss {mean:.3f}, {pace:,.0f} tokens/s")

@@ -23,11 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .ranks import mean_count
+
 CHUNK = 2**23  # logits that are widened at once: 32 MiB in float32
 
 
 def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Tensor, loss: str) -> Tensor:
-    """Mean loss in nats over counted positions; 0 if there are none.
+    """Mean loss in nats over counted positions; 0 if there are none. Of several processes' losses the mean is that over all
+    of their positions.
 
     Positions go through in pieces, each with its gradient, so no float32 copy of more than `CHUNK` logits, or of one
     position's, lives at any time.
@@ -40,9 +43,9 @@ def distillation_loss(draft: Tensor, target: Tensor, tokens: Tensor, counted: Te
     rows = counted.flatten().nonzero()[:, 0]
     following = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()[rows]  # -100: unknown, ignored
     parts = loss.split("+")
-    weights = {part: 1 / (len(parts) * max(1, len(rows))) for part in parts}
+    weights = dict.fromkeys(parts, 1 / (len(parts) * mean_count(len(rows))))
     if "ce" in parts:
-        weights["ce"] = 1 / (len(parts) * max(1, int((following != -100).sum())))
+        weights["ce"] = 1 / (len(parts) * mean_count(int((following != -100).sum())))
     learns = draft.requires_grad and torch.is_grad_enabled()
     return _InPieces.apply(draft.flatten(0, 1), target.detach().flatten(0, 1), rows, following, weights, learns)
 

@@ -35,7 +35,19 @@ from .figures import (
     write_curve,
 )
 from .kinds import training_of
-from .loop import STATE_FILE, WRITTEN, Budget, Clock, differences, fit, load_state, optimizers, recent_mean, save_state
+from .loop import (
+    BEFORE,
+    STATE_FILE,
+    WRITTEN,
+    Budget,
+    Clock,
+    differences,
+    fit,
+    load_state,
+    optimizers,
+    recent_mean,
+    save_state,
+)
 from .recipe import DraftRecipe
 from .study_table import summary, table_of
 from .teacher import Teacher
@@ -145,7 +157,8 @@ def run_study(
                 if _finished(folder, name, group[name]) is None:
                     figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
                     write_row(folder / name, trained.modules[i], target, command, figures, group[name])
-            (folder / STATE_FILE).unlink()  # rows that come later begin a group of their own
+            for name in (STATE_FILE, BEFORE):
+                (folder / name).unlink(missing_ok=True)  # rows that come later begin a group of their own
         for name in recipes:
             results[name][str(seed)] = _finished(folder, name, identities[name]) or {}
     result: dict[str, Any] = {

@@ -19,7 +19,7 @@ from ..target.target import digest_of
 from .data import Windows, corpus_tokenizer, load_streams
 from .figures import trial_prompts
 from .joint import JointDraft
-from .loop import Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
+from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .recipe import DraftRecipe, TargetShape, Windowing
 
 
@@ -166,6 +166,7 @@ def train_target(
     if joint is not None:
         options = {"length": run.windowing.length, "prompts": prompts, "seed": seed, "command": command}
         figures["draft"] = joint.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
+    (out / BEFORE).unlink(missing_ok=True)
     return figures
 
 

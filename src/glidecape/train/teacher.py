@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.cache import KVCache
 from ..target.target import Target
+from .ranks import ranks
 
 
 class Teacher:
@@ -47,7 +48,7 @@ class TeacherOutput:
     """A batch of a training and the target's forward over it.
 
     Attributes:
-        tokens: `(rows, length)`.
+        tokens: `(rows, length)`, this process's.
         number: of the batch in its run; what is drawn for it follows from it.
         learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
         logits: the target's, `(rows, length, vocab)`.
@@ -59,6 +60,11 @@ class TeacherOutput:
     learned: Tensor | None
     logits: Tensor
     teacher: Teacher
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch in all processes."""
+        return len(self.tokens) * ranks().count
 
     def counted(self) -> Tensor:
         """`(rows, length)` bool: positions whose next token is to be learned."""

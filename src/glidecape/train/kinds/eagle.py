@@ -14,6 +14,7 @@ from ...drafts.eagle.config import EagleConfig
 from ...drafts.eagle.network import EagleModel
 from ...target.target import Target
 from ..losses import distillation_loss
+from ..ranks import mean_count, own_rows, ranks
 from ..recipe import FEATURE, DraftRecipe
 from ..teacher import Teacher, TeacherOutput, previous
 from .base import DraftTraining
@@ -48,7 +49,8 @@ def noisy(features: Tensor, noise: float, seed: int, number: int) -> Tensor:
     if not noise:
         return features
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    shake = 2 * torch.rand(features.shape, generator=generator) - 1
+    rows, *shape = features.shape
+    shake = own_rows(2 * torch.rand(rows * ranks().count, *shape, generator=generator) - 1)
     return features + (noise * 512 / features.shape[1] * shake).to(features)
 
 
@@ -71,5 +73,5 @@ def eagle_loss(module: EagleModel, output: TeacherOutput, loss: str, noise: floa
     if loss != FEATURE:
         return distillation_loss(drafted, output.logits, tokens, counted, loss)
     apart = F.smooth_l1_loss(guessed.float(), features.float(), reduction="none").mean(-1)
-    close = (apart * counted).sum() / counted.sum().clamp(min=1)
+    close = (apart * counted).sum() / mean_count(int(counted.sum()))
     return close + LAW_WEIGHT * distillation_loss(drafted, output.logits, tokens, counted, "kl")

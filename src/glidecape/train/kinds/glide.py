@@ -17,6 +17,7 @@ from ...errors import InputError
 from ...target.target import Target
 from ..lags import lag_visible
 from ..losses import distillation_loss
+from ..ranks import own_rows
 from ..recipe import DraftRecipe
 from ..teacher import Teacher, TeacherOutput, previous
 from .base import DraftTraining
@@ -42,8 +43,8 @@ class GlideTraining(DraftTraining):
 
     def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
         tokens, teacher, logits = output.tokens, output.teacher, output.logits
-        rows, length = tokens.shape
-        visible = lag_visible(recipe.lags, recipe.seed, output.number, rows, length, self.deepest).to(tokens.device)
+        drawn = lag_visible(recipe.lags, recipe.seed, output.number, output.rows, tokens.shape[1], self.deepest)
+        visible = own_rows(drawn).to(tokens.device)
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             drafted = draft_logits(self.module, tokens, teacher.positions, teacher.cache, visible)
         counted = (visible > 0) & output.counted()

@@ -17,6 +17,7 @@ from ...target.target import Target
 from ..lags import lag_visible
 from ..loop import save_lm
 from ..losses import distillation_loss
+from ..ranks import own_rows
 from ..recipe import DraftRecipe
 from ..teacher import Teacher, TeacherOutput
 from .base import DraftTraining
@@ -46,8 +47,8 @@ class LmTraining(DraftTraining):
 
     def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
         tokens = output.tokens
-        rows, length = tokens.shape
-        visible = lag_visible(recipe.lags, recipe.seed, output.number, rows, length, self.deepest).to(tokens.device)
+        drawn = lag_visible(recipe.lags, recipe.seed, output.number, output.rows, tokens.shape[1], self.deepest)
+        visible = own_rows(drawn).to(tokens.device)
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             drafted = self.module(input_ids=tokens).logits
         counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
