@@ -55,5 +55,5 @@ def test_from_the_command_line(world, text, tmp_path):
 
 
 def test_no_model_to_start_from_is_said(text, tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no config\.json: is it a Hugging Face model folder"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no Hugging Face model folder"):
         train_target(text, tmp_path / "out", TargetShape(), Budget(tokens=64), SHORT, start_from=tmp_path)
