@@ -71,7 +71,7 @@ def demo(
     compile: Annotated[
         str,
         typer.Option(
-            help="Decode with compiled programs: on, off, or auto: race at once, then again with programs compiled for it.",
+            help="Decode with compiled programs: on, off, or auto: those that are there, else race eagerly, then compiled.",
             envvar="GLIDECAPE_COMPILE",
         ),
     ] = "auto",

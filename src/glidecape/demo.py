@@ -127,7 +127,7 @@ def run_demo(
     equal, fast = _races(model, racers, heats, "kept" if compile == "auto" else compile, console)
     if compile == "auto" and not fast and have_compiler():
         console.print(
-            "[bold]The same in machine code for this processor.[/] Compiling takes about two minutes, once; "
+            "[bold]The same in machine code for this processor.[/] Compiling takes two to four minutes, once; "
             "to leave it out: glidecape demo --compile off"
         )
         del racers["glide+cape"]  # its siblings do not pay there, and would take another program

@@ -31,7 +31,7 @@ DRAFTLESS = ("plain", "lookup")  # bases without a draft model
 EXPANSIONS = ("chain", "cape", "beam", "tree", "static")
 STOPS = ("svip", "heuristic")
 AUTO = "auto"
-USUAL_ONLY = "where several methods are named, name them one by one, such as glide or glide+auto"
+USUAL_ONLY = "only generate, chat, serve and glidecape.load choose one: name it here, such as glide or glide+auto"
 USUAL = {"eagle": "tree", "medusa": "static"}  # expansions of bases that are no chain if none is named
 METHODS = (
     *DRAFTLESS,

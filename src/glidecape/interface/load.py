@@ -22,7 +22,7 @@ from ..progress import note
 from ..target.target import Target
 from .language_model import LanguageModel
 
-WORTH = 20_000  # tokens to decode from which on compiling, a minute or two, is made up for
+WORTH = 20_000  # tokens to decode from which on compiling, some minutes, is made up for
 COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -254,7 +254,7 @@ def _make(
         if _whole(path):
             return
         started = time.monotonic()
-        say(f"compiling {program.name}, once: it takes a minute or two and is kept in {path.parent}")
+        say(f"compiling {program.name}, once: it takes half a minute to two minutes and is kept in {path.parent}")
 
         def write(to: Path) -> None:
             module, inputs, dynamic = program.make()
