@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,28 @@ def test_a_program_is_compiled_once_and_serves_every_number_of_rows(cache: Path)
 
 
 @COMPILER
+@COMPILER
+def test_what_the_compiler_makes_on_the_way_is_removed_and_so_are_packages_that_nobody_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    old, recent = (tmp_path / "packages" / name for name in ("old.json", "recent.json"))
+    old.parent.mkdir(mode=0o700)
+    for note in (old, recent):
+        note.write_text("{}")
+        note.with_suffix(".pt2").write_text("a package")
+    os.utime(old, (1e9, 1e9))
+    before = {path.name for path in Path(tempfile.gettempdir()).glob("torchinductor*/*")}
+    assert compiled(doubler(), "on", print)
+    kinds = {path.name if path.name.startswith(".") else path.suffix for path in old.parent.iterdir()}
+    own = f".{packages.WORKSPACE}.{os.getpid()}"
+    assert kinds - {own} == {".json", ".pt2", ".so", ".lock"}
+    assert {path.name for path in (old.parent / own / "inductor").glob("*")} <= {packages.HEADERS}
+    assert {path.name for path in Path(tempfile.gettempdir()).glob("torchinductor*/*")} == before
+    assert not old.exists()
+    assert not old.with_suffix(".pt2").exists()
+    assert recent.exists()
+    assert recent.with_suffix(".pt2").exists()
+
+
 def test_other_weights_are_another_program() -> None:
     said: list[str] = []
     program = doubler()

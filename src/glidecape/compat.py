@@ -162,11 +162,12 @@ class _OuterProducts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def compile_to(path: str, exported: Any, functions: dict[str, str]) -> None:
+def compile_to(path: str, exported: Any, functions: dict[str, str], folder: Path) -> None:
     """Compile an exported program to a package at `path`.
 
     Args:
         functions: by operator of ours, the declaration of the C function that the program calls for it.
+        folder: for what the compiler makes on the way: a second copy of the weights, and headers that it reads once.
     """
     options: dict[str, Any] = {
         "freezing": True,
@@ -176,25 +177,28 @@ def compile_to(path: str, exported: Any, functions: dict[str, str]) -> None:
         getattr(getattr(torch.ops, space), name).default: [declaration]
         for (space, name), declaration in ((one.split("::"), text) for one, text in functions.items())
     }
-    with _inductor() as inductor:
+    with _inductor(folder) as inductor:
         inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 
 
-def build_library(folder: Path, path: Path) -> None:
-    """Compile the C++ files of a folder, which use PyTorch's C interface, to a shared library at `path`, for this CPU.
+def build_library(sources: Path, path: Path, folder: Path) -> None:
+    """Compile the C++ files in `sources`, which use PyTorch's C interface, to a shared library at `path`, for this CPU.
+
+    Args:
+        folder: as for `compile_to`.
 
     Raises:
         RuntimeError and others of the builder: it cannot be compiled.
     """
-    with _inductor():
+    with _inductor(folder):
         from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
         # Multiplying and adding are one instruction.
         flags = ["-ffp-contract=fast"]
         options = CppTorchOptions(pick_vec_isa(), include_pytorch=True, warning_all=False, extra_flags=flags)
-        sources = [str(source) for source in sorted(folder.glob("*.cpp"))]
-        builder = CppBuilder(path.stem, sources, options, output_dir=str(path.parent))
+        files = [str(one) for one in sorted(sources.glob("*.cpp"))]
+        builder = CppBuilder(path.stem, files, options, output_dir=str(path.parent))
         builder.build()
         os.replace(builder.get_target_file_path(), path)
 

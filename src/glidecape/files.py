@@ -106,10 +106,15 @@ def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
             pid = path.suffix[1:]
             if not pid.isdigit() or _lives(int(pid)):
                 continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _settle(temporary: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ and kept beside a digest of its content: a torn one is made anew.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import inspect
@@ -15,7 +16,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from ..compat import build_library, compile_for_gpu, compile_to, export_program, load_for_gpu, load_package
 from ..errors import GlideCapeError, first_line
-from ..files import FOLDER, user_folder, write_atomic
+from ..files import FOLDER, remove, remove_leftovers, user_folder, write_atomic
 from ..progress import bar
 from .graphs import Graphs, Run, flat_run
 from .operators import FUNCTIONS, KERNELS
@@ -37,6 +39,8 @@ from .streamed import share_inputs, streamed_layers
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)  # that our kernels compute in
 USUAL_S = 60.0  # of compiling a program
+UNUSED_S = 60 * 86_400.0  # after so long a package that nobody loaded is removed
+WORKSPACE, HEADERS = "compiling", "precompiled_headers"  # folders
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
 
 
@@ -183,7 +187,11 @@ def _on_cpu(program: Program, mode: str, say: Callable[[str], None]) -> Run | No
             return None
         if not _load_kernels(folder, make=mode != "kept"):
             return None
-        compile: Callable[[Any, Path], None] = lambda exported, to: compile_to(str(to), exported, FUNCTIONS)  # noqa: E731
+
+        def compile(exported: Any, to: Path) -> None:
+            with _workspace(folder) as own:
+                compile_to(str(to), exported, FUNCTIONS, own)
+
         _make(program, facts, path, compile, say)
     return load_package(str(path))
 
@@ -264,9 +272,41 @@ def _make(
                 exported.graph_module.recompile()
                 compile(exported, to)
 
+        _remove_unused(path.parent)
         with bar(f"compiling {program.name}", seconds=USUAL_S, ends=False):
             _keep(path, program.name, facts, write)
         say(f"compiled {program.name} in {time.monotonic() - started:.0f} s")
+
+
+@contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """This process's folder for what the compiler makes on the way. Only headers outlive the block, which another program would
+    have to read again, and they end with the process."""
+    own = _own_workspace(folder)
+    try:
+        yield own
+    finally:
+        for one in (own / "inductor").glob("*"):
+            if one.name != HEADERS:
+                remove(one)
+
+
+@cache
+def _own_workspace(folder: Path) -> Path:
+    remove_leftovers(folder, (WORKSPACE,))
+    own = folder / f".{WORKSPACE}.{os.getpid()}"
+    own.mkdir(exist_ok=True)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove what was not loaded for a long time: each version of GlideCape, PyTorch and the model has packages of its own."""
+    for note in folder.glob("*.json"):
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - note.stat().st_mtime > UNUSED_S:
+                for one in folder.glob(f"{note.stem}.*"):
+                    one.unlink(missing_ok=True)
 
 
 def _load_kernels(folder: Path, make: bool) -> bool:
@@ -277,7 +317,8 @@ def _load_kernels(folder: Path, make: bool) -> bool:
         return False
     with FileLock(path.with_suffix(".lock")):
         if not _whole(path):
-            _keep(path, "kernels", facts, lambda to: build_library(KERNELS, to))
+            with _workspace(folder) as own:
+                _keep(path, "kernels", facts, lambda to: build_library(KERNELS, to, own))
     _load_library(path)
     return True
 
@@ -306,10 +347,14 @@ def _keep(path: Path, name: str, facts: dict[str, Any], write: Callable[[Path], 
 
 
 def _whole(path: Path) -> bool:
-    """Is there a package at `path`, as it was written?"""
+    """Is there a package at `path`, as it was written? Then it counts as used now."""
     try:
         note = json.loads(path.with_suffix(".json").read_text())
-        return bool(note["sha256"] == _digest(path))
+        whole = bool(note["sha256"] == _digest(path))
+        if whole:
+            with suppress(OSError):  # a folder that may only be read
+                path.with_suffix(".json").touch()
+        return whole
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
