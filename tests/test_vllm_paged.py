@@ -219,7 +219,7 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """A package of that name, whose model runner makes its cache and nothing else."""
+    """A package of that name: its model runner makes its cache and nothing else, its sampler has the two faults."""
 
     class GPUModelRunner:
         def initialize_kv_cache(self, kv_cache_config):
@@ -228,16 +228,25 @@ def vllm(monkeypatch):
 
     runner = ModuleType("vllm.v1.worker.gpu_model_runner")
     runner.GPUModelRunner = GPUModelRunner
+    sampler = ModuleType("vllm.v1.sample.rejection_sampler")
+    sampler.expand_batch_to_tokens = lambda values, ends, count, *_: torch.full((count,), float("nan"))
+    sampler.apply_sampling_constraints = lambda logits, ends, k: (
+        logits + sampler.expand_batch_to_tokens(k, ends, len(logits)).amax()
+    )
+    samplers = ModuleType("vllm.v1.sample")
+    samplers.rejection_sampler = sampler
     package = ModuleType("vllm")
     package.__version__ = "0.32.0+cpu"
     for name, module in (
         ("vllm", package),
         ("vllm.v1", ModuleType("vllm.v1")),
+        (samplers.__name__, samplers),
+        (sampler.__name__, sampler),
         ("vllm.v1.worker", ModuleType("vllm.v1.worker")),
         (runner.__name__, runner),
     ):
         monkeypatch.setitem(sys.modules, name, module)
-    package.runner = GPUModelRunner
+    package.runner, package.sampler = GPUModelRunner, sampler
     return package
 
 
@@ -386,6 +395,19 @@ def test_options_that_cannot_be_used_are_refused(options, error, message, vllm, 
     given = {} if options is None else {"glide": options | {"draft": str(world[options["draft"]])}}
     with pytest.raises(error, match=message):
         proposer_of(vllm, config_of(world, target, additional_config=given), target)
+
+
+def test_vllm_s_sampler_is_mended_where_it_is_wrong(vllm, world):
+    """Each drafted token gets its row's number, and nothing is asked of no tokens, at which vLLM stops."""
+    ends, rows = torch.tensor([2, 2, 5]), torch.tensor([7, 1, 9])
+    with pytest.raises(IndexError):
+        vllm.sampler.apply_sampling_constraints(torch.zeros(0), ends * 0, rows)
+    for _ in range(2):  # once is enough, and twice no harm
+        proposer_of(vllm, config_of(world, trained(world)[0]), trained(world)[0])
+    assert vllm.sampler.expand_batch_to_tokens(rows, ends, 5).tolist() == [7, 7, 9, 9, 9]
+    assert vllm.sampler.expand_batch_to_tokens(rows / 2, ends, 5, 3.5, 1).tolist() == [1, 1, 4.5, 4.5, 4.5]
+    assert vllm.sampler.apply_sampling_constraints(torch.zeros(5), ends, rows).tolist() == [9] * 5
+    assert len(vllm.sampler.apply_sampling_constraints(torch.zeros(0), ends * 0, rows)) == 0
 
 
 def test_a_draft_of_another_target_is_refused(vllm, world):

@@ -20,6 +20,7 @@ from .lent import Facts, layers_of, lend
 from .paged import gather
 from .rows import DraftRow, RowDrafter
 from .runner import check_reading, introduce, refuse_layer, refuse_settings, refuse_untried
+from .sampling import mend_sampling
 
 METHOD = "glide+svip"
 
@@ -55,6 +56,7 @@ class GlideProposer:
         self.drafter: RowDrafter
         self.runner: Any = None
         introduce(GlideProposer)
+        mend_sampling()
 
     def load_model(self, target_model: Any) -> None:
         """Called by vLLM when its model is loaded; `target_model` is that.
