@@ -3,10 +3,10 @@
     .venv-vllm/bin/python runs/vllm_methods.py [--repeats 3] [--tokens 96] [--length 5] [--compile] [--output table.md]
 
 On the shipped pair in float32, greedily: plain decoding, n-gram lookup, the shipped draft LM as vLLM's draft model, GliDe, and
-GliDe with SVIP. They are run in turn, `--repeats` times, each in a process of its own: it decodes the prompts once to warm up, and
-is then timed with all of them in one batch, and with one after the other. Prompts whose plain answers loop are left out, since
-any method copies a loop. A method whose tokens are not plain decoding's ends the run. Needs the environment of `make test-vllm`,
-and a machine that does nothing else: where threads wait for a CPU, all of vLLM's do.
+GliDe with SVIP. They are run in turn, `--repeats` times, each in a process of its own: it decodes the prompts once to warm up,
+and is then timed with all of them in one batch, and with one after the other. Prompts whose plain answers loop are left out,
+since any method copies a loop. A method whose tokens are not plain decoding's ends the run. It needs the environment of
+`make test-vllm`, and a machine that does nothing else: where one of vLLM's threads waits for a CPU, all do.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,6 +258,18 @@ def test_sampling_follows_the_target_s_law(prompts):
     pairs = {*without, *speculative}
     assert 4 < len(pairs) <= 16
     assert sum(abs(without.get(pair, 0) - speculative.get(pair, 0)) for pair in pairs) / 2 < 0.11
+
+
+def test_what_its_page_shows_runs(target, monkeypatch):
+    """docs/vllm.md: the code there, as it is written."""
+    monkeypatch.chdir(ROOT)
+    code = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "vllm.md").read_text(), re.M | re.S)
+    names = {}
+    for block in code:
+        exec(block, names)
+    wanted = generate(target, "def read_lines(path):\n", None, params.SamplingParams(max_new_tokens=64))
+    assert list(names["output"].token_ids) == wanted[0].tokens
+    names.clear()
 
 
 def test_what_cannot_be_used_is_refused_when_vllm_starts():
