@@ -55,6 +55,8 @@ class GlideProposer:
             )
         self.drafter: RowDrafter
         self.runner: Any = None
+        self.layers: dict[int, tuple[str, Any]] = {}  # name and `Attention` of those that the draft reads
+        self.groups: dict[int, int] = {}  # which of vLLM's cache groups each of them is in
         introduce(GlideProposer)
         mend_sampling()
 
@@ -70,8 +72,9 @@ class GlideProposer:
         if network.config.glimpse:
             raise UnsupportedError("vLLM hands a proposer no hidden states, and this draft has a glimpse of them")
         layers = layers_of(self.vllm_config)
-        for number in network.config.layers_read:
-            refuse_layer(number, layers[number][1])
+        self.layers = {number: layers[number] for number in network.config.layers_read}
+        for number, (_, layer) in self.layers.items():
+            refuse_layer(number, layer)
         network.borrow(lend(target_model, self.vllm_config, network.config.reads[-1][-1]))
         model = self.vllm_config.model_config
         network.to(device=self.vllm_config.device_config.device, dtype=model.dtype).serve()
@@ -84,12 +87,10 @@ class GlideProposer:
             UnsupportedError: the cache is not laid out as we read it.
         """
         self.runner, self.drafter.kept = runner, {}
-        for layer in self._read().values():
+        groups = [group.layer_names for group in runner.kv_cache_config.kv_cache_groups]
+        for number, (name, layer) in self.layers.items():
             check_reading(layer)
-
-    def _read(self) -> dict[int, Any]:
-        layers = layers_of(self.vllm_config)
-        return {number: layers[number][1] for number in self.drafter.network.config.layers_read}
+            self.groups[number] = next(place for place, names in enumerate(groups) if name in names)
 
     def propose(
         self,
@@ -131,12 +132,9 @@ class GlideProposer:
 
     def _cross(self, places: list[int], length: int) -> dict[int, Any]:
         """Keys and values of the target layers that are read, of the rows in these places."""
-        table = self.runner.input_batch.block_table
-        cross = {}
-        for number, layer in self._read().items():
-            name, groups = layers_of(self.vllm_config)[number][0], self.runner.kv_cache_config.kv_cache_groups
-            group = next(place for place, one in enumerate(groups) if name in one.layer_names)
-            tables = table[group].get_device_tensor(self.runner.input_batch.num_reqs)
+        batch, cross = self.runner.input_batch, {}
+        for number, (_, layer) in self.layers.items():
+            tables = batch.block_table[self.groups[number]].get_device_tensor(batch.num_reqs)
             tables = tables.index_select(0, to_device(places, tables.device))
             cross[number] = gather(layer.attn_backend.get_name(), layer.kv_cache, tables, length)
         return cross
