@@ -22,7 +22,7 @@ from .rows import DraftRow, RowDrafter
 from .runner import check_reading, introduce, refuse_layer, refuse_settings, refuse_untried
 from .sampling import mend_sampling
 
-METHOD = "glide+svip"
+METHOD = "glide"
 
 
 class GlideProposer:
@@ -30,7 +30,7 @@ class GlideProposer:
 
     Args:
         vllm_config: vLLM's. `additional_config["glide"]` holds our options: `draft`, a folder or Hub name; `method`, "glide"
-            or "glide+svip" (the default); and fields of `MethodOptions`. No draft is longer than `num_speculative_tokens`.
+            (the default) or "glide+svip"; and fields of `MethodOptions`. No draft is longer than `num_speculative_tokens`.
 
     Raises:
         InputError: no draft, or an unknown option.
