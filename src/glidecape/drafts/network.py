@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -131,14 +131,35 @@ class TargetParts:
             self._served = PackedLinear(weight, bias, products)
 
 
+class LentParts(Protocol):
+    """What a draft takes from its target; `TargetParts`, or what another engine lends of its own model.
+
+    Attributes:
+        rotary: `(cos, sin)` for the draft's own heads and for its cross-attention by positions; see `TargetRotary`.
+    """
+
+    @property
+    def rotary(self) -> Any: ...
+
+    def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings `(batch, queries, embed_width)` of tokens `(batch, queries)`."""
+
+    def logits(self, hidden: Tensor, kept: Tensor | None = None) -> Tensor:
+        """`(batch, queries, vocab or draft_vocab)` from hidden states of the target's width."""
+
+    def serve(self, products: torch.dtype, kept: Tensor | None = None) -> None:
+        """Get ready for decoding with products in this dtype."""
+
+
 class DraftNetwork(nn.Module):
     """A draft's own weights. `forward` takes and gives tensors, and knows neither a target nor a cache.
 
     `bind` joins it to a target, from which it takes embedding, head and rotary embedding: they are no parameters of it.
+    `borrow` takes them from anything else that lends them.
     """
 
     rotary_layer: int | None = None
-    _target_parts: TargetParts | None = None
+    _target_parts: LentParts | None = None
 
     def bind(self, target: Target) -> Self:
         """Take what it needs from this target, and go to its device.
@@ -146,11 +167,15 @@ class DraftNetwork(nn.Module):
         Raises:
             UnsupportedError: the target cannot give what the configuration asks for.
         """
-        self._target_parts = TargetParts(target, self.rotary_layer)
-        return self.to(target.device)
+        return self.borrow(TargetParts(target, self.rotary_layer)).to(target.device)
+
+    def borrow(self, parts: LentParts) -> Self:
+        """Take these parts of a target, whatever engine has loaded it."""
+        self._target_parts = parts
+        return self
 
     @property
-    def target_parts(self) -> TargetParts:
+    def target_parts(self) -> LentParts:
         """What it took.
 
         Raises:

@@ -238,6 +238,11 @@ class Target:
         """Width of the last hidden states: what the output head takes, after the final norm."""
         return self.model.get_output_embeddings().in_features
 
+    @property
+    def embed_width(self) -> int:
+        """Width of the input embeddings."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
     def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
         """An empty cache; with `hidden` every forward writes its last hidden states there, too."""
         width = self.hidden_size if hidden else 0

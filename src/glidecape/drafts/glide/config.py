@@ -109,7 +109,7 @@ class GlideConfig:
             "reads": reads,
             "mix": mix,
             "vocab_size": target.vocab_size,
-            "embed_width": target.model.get_input_embeddings().weight.shape[1],
+            "embed_width": target.embed_width,
             "hidden_size": target.hidden_size,
             "eps": getattr(config, "rms_norm_eps", 1e-6),
         }
