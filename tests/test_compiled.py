@@ -138,7 +138,7 @@ def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Pa
     ):
         said: list[str] = []
 
-        def broken(path, exported, functions, error=error):
+        def broken(path, exported, functions, folder, error=error):
             Path(path).write_bytes(b"half")
             raise error
 
