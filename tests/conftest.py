@@ -114,3 +114,9 @@ def heard() -> Iterator[None]:
     """A command with --quiet silences its process: not the tests that come after."""
     yield
     progress.be_quiet(False)
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run side by side, and prices are kept all the same."""
+    monkeypatch.setattr("glidecape.costs.ALL_BUT", 0.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
-from glidecape.costs import prices_of
+from glidecape.costs import _Share, prices_of
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
@@ -154,6 +155,26 @@ def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path
         assert costs.verify(1) == 1.0
         assert math.isfinite(costs.draft)
         assert costs.verify(25) >= costs.verify(5) >= 1.0
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.65, 0), (0.99, 1)])
+def test_prices_that_were_measured_beside_other_programs_are_not_kept(
+    target, world, tmp_path, monkeypatch, share: float, kept: int
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("glidecape.costs.ALL_BUT", 0.85)
+    monkeypatch.setattr("glidecape.costs.measured_prices", lambda *_, **__: replace(CHEAP, share=share))
+    said: list[str] = []
+    assert prices_of(target, auto(target, world), said.append)[0].share == share
+    assert len(list((tmp_path / "packages").glob("prices-*.json"))) == kept
+    assert said[1:] == ([] if kept else [said[-1]])
+    assert kept or said[-1].startswith("other programs were running")
+
+
+def test_the_share_of_a_thread_that_waits_is_small() -> None:
+    share = _Share()
+    time.sleep(0.2)
+    assert share.now() < 0.5
 
 
 def test_a_part_that_is_left_out_is_not_used(target, world) -> None:

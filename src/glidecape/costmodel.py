@@ -63,6 +63,7 @@ class Prices:
         draft, start: `[rows][contexts]`, one more depth drafted, and what drafting takes besides, however deep.
         length, whole, chain: `[rows][contexts]`, so many depths drafted by one program, and so many drafted and verified as
             one chain; 0 and none where there is no such program.
+        share: of the time it took to measure this, in which the measuring thread ran; less than 1 where others ran, too.
 
     >>> prices = Prices((1, 4), (100,), (1, 5), (((1.0, 1.4),), ((1.6, 3.2),)), ((0.1,), (0.4,)), ((0.0,), (0.0,)))
     >>> costs = prices.at(4, 900)
@@ -79,6 +80,7 @@ class Prices:
     length: int = 0
     whole: tuple[tuple[float, ...], ...] = ()
     chain: tuple[tuple[float, ...], ...] = ()
+    share: float = 1.0
 
     @classmethod
     def guess(cls, draft: float) -> Prices:
@@ -109,7 +111,8 @@ class Prices:
             raise ValueError("prices that are no times")
         drafted, begun, wholes, chains = (tuple(map(tuple, one.tolist())) for one in (draft, start, whole, chain))
         nested = tuple(tuple(map(tuple, one)) for one in verify.tolist())
-        return cls(tuple(of_rows), tuple(of_contexts), tuple(of_sizes), nested, drafted, begun, length, wholes, chains)
+        points = tuple(of_rows), tuple(of_contexts), tuple(of_sizes)
+        return cls(*points, nested, drafted, begun, length, wholes, chains, float(found["share"]))
 
     def at(self, rows: int, context: int) -> RoundCosts:
         """Costs of a round of so many rows and tokens before them, over a plain step of it: linear between what was measured,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,7 +94,8 @@ def verification_ratios(
     sized = _Sized(max(sizes) - 1)
     params = SamplingParams(temperature, max_new_tokens=max(sizes) + 1, ignore_eos=True)
     batch = start(target, sized, prompts, params)
-    times = _in_turn([partial(_verified, target, sized, batch, size) for size in sizes], 1 + repeats)
+    timed = [partial(_verified, target, sized, batch, size) for size in sizes]
+    times = [statistics.median(one) for one in _in_turn(timed, 1 + repeats)]
     return Verification(tuple(sizes), tuple(round(one / times[0], 4) for one in times), times[0])
 
 
@@ -104,7 +106,7 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
     params = SamplingParams(max_new_tokens=LONG + 2)
     batches = {length: start(target, drafter, [prompt], params) for length, drafter in drafters.items()}
     timed = [partial(_drafted, drafter, batches[length]) for length, drafter in drafters.items()]
-    long, short = _in_turn(timed, 1 + repeats)
+    long, short = map(statistics.median, _in_turn(timed, 1 + repeats))
     return max(0.0, long - short) / (LONG - SHORT)
 
 
@@ -127,10 +129,10 @@ def _drafted(drafter: Drafter, batch: Batch) -> float:
 
 def _in_turn(
     timed: Sequence[Callable[[], float]], turns: int = 4, patience: float = 0.0, limit: float = math.inf
-) -> list[float]:
-    """Median times, all one after the other in each turn, since a machine that drifts slows all of them; the first turn is a
-    warm-up. There are `turns`, more as long as all took less than `patience` seconds, and only two where they take more than
-    `limit`."""
+) -> list[list[float]]:
+    """The times of each, all one after the other in each turn, since a machine that drifts slows all of them; the first turn is
+    a warm-up, and left out. There are `turns`, more as long as all took less than `patience` seconds, and only two where they
+    take more than `limit`."""
     times: list[list[float]] = [[] for _ in timed]
     while (
         len(times[0]) < 2
@@ -139,7 +141,18 @@ def _in_turn(
     ):
         for column, one in zip(times, timed, strict=True):
             column.append(one())
-    return [statistics.median(column[1:]) for column in times]
+    return [column[1:] for column in times]
+
+
+class _Share:
+    """The share of the time since it was made in which this thread ran."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), time.thread_time()
+
+    def now(self) -> float:
+        whole, own = time.perf_counter() - self.began[0], time.thread_time() - self.began[1]
+        return round(min(1.0, own / max(1e-9, whole)), 3)
 
 
 ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
@@ -147,6 +160,7 @@ NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
 TOKENS = 4096  # of a row, most, where nobody says
+ALL_BUT = 0.85  # share of the time in which prices that are kept were measured; 0.99 on an idle machine, 0.6 beside one thread
 LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
 
 
@@ -158,7 +172,8 @@ def measured_prices(
     rows: Sequence[int] | None = None,
     done: Callable[[float], object] = lambda _: None,
 ) -> Prices:
-    """Prices of this pair on this machine, by rows and tokens before them; medians. A few seconds.
+    """Prices of this pair on this machine, by rows and tokens before them; the fastest of some rounds, which other programs
+    disturbed least. A few seconds.
 
     The caches' content doesn't matter to time, so nothing is read before.
 
@@ -169,6 +184,7 @@ def measured_prices(
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
     cells: list[list[Cell]] = [[] for _ in rows]
+    share = _Share()
     for own, count in zip(cells, rows, strict=True):
         for context in contexts:
             own.append(_priced(target, drafter, count, context, temperature))
@@ -187,6 +203,7 @@ def measured_prices(
         drafter.length,
         table(lambda cell: cell.whole) if drafter.length else (),
         table(lambda cell: cell.chain) if drafter.length else (),
+        share.now(),
     )
 
 
@@ -220,8 +237,8 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         rounds.shape = shape
         return _forgotten(target, rounds, batch).total_s
 
-    times = _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)
-    alone = statistics.median([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
+    times = list(map(min, _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)))
+    alone = min([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
     among = max(0.0, times[0] - alone) if deepest else 0.0
     of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
     # More nodes never take less time, whatever was measured.
@@ -290,6 +307,7 @@ def length_prices(
     nodes = max(whole.budget(1 + longest), 1 + longest)
     room = min(tokens, target.context) - nodes - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
+    share = _Share()
 
     def times(count: int, context: int) -> tuple[float, ...]:
         batch = _unread(target, whole, count, context, temperature, nodes)
@@ -298,15 +316,17 @@ def length_prices(
             whole.limit = whole.length = size - 1
             return _forgotten(target, whole if size > 1 else NoDraft(), batch).total_s
 
-        found = _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S)
+        found = list(
+            map(min, _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S))
+        )
         # A server that drafts nothing runs plain rounds among their like.
-        alone = statistics.median([round_of(1) for _ in range(2 * ALONE)][ALONE:]) if sum(found) < LIMIT_S else found[0]
+        alone = min([round_of(1) for _ in range(2 * ALONE)][ALONE:]) if sum(found) < LIMIT_S else found[0]
         done(1 / len(contexts))
         return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
 
     verify = tuple(tuple(times(count, context) for context in contexts) for count in rows)
     nothing = ((0.0,) * len(contexts),) * len(rows)  # drafting is in the rounds
-    return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing)
+    return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing, share=share.now())
 
 
 def prices_file(
@@ -366,7 +386,9 @@ def prices_of(
     heats = (0.0, 1.0)
     with bar("measuring what a round costs", len(heats) * len(rows)) as shown:
         prices = [measure(temperature, rows=rows, done=shown.advance) for temperature in heats]
-    if path is not None:
+    if min(one.share for one in prices) < ALL_BUT:
+        say("other programs were running, so these prices are not kept, and are measured again next time")
+    elif path is not None:
         with contextlib.suppress(CheckpointError):
             write_atomic(path, lambda to: to.write_text(json.dumps([asdict(one) for one in prices])))
     return prices
