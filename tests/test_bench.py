@@ -552,6 +552,21 @@ def test_bad_input_is_one_sentence(case, world, prompts, monkeypatch, capfd) -> 
     assert re.search(f"error: .*{re.escape(message)}", err), err
 
 
+def test_without_a_draft_plain_and_lookup_are_compared(world, prompts, monkeypatch, capfd) -> None:
+    options = {"--limit": 1, "--repeats": 1, "--max-new-tokens": 8, "--prompt-tokens": 32, "--watch": 0, "--peers": ""}
+    argv = [
+        "bench",
+        str(world["target"]),
+        "--prompts",
+        str(prompts),
+        *(str(one) for pair in options.items() for one in pair),
+    ]
+    code, out, err = run_cli(monkeypatch, capfd, argv)
+    assert code == 0, err
+    assert "lookup" in out
+    assert "glide" not in out.replace("glidecape", "")
+
+
 def test_folders_that_cannot_be_used(finished, world, prompts, tmp_path, monkeypatch, capfd) -> None:
     assert "no benchmark run in" in run_cli(monkeypatch, capfd, ["report", str(tmp_path)])[2]
     (tmp_path / "records.jsonl").write_text("{}\n")

@@ -163,7 +163,7 @@ def test_a_server_gives_the_same_conversation(server, target, capfd, monkeypatch
     ("words", "message"),
     [
         (["--url", "{url}", "--api-key", "wrong"], "no valid API key"),
-        (["--url", "{url}/nothing", "--api-key", "right"], "Not Found"),
+        (["--url", "{url}/nothing", "--api-key", "right"], "Not Found: is it http://.*/nothing/v1"),
         (["--url", "http://127.0.0.1:1/v1"], "no answer from http://127.0.0.1:1/v1: .*refused"),
         (["--url", "127.0.0.1:8000"], "--url is an address such as http://"),
         (["--url", "{url}", "--draft", "x"], "--draft is for a local model"),

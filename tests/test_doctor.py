@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from glidecape.bench.suites import read_suites
 from glidecape.costmodel import Prices
 from glidecape.costs import measured_prices
 from glidecape.doctor.acceptance import Acceptance
-from glidecape.doctor.examine import Diagnosis, _while_decoding, examine
+from glidecape.doctor.examine import Diagnosis, _cost, _while_decoding, examine
 from glidecape.doctor.origin import Figures, Origin
 from glidecape.drafts.card import CARD, WEIGHTS
 from glidecape.drafts.checkpoint import save_network
@@ -198,6 +199,12 @@ def test_a_loop_that_shows_the_draft_something_else_than_training(target, world,
 def test_a_draft_that_costs_too_much(target, world, before) -> None:
     found = diagnosis(target, world["glide"], DEAR)
     assert causes(found) - before == {"cost of drafting", "length of a draft"} - before
+    findings = [row.is_finding for row in found.rows]
+    assert findings == sorted(findings, reverse=True)  # what is to be changed comes first
+    (cost,) = (row for row in found.rows if row.cause == "cost of drafting")
+    assert cost.change.startswith("give --compile on")
+    half = SimpleNamespace(compiled=None, dtype=torch.float16, device=torch.device("cpu"))
+    assert _cost(DEAR.at(1, 9), half).change.startswith("give --dtype float32 --compile on")
     assert (found.length, found.speedup) == (0, 1.0)
     assert found.sentence.startswith("Expect no gain over plain decoding")
 

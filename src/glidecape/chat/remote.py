@@ -104,7 +104,9 @@ class RemoteModel:
                 yield reply
         except HTTPError as error:
             with error:
-                raise InputError(_told(error.read(), f"{self.url} answers with status {error.code}")) from None
+                advice = "" if self.url.endswith("/v1") else f": is it {self.url}/v1?"
+                otherwise = f"{self.url} answers with status {error.code}"
+                raise InputError(_told(error.read(), otherwise) + (advice if error.code == 404 else "")) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise InputError(

@@ -35,7 +35,7 @@ Methods = Annotated[
     typer.Option(
         help="Methods as for generate, joined by commas: plain,lookup+auto,glide. NAME:method uses the draft of that name; "
         "method@length=8 sets an option (length, bins, threshold, cap, over, beams, ngram, top, total, without) for that "
-        "method alone."
+        "method alone. Default: plain and lookup; with drafts plain and glide."
     ),
 ]
 SuiteNames = Annotated[
@@ -52,7 +52,7 @@ def bench(
     ctx: typer.Context,
     target: TargetOrShipped = None,
     draft: Drafts = None,
-    methods: Methods = "plain,glide",
+    methods: Methods = "",
     suite: SuiteNames = "",
     prompts: Annotated[str, typer.Option(help="Files of prompts (.jsonl or text), joined by commas.")] = "",
     suites: Annotated[
@@ -91,6 +91,8 @@ def bench(
     from ..bench.suites import read_suites
 
     settings.params("check")  # bad sampling options are an error before anything is loaded
+    # With no target named, the shipped pair's drafts are at hand.
+    methods = methods or ("plain,glide" if draft or target is None else "plain,lookup")
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
     peer_names = _peer_names(peers, settings, machine)

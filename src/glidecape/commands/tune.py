@@ -82,7 +82,8 @@ def _print(found: Tuned, kept: tuple[Path, Stored] | None, out: TextIO | None) -
     for table in tables_of(found):
         table.print(console)
     when = "measured now" if found.measured else "measured before"
-    console.print(f"prices: {when}, kept in {found.file or 'no file: there is no folder for it'}", soft_wrap=True)
+    there = found.file is not None and found.file.is_file()
+    console.print(f"prices: {when}, {f'kept in {found.file}' if there else 'not kept'}", soft_wrap=True)
     if kept is not None:
         greedy, sampled = kept[1].observations
         said = f"acceptance: learned from {greedy:,} greedy and {sampled:,} sampled tokens, kept in {kept[0]}"

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from ..core.params import SamplingParams
 from ..costmodel import Prices, RoundCosts, best_length, chain_speedup
 from ..drafting.auto.drafter import AutoDrafter
@@ -110,10 +112,11 @@ def examine(
         _while_decoding(origin, found, params.temperature),
         _in_training(training),
         _on_this_text(training, found.forced, fell),
-        _cost(costs, target.compiled is not None),
+        _cost(costs, target),
         _length(costs, rates, length, speedup),
     ]
     sentence = _sentence(rows, found.alpha, costs, length, speedup)
+    rows.sort(key=lambda row: not row.is_finding)  # what is to be changed comes first
     return Diagnosis(rows, sentence, training, found.forced, found.decoded, costs, length, speedup)
 
 
@@ -178,12 +181,14 @@ def _on_this_text(training: Sequence[float], forced: Sequence[float], fell: bool
     return Row(cause, found, change if fell or (not training and forced[0] < LITTLE) else "")
 
 
-def _cost(costs: RoundCosts, compiled: bool) -> Row:
+def _cost(costs: RoundCosts, target: Target) -> Row:
     found = f"a step {costs.draft:.2f}, to begin {costs.start:.2f}, verifying 6 nodes {costs.verify(6):.2f} of a plain round"
     dear = costs.draft > DEAR or costs.start > DEAR_START
     change = "train a smaller draft, such as with --width 0.5"
-    if not compiled:
-        change = f"give --compile on; if that is no cure, {change}"
+    if target.compiled is None:
+        # A program computes in neither on a CPU.
+        half = target.device.type == "cpu" and target.dtype == torch.float16
+        change = f"give {'--dtype float32 ' if half else ''}--compile on; if that is no cure, {change}"
     return Row("cost of drafting", found, change if dear else "")
 
 
