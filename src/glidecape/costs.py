@@ -222,7 +222,8 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     """Of so many rows with so many tokens before them.
 
     Whole rounds are timed, since drafting and verification drive one another's weights out of the CPU's cache. What a plain
-    round takes longer among others than among its like is a part of the price of drafting.
+    round takes longer among others than among its like is a part of the price of drafting. Plain rounds and whole chains, of
+    which many follow one another, are timed among their like.
     """
     rounds = FixedRounds(drafter)
     batch = _unread(target, rounds, count, context, temperature, max(NODES))
@@ -238,7 +239,11 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         return _forgotten(target, rounds, batch).total_s
 
     times = list(map(min, _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)))
-    alone = min([round_of(shapes[0]) for _ in range(2 * ALONE)][ALONE:])
+
+    def among_its_like(shape: Shape) -> float:
+        return min([round_of(shape) for _ in range(2 * ALONE)][ALONE:])
+
+    alone = among_its_like(shapes[0])
     among = max(0.0, times[0] - alone) if deepest else 0.0
     of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
     # More nodes never take less time, whatever was measured.
@@ -247,7 +252,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         return Cell(rising)
     bare, short, long = rest[:3]
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
-    whole, chain = rest[3:] or (0.0, 0.0)
+    whole, chain = (rest[3], among_its_like(shapes[-1])) if drafter.length else (0.0, 0.0)
     start = max(0.0, short - bare - depth) + among
     return Cell(rising, depth, start, max(0.0, whole - bare) + among, max(0.0, chain - alone))
 
