@@ -237,14 +237,21 @@ def test_a_place_that_cannot_be_written_is_not_taken_for_a_busy_one(tmp_path: Pa
         raise AssertionError("it was let in")
 
 
-@pytest.mark.parametrize("command", ["generate", "certify"])
-def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
-    command, world, monkeypatch, capfd, tmp_path: Path
-) -> None:
+@pytest.fixture
+def unloadable(monkeypatch) -> None:
+    """No model may be loaded."""
+
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("glidecape.interface.load.load_target", load)
+
+
+@pytest.mark.usefixtures("unloadable")
+@pytest.mark.parametrize("command", ["generate", "certify"])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    command, world, monkeypatch, capfd, tmp_path: Path
+) -> None:
     words = [command, world["target"], "--draft", world["glide"]] + (["--prompt", "x"] if command == "generate" else [])
     for place, message in (
         (tmp_path, "is a folder, and a file is to be written: name another --output"),
@@ -255,14 +262,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.usefixtures("unloadable")
 @pytest.mark.parametrize("command", ["bench", "measure svip", "train", "study", "regenerate"])
 def test_a_folder_or_data_file_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     command, world, monkeypatch, capfd, tmp_path: Path
 ) -> None:
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("glidecape.interface.load.load_target", load)
     others = {
         "bench": ["--methods", "plain", "--suite", "own"],
         "measure svip": ["--draft", world["glide"], "--suite", "own"],

@@ -29,9 +29,7 @@ from .ranks import average_gradients, from_first, largest_of, mean_of, ranks
 from .stopping import Stopped, stop_requests
 
 CURVE, PICTURE = "curve.json", "curve.png"
-BEFORE = (
-    "training-before.pt"  # the state that STATE_FILE replaced: a disk may damage what was whole when it was written
-)
+BEFORE = "training-before.pt"  # the state that STATE_FILE replaced, in case the disk damages that one
 WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
