@@ -9,16 +9,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import openai
+import typer
 
 SHIPPED = Path(__file__).parents[1] / "models" / "pysource"
 
 
-def main(model: str | Path = SHIPPED / "target", draft: str | Path = SHIPPED / "glide") -> None:
+def main(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name.")] = f"{SHIPPED}/target",
+    draft: Annotated[str, typer.Argument(help="Folder or Hub name.")] = f"{SHIPPED}/glide",
+) -> None:
+    """Serve a pair, and ask it with OpenAI's client."""
     # Port 0 is any free one. When the server is ready, it logs a line with its address.
     command = [sys.executable, "-m", "glidecape", "serve", model, "--draft", draft, "--port", "0"]
-    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
             logged = (json.loads(line) for line in server.stderr if line.startswith("{"))
@@ -40,4 +46,4 @@ def ask(client: openai.OpenAI) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    typer.run(main)

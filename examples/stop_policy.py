@@ -4,10 +4,11 @@ python examples/stop_policy.py                                # the shipped pair
 python examples/stop_policy.py path/to/model path/to/draft   # your own
 """
 
-import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 import glidecape
@@ -38,7 +39,12 @@ class StopAfterNewline:
         return ~self.breaks[newest] if depth < self.cap else False
 
 
-def main(model: str | Path = SHIPPED / "target", draft: str | Path = SHIPPED / "glide", tokens: str = "64") -> None:
+def main(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name.")] = f"{SHIPPED}/target",
+    draft: Annotated[str, typer.Argument(help="Folder or Hub name.")] = f"{SHIPPED}/glide",
+    tokens: Annotated[int, typer.Argument(help="Tokens to write after each prompt.")] = 64,
+) -> None:
+    """Compare stop policies on a pair: tokens/s, tokens drafted a round, acceptance length."""
     lm = glidecape.load(model, draft=draft, method="glide", dtype="float32", compile="off")
     plain = LanguageModel(lm.target, make_drafter("plain"), "plain")
     policies: dict[str, StopPolicy] = {
@@ -52,11 +58,11 @@ def main(model: str | Path = SHIPPED / "target", draft: str | Path = SHIPPED / "
         mine = LanguageModel(lm.target, ModelDrafter(lm.draft, Chain(), policy), name, lm.draft)
         stats, equal = Stats(), True
         for prompt in PROMPTS:
-            found = mine(prompt, stats=stats, max_tokens=int(tokens), ignore_eos=True)
-            equal &= found.tokens == plain(prompt, max_tokens=int(tokens), ignore_eos=True).tokens
+            found = mine(prompt, stats=stats, max_tokens=tokens, ignore_eos=True)
+            equal &= found.tokens == plain(prompt, max_tokens=tokens, ignore_eos=True).tokens
         figures = f"{stats.tokens_per_s:8.0f} {stats.drafted / stats.rounds:16.2f} {stats.acceptance_length:18.2f}"
         print(f"{name:22} {figures}  {'equal' if equal else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    typer.run(main)

@@ -119,4 +119,4 @@ def heard() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run side by side, and prices are kept all the same."""
-    monkeypatch.setattr("glidecape.costs.ALL_BUT", 0.0)
+    monkeypatch.setattr("glidecape.costs.LEAST_SHARE", 0.0)

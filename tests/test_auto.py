@@ -14,7 +14,8 @@ import pytest
 from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
-from glidecape.costs import _Share, prices_of
+from glidecape.costs import prices_of
+from glidecape.disturbance import Share
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
@@ -162,7 +163,7 @@ def test_prices_that_were_measured_beside_other_programs_are_not_kept(
     target, world, tmp_path, monkeypatch, share: float, kept: int
 ) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("glidecape.costs.ALL_BUT", 0.85)
+    monkeypatch.setattr("glidecape.costs.LEAST_SHARE", 0.85)
     monkeypatch.setattr("glidecape.costs.measured_prices", lambda *_, **__: replace(CHEAP, share=share))
     said: list[str] = []
     assert prices_of(target, auto(target, world), said.append)[0].share == share
@@ -172,9 +173,10 @@ def test_prices_that_were_measured_beside_other_programs_are_not_kept(
 
 
 def test_the_share_of_a_thread_that_waits_is_small() -> None:
-    share = _Share()
-    time.sleep(0.2)
-    assert share.now() < 0.5
+    share = Share()
+    with share.counting():
+        time.sleep(0.2)
+    assert share.value < 0.5
 
 
 def test_a_part_that_is_left_out_is_not_used(target, world) -> None:

@@ -751,3 +751,26 @@ def test_the_main_table_fits_a_terminal_and_says_where_the_rest_is(tmp_path: Pat
     assert "give --output FOLDER, then glidecape report FOLDER" in told
     show(summary, tmp_path / "run")
     assert f"All other columns: glidecape report {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.61, True), (0.98, False), (None, False)])
+def test_a_run_beside_other_programs_says_so_and_whether_programs_were_compiled(
+    share: float | None, told: bool, tmp_path: Path, capsys
+) -> None:
+    import report_runs
+
+    folder = RunFolder(report_runs.made(tmp_path / "run", 0.0))
+    folder.keep(sessions=[folder.header["sessions"][0] | {"share": share}])
+    summary = summarise(RunFolder(folder.path))
+    show(summary, None)
+    out = capsys.readouterr().out
+    assert ("had its processor for 61% of the time" in out) == told
+    assert ("Other programs were running" in markdown([summary], ["run"])) == told
+    assert "float32, eager, 1 repeat" in out
+
+
+def test_the_share_of_the_processor_is_kept_with_the_session(finished: Path) -> None:
+    """Of one that measured to its end: not of one that was killed, or had nothing left to do."""
+    sessions = json.loads((finished / "run.json").read_text())["sessions"]
+    (share,) = [one["share"] for one in sessions if "share" in one]
+    assert 0 < share <= 1

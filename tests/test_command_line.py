@@ -226,7 +226,7 @@ def test_a_draft_whose_training_has_not_ended_is_told_from_one_that_is_none(worl
     only_sentence(*run(capfd, monkeypatch, *words)[::2], "has not ended")
 
 
-@pytest.mark.parametrize("method", ["auto", "plain", "lookup", "lookup+auto", "glide"])
+@pytest.mark.parametrize("method", ["usual", "auto", "plain", "lookup", "lookup+auto", "glide"])
 def test_a_draft_alone_is_enough_with_every_method(method, world, capfd, monkeypatch):
     words = ["generate", world["glide"], "--method", method, "-p", "def load_table(", "--max-new-tokens", 4]
     code, out, err = run(capfd, monkeypatch, *words)

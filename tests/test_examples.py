@@ -24,7 +24,9 @@ if not EXAMPLES.is_dir():
 
 def output_of(name: str, world: Any, monkeypatch: Any, capfd: Any, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", [name, str(world["target"]), str(world["glide"]), *words])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert end.value.code == 0
     return capfd.readouterr().out
 
 
@@ -46,6 +48,15 @@ def test_a_server_and_its_client(world, monkeypatch, capfd) -> None:
     out = output_of("serve_openai.py", world, monkeypatch, capfd)
     whole, streamed, _ = (line.split(": ", 1)[1] for line in out.splitlines())
     assert whole == streamed
+
+
+@pytest.mark.parametrize("name", ["generate.py", "stop_policy.py", "serve_openai.py"])
+def test_each_says_what_it_takes(name, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert end.value.code == 0
+    assert "Usage:" in capfd.readouterr().out
 
 
 def test_there_are_three_and_each_is_tested() -> None:

@@ -21,6 +21,7 @@ from glidecape.core.cache import KVCache
 from glidecape.errors import CheckpointError, InputError, UnsupportedError
 from glidecape.interface.language_model import DECODING
 from glidecape.interface.options import SamplingOptions
+from glidecape.tables import millions
 
 MODELS = Path(__file__).resolve().parents[1] / "models" / "pysource"
 
@@ -175,6 +176,8 @@ def test_a_draft_is_saved_and_loaded_with_or_without_its_model(lm, world, tmp_pa
     alone = glidecape.load(tmp_path / "out", dtype="float32", compile="off")
     assert alone(PROMPT, max_tokens=12).tokens == lm(PROMPT, max_tokens=12).tokens
     assert repr(alone).startswith("LanguageModel(")
+    counted = millions(card["figures"]["parameters"])  # though the weights that decode are packed, and no parameters
+    assert f"GlideDraft({counted} parameters" in repr(alone.draft)
     lm.draft.save_pretrained(tmp_path / "other", target="./nowhere")
     with pytest.raises(CheckpointError, match="which is not there: name the model"):
         glidecape.load(tmp_path / "other")

@@ -48,7 +48,8 @@ def test_every_method_has_a_drafter_and_its_name_parses() -> None:
         ("vanilla+bean", r"unknown method 'vanilla\+bean': did you mean vanilla\+beam\?"),
         ("glied", r"did you mean glide\?"),
         ("magic", "choose from plain, lookup, "),
-        ("auto", r"name it here, such as glide or glide\+auto"),
+        ("auto", r"name the method, such as glide or glide\+auto"),
+        ("usual", r"name the method, such as glide or glide\+auto"),
         ("vanilla+beam+beam", "unknown method"),
     ],
 )

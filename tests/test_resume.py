@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
+from glidecape.commands.shared import resumable
 from glidecape.drafts.checkpoint import CARD, WEIGHTS
 from glidecape.errors import CheckpointError
 from glidecape.files import only_writer, remove_leftovers, write_folder
@@ -117,6 +119,16 @@ def test_a_signal_lets_a_training_finish_its_step_and_save(world, tmp_path, numb
     assert child.wait() == 0, child.stderr.read()
     child.stderr.close()
     assert torch.load(out / STATE_FILE)["clock"]["step"] == 4
+
+
+def test_a_signal_after_the_last_step_says_how_to_go_on(capfd, tmp_path):
+    """Such as while the trained draft is tried."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as end, resumable(tmp_path):
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.exit_code == 143
+    assert capfd.readouterr().err == f"stopped; give the same command again to resume from {tmp_path}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_second_interruption_does_not_wait_for_the_step():

@@ -89,6 +89,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv(FOLDER, raising=False)
     for names, message in (
         (["nothing"], "no suite or file named 'nothing': choose from own, stdlib:N, spec_bench"),
+        (["poems.jsonl"], "no file of prompts at poems.jsonl"),
         (["gsm8k"], r"not at hand: put gsm8k.jsonl .* --suites or GLIDECAPE_SUITES"),
         (["gsm8k:many"], "a number of prompts follows the colon"),
         (["own:0"], "a number of prompts follows the colon"),

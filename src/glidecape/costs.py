@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from .core.params import SamplingParams
 from .core.stats import Stats
 from .core.tree import TokenTree
 from .costmodel import Prices
+from .disturbance import LEAST_SHARE, Share
 from .drafting.auto.drafter import AutoDrafter
 from .drafting.auto.fixed import FixedRounds, Shape
 from .drafting.drafter import Drafter, ModelDrafter, NoDraft
@@ -144,23 +144,11 @@ def _in_turn(
     return [column[1:] for column in times]
 
 
-class _Share:
-    """The share of the time since it was made in which this thread ran."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter(), time.thread_time()
-
-    def now(self) -> float:
-        whole, own = time.perf_counter() - self.began[0], time.thread_time() - self.began[1]
-        return round(min(1.0, own / max(1e-9, whole)), 3)
-
-
 ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
 TOKENS = 4096  # of a row, most, where nobody says
-ALL_BUT = 0.85  # share of the time in which prices that are kept were measured; 0.99 on an idle machine, 0.6 beside one thread
 LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
 
 
@@ -184,11 +172,12 @@ def measured_prices(
     room = target.context - max(NODES) - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
     cells: list[list[Cell]] = [[] for _ in rows]
-    share = _Share()
-    for own, count in zip(cells, rows, strict=True):
-        for context in contexts:
-            own.append(_priced(target, drafter, count, context, temperature))
-            done(1 / len(contexts))
+    share = Share()
+    with share.counting():
+        for own, count in zip(cells, rows, strict=True):
+            for context in contexts:
+                own.append(_priced(target, drafter, count, context, temperature))
+                done(1 / len(contexts))
 
     def table(of: Callable[[Cell], float]) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(of(cell) for cell in row) for row in cells)
@@ -203,7 +192,7 @@ def measured_prices(
         drafter.length,
         table(lambda cell: cell.whole) if drafter.length else (),
         table(lambda cell: cell.chain) if drafter.length else (),
-        share.now(),
+        share.value,
     )
 
 
@@ -312,7 +301,7 @@ def length_prices(
     nodes = max(whole.budget(1 + longest), 1 + longest)
     room = min(tokens, target.context) - nodes - 2
     contexts = [n for n in CONTEXTS if n <= room] or [max(2, room)]
-    share = _Share()
+    share = Share()
 
     def times(count: int, context: int) -> tuple[float, ...]:
         batch = _unread(target, whole, count, context, temperature, nodes)
@@ -329,9 +318,10 @@ def length_prices(
         done(1 / len(contexts))
         return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
 
-    verify = tuple(tuple(times(count, context) for context in contexts) for count in rows)
+    with share.counting():
+        verify = tuple(tuple(times(count, context) for context in contexts) for count in rows)
     nothing = ((0.0,) * len(contexts),) * len(rows)  # drafting is in the rounds
-    return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing, share=share.now())
+    return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing, share=share.value)
 
 
 def prices_file(
@@ -391,7 +381,7 @@ def prices_of(
     heats = (0.0, 1.0)
     with bar("measuring what a round costs", len(heats) * len(rows)) as shown:
         prices = [measure(temperature, rows=rows, done=shown.advance) for temperature in heats]
-    if min(one.share for one in prices) < ALL_BUT:
+    if min(one.share for one in prices) < LEAST_SHARE:
         say("other programs were running, so these prices are not kept, and are measured again next time")
     elif path is not None:
         with contextlib.suppress(CheckpointError):
@@ -403,6 +393,8 @@ def _kept(path: Path, say: Callable[[str], None]) -> list[Prices] | None:
     """The prices of an earlier process; None: there are none, or none that can be read, which is said."""
     try:
         greedy, sampled = (Prices.of_json(one) for one in json.loads(path.read_text()))
+        with contextlib.suppress(OSError):
+            path.touch()  # what nobody uses for long is removed
         return [greedy, sampled]
     except FileNotFoundError:
         pass

@@ -22,7 +22,7 @@ from .drafts.checkpoint import load_draft
 from .engine.decode import decode
 from .errors import InputError
 from .shipped import shipped_pair
-from .tables import TextTable, millions
+from .tables import TextTable, millions, several
 from .target.packages import have_compiler
 from .target.target import Target
 
@@ -93,8 +93,8 @@ def _races(
     for drafter in racers.values() if fast else ():
         drafter.compile(mode, console.print)
     console.print(
-        f"[bold]GlideCape[/]: {millions(target.num_parameters)} parameters, float32, {torch.get_num_threads()} threads, "
-        f"{'compiled' if fast else 'eager'}. "
+        f"[bold]GlideCape[/]: {millions(target.num_parameters)} parameters, float32, "
+        f"{several(torch.get_num_threads(), 'thread')}, {'compiled' if fast else 'eager'}. "
         "Tokens: [green]drafted chain[/], [magenta]CaPE sibling[/], target's own (plain)."
     )
     for drafter in racers.values():  # warm-up, not counted

@@ -55,6 +55,15 @@ def wide_console(file: TextIO | None = None) -> Console:
     return console if console.is_terminal else Console(file=file, width=WIDTH)
 
 
+def several(count: int, what: str) -> str:
+    """A count with its noun.
+
+    >>> several(1, "thread"), several(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def millions(count: float) -> str:
     """A number of parameters, in millions unless it is small.
 

@@ -314,6 +314,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "finished": {"records": len(records), "of": expected},
         "sessions": header["sessions"],
         "circumstances": identity["circumstances"],
+        "compiled": identity["compiled"],
         "settings": identity["settings"],
         "suites": header.get("suites", []),
         "drawn": header.get("drawn", {}),

@@ -15,7 +15,7 @@ from .headline import best_peer, headline, labels, overall
 from .metrics import summarise
 from .plots import Plot, have_matplotlib, plots_of
 from .records import RunFolder
-from .tables import MAIN, circumstances_line, sheet
+from .tables import MAIN, circumstances_line, disturbed, sheet
 
 Summary = Mapping[str, Any]
 
@@ -31,6 +31,7 @@ class Section:
     command: str
     provenance: list[tuple[str, str]]
     unfinished: str
+    disturbed: str
     tables: list[TextTable]
     details: list[TextTable]
     plots: list[Plot]
@@ -78,6 +79,8 @@ def markdown(summaries: Sequence[Summary], names: Sequence[str]) -> str:
         parts.append(f"## {run.label}")
         if run.unfinished:
             parts.append(f"Not finished: {run.unfinished}.")
+        if run.disturbed:
+            parts.append(run.disturbed)
         for table in run.tables:
             parts += [f"{table.title}:", table.markdown()]
     parts.append("## Where the figures come from")
@@ -101,6 +104,7 @@ def _sections(summaries: Sequence[Summary], names: Sequence[str], plots: bool) -
                 command=summary["sessions"][-1]["command"],
                 provenance=_provenance(summary),
                 unfinished=f"{left} of {finished['of']} measurements are missing" if left else "",
+                disturbed=disturbed(summary),
                 tables=[_main(group, summary)] if group else [],
                 details=details_of(summary),
                 plots=plots_of(summary, colours, fastest) if plots else [],

@@ -6,7 +6,8 @@ decoding's token by token, as they are made. Everything measured is written down
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
+from ..disturbance import Share
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.auto.reliability import reliability
 from ..drafting.drafter import Drafter
@@ -164,8 +166,8 @@ def _measure(plan: Plan, folder: RunFolder, drafters: Mapping[str, Drafter]) -> 
     left = len(jobs) * len(names) * settings.repeats - len(done)
     if not left:
         return
-    peak = Peak(plan.target.device)
-    with bar("measuring", left + len(done), start=len(done)) as shown:
+    peak, share = Peak(plan.target.device), Share()
+    with _told(share, plan.target, folder), bar("measuring", left + len(done), start=len(done)) as shown:
         _warm_up(plan.target, drafters, peers, list(jobs[0][0].ids))
         for repeat in range(settings.repeats):
             for turn, items in enumerate(jobs):
@@ -178,10 +180,22 @@ def _measure(plan: Plan, folder: RunFolder, drafters: Mapping[str, Drafter]) -> 
                     else:
                         compared = settings.temperature == 0 or settings.sampling == NOISE
                         known = expected if compared else None
-                        record, _ = run_job(plan.target, drafters[name], items, settings, known, peak)
+                        with share.counting():
+                            record, _ = run_job(plan.target, drafters[name], items, settings, known, peak)
                         _refuse_difference(plan, items, replace(record, method=name))
                     folder.add(replace(record, repeat=repeat, method=name))
                     shown.advance(what=f"measuring {name}, {items[0].category}")
+
+
+@contextmanager
+def _told(share: Share, target: Target, folder: RunFolder) -> Iterator[None]:
+    """Keep the share with this session, of a stopped run, too; on a GPU the thread that decodes waits anyway."""
+    try:
+        yield
+    finally:
+        if target.device.type == "cpu":
+            *before, now = folder.header["sessions"]
+            folder.keep(sessions=[*before, now | {"share": share.value}])
 
 
 def jobs_of(items: Sequence[Item]) -> list[list[Item]]:

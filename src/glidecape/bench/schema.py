@@ -21,8 +21,11 @@ class _Form(BaseModel):
 
 
 class Session(_Form):
+    """One start of a run; `share` as in `costs.Share`, None where it is not known."""
+
     command: str
     started: str
+    share: float | None = None
 
 
 class Circumstances(_Form):

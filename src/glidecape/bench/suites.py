@@ -63,6 +63,7 @@ class Known:
     turns: int = 0
 
 
+TEXTS = (".jsonl", ".json", ".txt", ".md")  # a name that ends so is meant as a file
 KNOWN = {
     "spec_bench": Known(("spec_bench.jsonl", "question.jsonl"), split=True),
     "mt_bench": Known(("mt_bench.jsonl", "eagle_mt_bench.jsonl", "glide_mt_bench.jsonl")),
@@ -129,6 +130,8 @@ def _read(spec: str, folder: Path | None, fetch: bool) -> Suite:
 
         path = fetch_suite(suite, folder)
     if path is None:
+        if Path(name).suffix in TEXTS:
+            raise InputError(f"no file of prompts at {name}")
         if suite not in KNOWN:
             names = ", ".join(("own", "stdlib:N", *KNOWN, *GROUPS))
             raise InputError(f"no suite or file named '{name}': choose from {names}, or name a .jsonl or text file")

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tables import TextTable, wide_console
+from ..disturbance import LEAST_SHARE
+from ..tables import TextTable, several, wide_console
 
 Row = Mapping[str, Any]
 
@@ -108,8 +109,19 @@ def circumstances_line(summary: Mapping[str, Any]) -> str:
     where, settings = summary["circumstances"], summary["settings"]
     return (
         f"commit {where['commit']}, torch {where['torch']}, transformers {where['transformers']}, Python {where['python']}, "
-        f"{where['processor']} ({where['device']}), {where['threads']} threads, {where['dtype']}, "
-        f"{settings['repeats']} repeats"
+        f"{where['processor']} ({where['device']}), {several(where['threads'], 'thread')}, {where['dtype']}, "
+        f"{'compiled programs' if summary['compiled'] else 'eager'}, {several(settings['repeats'], 'repeat')}"
+    )
+
+
+def disturbed(summary: Mapping[str, Any]) -> str:
+    """A sentence where other programs took the processors while the run measured; else ""."""
+    shares = [one["share"] for one in summary["sessions"] if one.get("share") is not None]
+    if not shares or min(shares) >= LEAST_SHARE:
+        return ""
+    return (
+        f"Other programs were running: decoding had its processor for {min(shares):.0%} of the time. The figures are worth "
+        "little: measure again when the machine is idle."
     )
 
 
@@ -146,5 +158,7 @@ def show(summary: Mapping[str, Any], folder: Path | None) -> None:
     for name, fit in summary["fits"].items():
         console.print(f"{name}: SVIP threshold fitted, {fit['threshold']}")
     console.print(circumstances_line(summary), highlight=False)
+    if why := disturbed(summary):
+        console.print(why, highlight=False, style="bold")
     first = "" if folder else "give --output FOLDER, then "
     console.print(f"All other columns: {first}glidecape report {folder or 'FOLDER'}", highlight=False, soft_wrap=True)

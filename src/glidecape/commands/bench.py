@@ -81,7 +81,8 @@ def bench(
 ) -> None:
     """Compare methods on one target, prompt by prompt in turn, beside plain decoding and other libraries.
 
-    Exit code 1: greedily in float32 a method's output is not plain decoding's.
+    In float32 unless --dtype says otherwise: there every difference in the output is an error. Exit code 1: greedily in
+    float32 a method's output is not plain decoding's.
     """
     from ..bench.methods import read_methods
     from ..bench.peers.base import PeerSource

@@ -25,7 +25,7 @@ def chat(
     ctx: typer.Context,
     target: TargetOrShipped = None,
     draft: Draft = None,
-    method: Annotated[str, typer.Option(help="As for generate.")] = "auto",
+    method: Annotated[str, typer.Option(help="As for generate.")] = "usual",
     url: Annotated[
         str | None,
         typer.Option(help="Talk to a server, such as http://127.0.0.1:8000/v1; MODEL is then its name there."),

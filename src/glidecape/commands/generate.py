@@ -32,12 +32,12 @@ def generate(
     method: Annotated[
         str,
         typer.Option(
-            help="auto: by the draft, or lookup without one. Else plain, lookup, vanilla, glide, eagle or medusa. All but "
-            "plain also +auto, where measured costs decide how much is drafted: lookup+auto, glide+auto. Those with a "
+            help="usual: what suits the draft, or lookup without one. auto: the same, and measured costs decide how much is "
+            "drafted. Else plain, lookup, vanilla, glide, eagle or medusa. All but plain also +auto. Those with a "
             "draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), "
             "and +svip or +heuristic."
         ),
-    ] = "auto",
+    ] = "usual",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     file: Annotated[
         Path | None,

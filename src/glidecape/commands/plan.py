@@ -17,7 +17,7 @@ import typer
 
 from ..errors import InputError
 from ..progress import bar
-from ..tables import millions
+from ..tables import millions, several
 from ..train.recipe import DraftRecipe
 from .shared import AsJson, Machine, TargetName
 
@@ -187,7 +187,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"on disk     {_bytes(plan['checkpoint_bytes'])} draft, {_bytes(plan['training_state_bytes'])} state to resume from",
         f"in memory   about {_bytes(plan['memory_bytes'])}: {plan['rows']} windows of {plan['length']} tokens a step",
         f"speed       {plan['tokens_per_s']:,.0f} tokens/s, median of {plan['batches_timed']} batches with "
-        f"{torch.get_num_threads()} thread(s) of {os.cpu_count()}",
+        f"{several(torch.get_num_threads(), 'thread')} of {os.cpu_count()}",
         f"time        {_time(plan['hours'])} for {plan['tokens']:,} tokens in {plan['steps']:,} steps",
     ]
     if "epochs" in plan:

@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
 from .effects import refuse_unused
-from .shared import Draft, ServingMachine, TargetName, base_of, command_line, resumable
+from .shared import Draft, ServingMachine, TargetName, command_line, kind_of, resumable
 
 
 def regenerate(
@@ -42,7 +42,7 @@ def regenerate(
 
     A draft makes it faster; the file is the same without.
     """
-    from ..drafting.methods import make_drafter, parse_method
+    from ..drafting.methods import make_drafter, method_for, parse_method
     from ..interface.load import fitting_draft
     from ..train.data import check_exists
     from ..train.regenerate import Regeneration
@@ -50,7 +50,7 @@ def regenerate(
 
     if out.suffix != ".jsonl":
         raise InputError(f"--output takes a .jsonl file, not {out}")
-    method = method or ("plain" if draft is None else base_of(draft))
+    method = method or ("plain" if draft is None else method_for("usual", kind_of(draft)))
     parse_method(method)
     refuse_unused(ctx, [method])
     plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)

@@ -10,9 +10,10 @@ import typer
 
 from ..drafting.options import MethodOptions
 from ..errors import InputError
+from ..progress import note
 from ..serve.settings import ServeSettings
 from .effects import refuse_unused
-from .shared import Draft, ServingMachine, TargetOrShipped, base_of, pair_or_shipped
+from .shared import Draft, ServingMachine, TargetOrShipped, choose
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -22,8 +23,8 @@ def serve(
     target: TargetOrShipped = None,
     draft: Draft = None,
     method: Annotated[
-        str, typer.Option(help="As for generate; auto: a chain of the draft's own kind, or plain without a draft.")
-    ] = "auto",
+        str, typer.Option(help="As for generate; usual: what suits the draft, or plain without one.")
+    ] = "usual",
     settings: ServeSettings = ServeSettings(),
     options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(),
@@ -34,10 +35,10 @@ def serve(
     from ..serve.server import bind
     from ..serve.server import serve as run
 
-    target, found = pair_or_shipped(target, [] if draft is None else [draft])
-    draft = found[0] if found else None
-    if method == "auto":
-        method = "plain" if draft is None else base_of(draft)
+    named, (target, draft, method) = method, choose(target, draft, method)
+    if named == "usual" and draft is None:
+        method = "plain"  # copying is for those who know that their prompts repeat
+        note("no draft is named: decoding is plain; --draft makes it faster, and --method lookup needs none")
     refuse_unused(ctx, [method])
     listening = bind(settings)  # a port that is in use is an error before the model is loaded
     lm = machine.load_pair(target, draft, method, options)

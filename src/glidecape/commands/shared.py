@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..files import only_writer
 from ..options import option
 from ..progress import bar, note, on_terminal
+from ..train.stopping import Stopped
 from .waiting import waiting
 
 if TYPE_CHECKING:
@@ -194,18 +195,18 @@ def pair_or_shipped(target: str | None, drafts: list[str]) -> tuple[str, list[st
 
 
 def choose(target: str | None, draft: str | None, method: str) -> tuple[str, str | None, str]:
-    """The target, the draft and the method that are meant: of the shipped pair where none is named, "auto" by the draft.
+    """The target, the draft and the method that are meant: of the shipped pair where none is named; see `method_for`.
 
     Raises:
         CheckpointError, InputError: see `pair_or_shipped` and `parse_method`.
     """
-    from ..drafting.methods import DRAFTLESS, parse_method, usual_method
+    from ..drafting.methods import BY_DRAFT, DRAFTLESS, method_for, parse_method
 
-    needs_draft = method == "auto" or parse_method(method)[0] not in DRAFTLESS
+    needs_draft = method in BY_DRAFT or parse_method(method)[0] not in DRAFTLESS
     target, found = pair_or_shipped(target, [] if draft is None else [draft])
     draft = found[0] if found and needs_draft else draft
-    if method == "auto":
-        method = usual_method(None if draft is None else base_of(draft))
+    if method in BY_DRAFT:
+        method = method_for(method, None if draft is None else kind_of(draft))
     return target, draft, method
 
 
@@ -236,12 +237,19 @@ def opened(path: Path | None) -> Iterator[TextIO | None]:
 @contextmanager
 def resumable(out: Path | None) -> Iterator[None]:
     """Say how to resume what is interrupted while it writes to `out`, and exit as a shell does: 130, or 143 for SIGTERM."""
+
+    def ended(number: int, _: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, ended)
     try:
         yield
     except KeyboardInterrupt as stop:
         if out is not None:
             print(f"stopped; give the same command again to resume from {out}", file=sys.stderr)
         raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -306,29 +314,29 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
     return prompts
 
 
-def base_of(folder: str) -> str:
-    """The base of the methods that a draft folder is for, such as "glide" or "vanilla"."""
-    from ..drafting.methods import base_for
+def kind_of(folder: str) -> str:
+    """What a draft folder holds: "glide", "eagle", "medusa" or "lm"."""
     from ..drafts.checkpoint import WEIGHTS, read_card, resolve
 
     path = resolve(folder)
-    return base_for(read_card(path).kind if (path / WEIGHTS).is_file() else "lm")
+    return read_card(path).kind if (path / WEIGHTS).is_file() else "lm"
 
 
 def named_folders(items: list[str]) -> dict[str, str]:
-    """`--draft` options, each NAME=FOLDER or a folder, which is then named by what it holds (`base_of`).
+    """`--draft` options, each NAME=FOLDER or a folder, which is then named by what it holds, such as "glide" or "vanilla".
 
     Raises:
         InputError: two of one name.
         CheckpointError: nothing is there, which is noticed before a target is loaded.
     """
+    from ..drafting.methods import base_for
     from ..drafts.checkpoint import resolve
 
     named: dict[str, str] = {}
     for item in items:
         name, _, folder = item.rpartition("=")
         resolve(folder)
-        name = name or base_of(folder)
+        name = name or base_for(kind_of(folder))
         if name in named:
             raise InputError(f"two drafts named '{name}': give each a name of its own with --draft NAME=FOLDER")
         named[name] = folder

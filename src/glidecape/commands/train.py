@@ -37,6 +37,10 @@ def train(
     preview: Annotated[bool, typer.Option("--preview", help="Show a window with its loss mask, and exit.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the draft.")] = False,
     save_every: SaveEvery = 300,
+    eval_prompts: Annotated[
+        int,
+        typer.Option(min=0, help="Held-out prompts on which the trained draft is tried, greedily and at T=1; 0: none."),
+    ] = 16,
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train a draft for a frozen target; no hidden states need to be stored.
@@ -56,7 +60,15 @@ def train(
         model = machine.load(target, pack=False)
         with resumable(out if ranks().first else None):
             train_draft(
-                model, data, out, recipe, budget, command_line(), save_every_s=save_every, compile_model=compile_model
+                model,
+                data,
+                out,
+                recipe,
+                budget,
+                command_line(),
+                eval_prompts,
+                save_every,
+                compile_model,
             )
 
 

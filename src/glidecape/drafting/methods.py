@@ -31,7 +31,8 @@ DRAFTLESS = ("plain", "lookup")  # bases without a draft model
 EXPANSIONS = ("chain", "cape", "beam", "tree", "static")
 STOPS = ("svip", "heuristic")
 AUTO = "auto"
-USUAL_ONLY = "only generate, chat, serve and glidecape.load choose one: name it here, such as glide or glide+auto"
+BY_DRAFT = ("usual", AUTO)  # stand for a method that the draft decides, see `method_for`
+BY_DRAFT_ONLY = "only generate, chat, serve and glidecape.load take it: name the method, such as glide or glide+auto"
 USUAL = {"eagle": "tree", "medusa": "static"}  # expansions of bases that are no chain if none is named
 METHODS = (
     *DRAFTLESS,
@@ -68,7 +69,7 @@ def parse_method(method: str) -> tuple[str, set[str]]:
     base, *added = method.strip().lower().split("+")
     if base not in BASES or not set(added) <= {*EXPANSIONS, *STOPS, AUTO} or len(added) != len(set(added)):
         advice = did_you_mean(method, METHODS, f"choose from {', '.join(METHODS)}")
-        raise InputError(f"unknown method '{method}': {USUAL_ONLY if method == AUTO else advice}")
+        raise InputError(f"unknown method '{method}': {BY_DRAFT_ONLY if method in BY_DRAFT else advice}")
     if base == "plain" and added:
         raise InputError(f"'{method}': plain decoding drafts nothing, so there is nothing to expand or stop")
     if AUTO in added and len(added) > 1:
@@ -91,18 +92,20 @@ def form_of(base: str, added: set[str]) -> str:
     return next((name for name in EXPANSIONS if name in added), USUAL.get(base, "chain"))
 
 
-def usual_method(kind: str | None) -> str:
-    """The method of a draft of this kind, for whoever names none.
+def method_for(name: str, kind: str | None) -> str:
+    """The method that a name stands for with a draft of this kind; None: without a draft.
 
-    EAGLE's and Medusa's own tree, else a chain, which is ahead of CaPE's siblings on CPUs (docs/results.md). Without a draft it
-    is prompt lookup.
+    "usual" is EAGLE's and Medusa's own tree, else a chain, which is ahead of CaPE's siblings on CPUs (docs/results.md), and
+    prompt lookup without a draft. "auto" is the same draft with measured costs that decide what is drafted. Any other name
+    stands for itself.
 
-    >>> usual_method(None), usual_method("glide"), usual_method("eagle")
-    ('lookup', 'glide', 'eagle')
+    >>> method_for("usual", "glide"), method_for("usual", None), method_for("auto", "lm"), method_for("glide+cape", "glide")
+    ('glide', 'lookup', 'vanilla+auto', 'glide+cape')
     """
-    if kind is None:
-        return "lookup"
-    return base_for(kind)
+    if name not in BY_DRAFT:
+        return name
+    base = "lookup" if kind is None else base_for(kind)
+    return f"{base}+{AUTO}" if name == AUTO else base
 
 
 def make_drafter(

@@ -91,7 +91,8 @@ class SharedDraft:
     target_name: str | None = None
 
     def __repr__(self) -> str:
-        size = sum(one.numel() for one in self.module.parameters())
+        served = getattr(self.module, "num_parameters", None)  # else it is being trained
+        size = sum(one.numel() for one in self.module.parameters()) if served is None else served
         place = "" if self.folder is None else f", {self.folder}"
         return f"{type(self).__name__}({millions(size)} parameters, up to {self.max_lag} tokens a round{place})"
 

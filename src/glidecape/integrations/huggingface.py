@@ -23,7 +23,7 @@ from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
-from ..drafting.methods import make_drafter, usual_method
+from ..drafting.methods import make_drafter, method_for
 from ..drafting.options import MethodOptions
 from ..drafts.base import DraftModel
 from ..drafts.causal_lm import StandaloneDraft
@@ -66,7 +66,7 @@ def glidecape_generate(
         stopping_criteria: judge each row after every token; they must depend on their arguments alone.
         generation_config: what the call and the model's own configuration ask for.
         draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
-        method: by default CaPE on the draft, an EAGLE or Medusa draft's own tree, or prompt lookup without a draft.
+        method: as for `glidecape.load`; None: "usual".
         options: of the method, such as `MethodOptions(length=4)`; None: the defaults.
         seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
         sampling: "noise" or "residual", see `SamplingParams`.
@@ -285,8 +285,8 @@ def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions 
                 f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
             )
         draft = StandaloneDraft(own.target)
-    usual = usual_method(None if draft is None else getattr(draft, "kind", "lm"))
-    return kept.target, make_drafter(method or usual, draft, options)
+    chosen = method_for(method or "usual", None if draft is None else getattr(draft, "kind", "lm"))
+    return kept.target, make_drafter(chosen, draft, options)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from ..costs import prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
-from ..drafting.methods import DRAFTLESS, make_drafter, parse_method, usual_method
+from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
 from ..drafting.options import MethodOptions
 from ..drafts.card import WEIGHTS
 from ..drafts.causal_lm import StandaloneDraft
@@ -30,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load(
     model: str | Path,
     draft: str | Path | None = None,
-    method: str = "auto",
+    method: str = "usual",
     options: MethodOptions | None = None,
     *,
     compile: str = "auto",
@@ -46,7 +46,8 @@ def load(
     Args:
         model: folder or Hub name of the target; or of a draft alone, whose card names its target.
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
-        method: such as "glide+cape+svip" (docs/methods.md); "auto": what suits the draft, or prompt lookup without one.
+        method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
+            "auto": the same, and measured costs decide how much is drafted (docs/auto.md).
         options: of the method, such as `MethodOptions(length=4)`.
         compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before.
         dtype: "float32", "bfloat16", "float16" or the same of torch; "auto": as stored.
@@ -67,7 +68,7 @@ def load(
     >>> glidecape.load("path/to/draft").target.vocab_size == lm.target.vocab_size  # its card names the model
     True
     """
-    if method != "auto":
+    if method not in BY_DRAFT:
         parse_method(method)  # before anything is loaded
     if compile not in COMPILE:
         raise InputError(f"compile takes {', '.join(COMPILE)}, not '{compile}'")
@@ -93,22 +94,22 @@ def pair_of(model: str | Path, draft: str | Path | None = None) -> tuple[str | P
 
 
 def with_draft(
-    target: Target, draft: str | Path | None, method: str = "auto", options: MethodOptions | None = None
+    target: Target, draft: str | Path | None, method: str = "usual", options: MethodOptions | None = None
 ) -> LanguageModel:
     """A loaded target with a draft and a method, see `load`."""
-    loaded = None if method == "auto" and draft is None else fitting_draft(draft, method, target)
-    chosen = usual_method(None if loaded is None else loaded.kind) if method == "auto" else method
+    loaded = fitting_draft(draft, method, target)
+    chosen = method_for(method, None if loaded is None else loaded.kind)
     return LanguageModel(target, make_drafter(chosen, loaded, options), chosen, loaded)
 
 
 def fitting_draft(name: str | Path | None, method: str, target: Target) -> NetworkDraft | StandaloneDraft | None:
-    """The draft of a method; None where it needs none. "auto" takes any.
+    """The draft of a method; None where it needs none. "usual" and "auto" take any.
 
     Raises:
         InputError: an unknown method.
         CheckpointError, MismatchError: see `load_draft`.
     """
-    base = None if method == "auto" else parse_method(method)[0]
+    base = None if method in BY_DRAFT else parse_method(method)[0]
     if name is None or base in DRAFTLESS:
         return None
     return load_draft(name, target)

@@ -94,6 +94,7 @@ class EagleModel(DraftNetwork):
 
     def serve(self) -> EagleModel:
         """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.num_parameters = sum(one.numel() for one in self.parameters())  # packed weights are none
         self.eval().requires_grad_(False)
         cast("EagleLayer", self.layers[0]).serve()
         products = draft_products(self.dtype)

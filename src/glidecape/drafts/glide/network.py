@@ -242,6 +242,7 @@ class GlideModel(DraftNetwork):
 
     def serve(self) -> GlideModel:
         """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.num_parameters = sum(one.numel() for one in self.parameters())  # packed weights are none
         self.eval().requires_grad_(False)
         for layer in self.layers:
             cast("GlideLayer", layer).serve()

@@ -56,6 +56,7 @@ class MedusaModel(DraftNetwork):
 
     def serve(self) -> MedusaModel:
         """Make it ready for decoding: no gradients, and weights packed, those of the borrowed head too."""
+        self.num_parameters = sum(one.numel() for one in self.parameters())  # packed weights are none
         self.eval().requires_grad_(False)
         self._served_dtype = self.dtype  # packed weights are no parameters
         products = draft_products(self.dtype)
