@@ -42,6 +42,7 @@ CHAIN = 4  # of which one program drafts so many
 RANKED = 5  # tokens after a node that are looked at
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
+STAY = 0.4  # tokens a row by which something else must be better than the chain of the last rounds: means are noisy
 LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
 
@@ -70,7 +71,7 @@ class AutoDrafter:
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
         self.rate, self.worth = Rate(2), Worth(2)
         self.depths = Depths(2, DEPTH)
-        self.probes = Probes()
+        self.probes, self._had_chain = Probes(), True
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
@@ -162,8 +163,13 @@ class AutoDrafter:
         if self.runner is None or not costs.length or not batch.laws.bare or min(missing) < 1 - LIKELY:
             return False
         brings = self.depths.gain(kinds, costs.length)
-        is_best = brings - rate * costs.chain > max(0.0, self.worth.of(kinds, missing))
-        return is_best and not self.probes.due(brings / len(kinds))
+        lead = STAY * len(kinds) if self._had_chain else 0.0
+        self._had_chain = brings - rate * costs.chain + lead > max(0.0, self.worth.of(kinds, missing))
+        if self._had_chain:
+            self.worth.forget(kinds)
+        else:
+            self.depths.forget(kinds)
+        return self._had_chain and not self.probes.due(brings / len(kinds))
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
         return self.runner is not None and self.worth.drafts(kinds, missing)
@@ -211,9 +217,8 @@ class AutoDrafter:
             law = draft_law(batch, tree, frontier, runner.next_step(batch, cache, level.first, depth), depth, False)
             plan.levels += self._levels([*law.first(RANKED), law.entropy], depth + 1, plan.kinds, recent)
         plan.cost += costs.draft * len(plan.levels)
-        reached = np.cumprod([level.p[:, 0] for level in plan.levels], 0).T.tolist()
-        for kind, one in zip(plan.kinds, reached, strict=True):
-            self.depths.learn(kind, wanted, one)
+        for kind in plan.kinds:
+            self.depths.want(kind, wanted)
 
     def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
         """Is a chain by one program expected to gain more than one that ends where the next depth is not worth it?"""
@@ -293,7 +298,9 @@ class AutoDrafter:
         for kind, offer, kept, chance, first in zip(
             plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True
         ):
-            gain = sum(offer.reach[node] for node in kept) - rate * (float(verify[width]) - 1.0)
+            promised = sum(offer.reach[node] for node in kept)
+            plan.promised.append(promised)
+            gain = self.worth.truth(kind) * promised - rate * (float(verify[width]) - 1.0)
             gain -= copies_gain(chance, verify, rate)
             self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost)
 
@@ -346,15 +353,22 @@ class AutoDrafter:
                 y[-1] = float(same is None)
                 self.copies.learn(kind, x, y)
             self._learn_levels(i, kind, own, plan.levels, true)
+            accepted = len(outcome.path) - 1
             if plan.chain:
-                accepted = len(outcome.path) - 1
-                self.depths.note(kind, [1.0] * accepted + [0.0] * (outcome.depth - accepted))
+                self.depths.note(kind, accepted, accepted < outcome.depth)
+            if plan.promised:
+                self.worth.correct(kind, plan.promised[i], accepted)
 
     def _learn_levels(self, i: int, kind: int, own: RowState, levels: list[Level], true: list[int]) -> None:
         """Learn from the nodes that the target reached: those above the first that it did not take, and that one."""
+        accepted, missed = 0, False
         for level, token in zip(levels, true, strict=False):
             hits = (level.tokens[i] == token).astype(float)
             self.accepts.learn(kind, level.x[i], hits)
             own.drafted += NEAR * (float(hits[0] - level.p[i, 0]) - own.drafted)
-            if not hits[0]:
-                return
+            missed = not hits[0]
+            if missed:
+                break
+            accepted += 1
+        if levels:
+            self.depths.note(kind, accepted, missed)

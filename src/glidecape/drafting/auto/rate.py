@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SLOW, FAST = 1 / 32, 1 / 4
+SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
 LONGEST = 24  # rounds between two probes of a draft that does not pay, at most
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
@@ -36,22 +36,44 @@ class Depths:
     Attributes:
         wanted: depths after which another one was not worth its cost.
         reach: by depth, the probability that the chain's token there is accepted.
+        usual: the same over a longer time.
     """
 
     def __init__(self, kinds: int, most: int) -> None:
-        self.wanted = [2.0] * kinds
+        self.wanted, self.rounds = [2.0] * kinds, [0] * kinds
         self.reach = [[0.7 ** (1 + depth) for depth in range(most)] for _ in range(kinds)]
+        self.usual = [mean.copy() for mean in self.reach]
 
-    def learn(self, kind: int, wanted: int, reach: Sequence[float]) -> None:
-        """A row's chain: depths that were worth drafting, and the reach of those that were drafted."""
+    def want(self, kind: int, wanted: int) -> None:
+        """A row's chain was worth drafting to this depth."""
         self.wanted[kind] += SLOW * (wanted - self.wanted[kind])
-        self.note(kind, reach)
 
-    def note(self, kind: int, reach: Sequence[float]) -> None:
-        """The reach of a row's chain, depth by depth; of one that was verified 1 or 0."""
-        mean = self.reach[kind]
-        for depth, one in enumerate(reach):
+    def note(self, kind: int, accepted: int, missed: bool) -> None:
+        """So many of a row's first choices were the target's own. `missed`: the next one was not, so nothing below it counts;
+        else nobody knows.
+
+        What came true is counted, not what was predicted: of the predictions those are looked at that promised most.
+
+        >>> depths = Depths(1, 3)
+        >>> before = depths.reach[0].copy()
+        >>> depths.note(0, 1, False)
+        >>> [now > then for now, then in zip(depths.reach[0], before)]
+        [True, False, False]
+        """
+        mean, usual = self.reach[kind], self.usual[kind]
+        self.rounds[kind] += 1
+        slow = max(SLOWER, 1 / (1 + self.rounds[kind]))
+        for depth in range(len(mean) if missed else accepted):
+            one = float(depth < accepted)
             mean[depth] += SLOW * (one - mean[depth])
+            usual[depth] += slow * (one - usual[depth])
+
+    def forget(self, kinds: Sequence[int]) -> None:
+        """No chain was drafted: what the last ones brought is worth less by now."""
+        for kind in set(kinds):
+            mean = self.reach[kind]
+            for depth, usual in enumerate(self.usual[kind]):
+                mean[depth] += SLOW * (usual - mean[depth])
 
     def gain(self, kinds: Sequence[int], depths: float) -> float:
         """Tokens that chains of so many depths are expected to bring, all rows together."""
@@ -61,15 +83,25 @@ class Depths:
 
 
 class Worth:
-    """Is it worth to run the draft? It is while what it gained lately is above what it cost; else it is asked rarely.
+    """Is it worth to run the draft node by node? It is while what it gained lately is above what it cost; else it is asked
+    rarely.
 
     A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds, and end with the first that
     succeeds: so a hopeless draft costs about a hundredth, and a text that has become easy is noticed within 24 rounds.
+
+    Attributes:
+        gain: tokens a round and row over a plain round, before their cost; cost: in tokens at the rate of then. Both are
+            running means that a few rounds change.
+        usual: the same two over a longer time.
+        promised, came: accepted nodes that were expected, and those that came: of many predictions the best are taken, which
+            are those that promise too much, too.
     """
 
     def __init__(self, kinds: int) -> None:
-        self.gain = [1.0] * kinds  # expected tokens a round and row over a plain round, before their cost
-        self.cost = [0.0] * kinds  # in tokens at the rate of then
+        self.gain, self.cost = [1.0] * kinds, [0.0] * kinds
+        self.usual = [(1.0, 0.0)] * kinds
+        self.promised, self.came = [1.0] * kinds, [1.0] * kinds
+        self.rounds = [0] * kinds
         self.pause = [1] * kinds
         self.waited = [0] * kinds
 
@@ -92,9 +124,28 @@ class Worth:
         part = FAST if not paused else 0.5
         self.gain[kind] += part * (gain - self.gain[kind])
         self.cost[kind] += part * (cost - self.cost[kind])
+        self.rounds[kind] += 1
+        slow, (usual, price) = max(SLOW, 1 / (1 + self.rounds[kind])), self.usual[kind]
+        self.usual[kind] = usual + slow * (gain - usual), price + slow * (cost - price)
         self.waited[kind] = 0
         worth = self.gain[kind] >= self.cost[kind]
         self.pause[kind] = 1 if worth else min(LONGEST, 2 * self.pause[kind]) if paused else 1
+
+    def forget(self, kinds: Sequence[int]) -> None:
+        """A chain was drafted instead: what the last few rounds node by node brought is worth less by now."""
+        for kind in set(kinds):
+            gain, cost = self.usual[kind]
+            self.gain[kind] += FORGET * (gain - self.gain[kind])
+            self.cost[kind] += FORGET * (cost - self.cost[kind])
+
+    def correct(self, kind: int, promised: float, came: int) -> None:
+        """A row's proposal was expected to have so many nodes accepted, and had."""
+        self.promised[kind] += SLOW / 2 * (promised - self.promised[kind])
+        self.came[kind] += SLOW / 2 * (came - self.came[kind])
+
+    def truth(self, kind: int) -> float:
+        """Of what is promised, the share that comes."""
+        return self.came[kind] / max(1e-6, self.promised[kind])
 
 
 class Probes:

@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         kinds: of law, of each row.
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
+        promised: of each row whose draft ran, the nodes that were expected to be accepted.
         cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     first: list[float] = field(default_factory=list)
     offers: list[Offer] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
+    promised: list[float] = field(default_factory=list)
 
 
 class AutoRows:
