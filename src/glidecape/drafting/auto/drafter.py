@@ -69,7 +69,7 @@ class AutoDrafter:
         self.copying, self.ranked = copying, RANKED if siblings else 1
         self.calibrated, self.priced = calibrated, priced
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
-        self.rate, self.worth = Rate(2), Worth(2)
+        self.rate, self.worth = Rate(4), Worth(2)
         self.depths = Depths(2, DEPTH)
         self.probes, self._had_chain = Probes(), True
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
@@ -127,13 +127,14 @@ class AutoDrafter:
         batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
         costs, verify = self._costs_of(batch, max(kinds))
-        rate = len(rows) * self.rate.of(kinds)
         plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
         around.plan = plan
         plan.first = [
             self.copies.one(kind, (1.0, math.log(match), 0.0, one.copied)) if words else 0.0
             for kind, (match, words), one in zip(kinds, plan.copies, own, strict=True)
         ]
+        plan.places = [2 * kind + (p > LIKELY) for kind, p in zip(kinds, plan.first, strict=True)]
+        rate = len(rows) * self.rate.of(plan.places)
         missing = [1.0 - p for p in plan.first]
         if self._chain_is_best(batch, kinds, missing, costs, rate):
             assert self.runner is not None
@@ -339,7 +340,7 @@ class AutoDrafter:
             self.offered += map(Offered, plan.offers, plan.kept, chosen)
         for i, outcome in enumerate(outcomes):
             kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
-            self.rate.learn(kind, len(outcome.tokens), plan.cost)
+            self.rate.learn(plan.places[i], len(outcome.tokens), plan.cost)
             true = outcome.tokens
             if words and plan.first:
                 own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
