@@ -19,8 +19,8 @@ class RoundCosts:
         sizes, verification: v(n) at these numbers of nodes, the root counted; v(1) is 1. Between them it is linear, beyond
             the last it goes on with the last slope.
         start: of a round's drafting, whatever its length; nothing where nothing is drafted.
-        whole: of drafting `length` depths by one program that ranks several tokens at each.
-        chain: of drafting a chain of `length` by one program, and of verifying it; with a `length` of 0 there is no program.
+        whole: of drafting `length` depths by one program that ranks several tokens at each; 0 where there is none.
+        chains: lengths of chains that one program drafts, and what drafting and verifying each takes.
 
     >>> RoundCosts(0.1, (1, 3), (1.0, 1.4), start=0.25).of(2, 1)
     1.65
@@ -32,7 +32,7 @@ class RoundCosts:
     start: float = 0.0
     length: int = 0
     whole: float = 0.0
-    chain: float = 0.0
+    chains: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def linear(cls, draft: float, node: float, start: float = 0.0) -> RoundCosts:
@@ -61,8 +61,8 @@ class Prices:
         sizes: nodes a row, the root counted; the first is 1.
         verify: `[rows][contexts][sizes]`, all of a round but drafting.
         draft, start: `[rows][contexts]`, one more depth drafted, and what drafting takes besides, however deep.
-        length, whole, chain: `[rows][contexts]`, so many depths drafted by one program, and so many drafted and verified as
-            one chain; 0 and none where there is no such program.
+        length, whole: `[rows][contexts]`, so many depths drafted by one program; 0 and none where there is no such program.
+        lengths, chains: `[lengths][rows][contexts]`, so many depths drafted by one program and verified as one chain.
         share: of the time it took to measure this, in which the measuring thread ran; less than 1 where others ran, too.
 
     >>> prices = Prices((1, 4), (100,), (1, 5), (((1.0, 1.4),), ((1.6, 3.2),)), ((0.1,), (0.4,)), ((0.0,), (0.0,)))
@@ -79,7 +79,8 @@ class Prices:
     start: tuple[tuple[float, ...], ...]
     length: int = 0
     whole: tuple[tuple[float, ...], ...] = ()
-    chain: tuple[tuple[float, ...], ...] = ()
+    lengths: tuple[int, ...] = ()
+    chains: tuple[tuple[tuple[float, ...], ...], ...] = ()
     share: float = 1.0
 
     @classmethod
@@ -94,25 +95,29 @@ class Prices:
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
-        of_rows, of_contexts, of_sizes = ([int(n) for n in found[name]] for name in ("rows", "contexts", "sizes"))
+        of_rows, of_contexts, of_sizes, of_lengths = (
+            tuple(int(n) for n in found[name]) for name in ("rows", "contexts", "sizes", "lengths")
+        )
         verify, draft, start = (np.array(found[name], dtype=float) for name in ("verify", "draft", "start"))
         length = int(found["length"])
-        whole, chain = (np.array(found[name], dtype=float) for name in ("whole", "chain"))
+        whole, chains = (np.array(found[name], dtype=float) for name in ("whole", "chains"))
         shape = len(of_rows), len(of_contexts)
-        of_cells = [draft, start, whole, chain] if length else [draft, start]
+        of_cells = [draft, start, *([whole] if length else []), *chains]
         if (
             verify.shape != (*shape, len(of_sizes))
             or any(one.shape != shape for one in of_cells)
-            or ((whole.size or chain.size) and not length)
-            or of_sizes[:1] != [1]
+            or (whole.size and not length)
+            or len(chains) != len(of_lengths)
+            or of_sizes[:1] != (1,)
         ):
             raise ValueError("prices of another shape")
         if not (np.isfinite(verify).all() and (verify > 0).all() and all((one >= 0).all() for one in of_cells)):
             raise ValueError("prices that are no times")
-        drafted, begun, wholes, chains = (tuple(map(tuple, one.tolist())) for one in (draft, start, whole, chain))
-        nested = tuple(tuple(map(tuple, one)) for one in verify.tolist())
-        points = tuple(of_rows), tuple(of_contexts), tuple(of_sizes)
-        return cls(*points, nested, drafted, begun, length, wholes, chains, float(found["share"]))
+        nested, *tables = (_frozen(one.tolist()) for one in (verify, draft, start, whole, chains))
+        drafted, begun, wholes, of_chains = tables
+        points = of_rows, of_contexts, of_sizes
+        share = float(found["share"])
+        return cls(*points, nested, drafted, begun, length, wholes, of_lengths, of_chains, share)
 
     def at(self, rows: int, context: int) -> RoundCosts:
         """Costs of a round of so many rows and tokens before them, over a plain step of it: linear between what was measured,
@@ -127,8 +132,9 @@ class Prices:
         step = max(1e-9, times[0])
         ratios = tuple(max(1e-9, time) / step for time in times)
         draft, start = (max(0.0, mean(one)) / step for one in (self.draft, self.start))
-        whole, chain = (max(0.0, mean(one)) / step if self.length else 0.0 for one in (self.whole, self.chain))
-        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, chain)
+        whole = max(0.0, mean(self.whole)) / step if self.length else 0.0
+        chains = [(length, max(0.0, mean(one)) / step) for length, one in zip(self.lengths, self.chains, strict=True)]
+        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, tuple(chains))
 
     def plain(self, rows: int, context: int) -> float:
         """Seconds of a plain round of so many rows and tokens before them.
@@ -139,6 +145,11 @@ class Prices:
         (low, high, between), (near, far, on) = _place(self.rows, rows), _place(self.contexts, context)
         first, second = ((1 - on) * self.verify[row][near][0] + on * self.verify[row][far][0] for row in (low, high))
         return max(1e-9, (1 - between) * first + between * second)
+
+
+def _frozen(nested: Any) -> Any:
+    """Lists of lists as tuples of tuples."""
+    return tuple(map(_frozen, nested)) if isinstance(nested, list) else nested
 
 
 def _place(points: Sequence[int], at: int) -> tuple[int, int, float]:

@@ -191,7 +191,8 @@ def measured_prices(
         table(lambda cell: cell.start),
         drafter.length,
         table(lambda cell: cell.whole) if drafter.length else (),
-        table(lambda cell: cell.chain) if drafter.length else (),
+        drafter.lengths,
+        tuple(tuple(tuple(cell.chains[k] for cell in row) for row in cells) for k in range(len(drafter.lengths))),
         share.value,
     )
 
@@ -204,7 +205,7 @@ class Cell:
     draft: float = 0.0
     start: float = 0.0
     whole: float = 0.0
-    chain: float = 0.0
+    chains: tuple[float, ...] = ()
 
 
 def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temperature: float) -> Cell:
@@ -221,13 +222,15 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     if deepest:
         shapes += [Shape(0, LONG), Shape(SHORT, LONG), Shape(deepest, LONG)]
     if drafter.length:
-        shapes += [Shape(drafter.length, LONG, whole=True), Shape(drafter.length, drafter.length, chain=True)]
+        shapes.append(Shape(drafter.length, LONG, whole=True))
+    chains = [Shape(length, length, chain=True) for length in drafter.lengths]
 
     def round_of(shape: Shape) -> float:
         rounds.shape = shape
         return _forgotten(target, rounds, batch).total_s
 
-    times = list(map(min, _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)))
+    timed = [partial(round_of, shape) for shape in shapes + chains]
+    times = list(map(min, _in_turn(timed, patience=PATIENCE_S)))
 
     def among_its_like(shape: Shape) -> float:
         return min([round_of(shape) for _ in range(2 * ALONE)][ALONE:])
@@ -241,9 +244,9 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         return Cell(rising)
     bare, short, long = rest[:3]
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
-    whole, chain = (rest[3], among_its_like(shapes[-1])) if drafter.length else (0.0, 0.0)
     start = max(0.0, short - bare - depth) + among
-    return Cell(rising, depth, start, max(0.0, whole - bare) + among, max(0.0, chain - alone))
+    whole = max(0.0, rest[3] - bare) + among if drafter.length else 0.0
+    return Cell(rising, depth, start, whole, tuple(max(0.0, among_its_like(shape) - alone) for shape in chains))
 
 
 def _unread(target: Target, drafter: Drafter, count: int, context: int, temperature: float, nodes: int) -> Batch:
@@ -342,7 +345,11 @@ def prices_file(
         "draft": repr(model),
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
-        "chain": drafter.length if isinstance(drafter, AutoDrafter) else [repr(drafter), list(rows or ROWS), tokens],
+        "chain": (
+            [drafter.length, *drafter.lengths]
+            if isinstance(drafter, AutoDrafter)
+            else [repr(drafter), list(rows or ROWS), tokens]
+        ),
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -256,7 +256,7 @@ class ModelDrafter:
     def _compiled_chain(self, batch: Batch, own: KVCache, caps: list[int]) -> TokenTree | None:
         """The proposal of a whole chain by one program; None where there is none for it."""
         length, expansion = max(caps), self._whole
-        if expansion is None or length < self.cap:
+        if expansion is None:
             return None
         ranked = self.draft_whole(batch, own, length, expansion.width)
         if ranked is None:

@@ -39,6 +39,7 @@ from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
 CHAIN = 4  # of which one program drafts so many
+CHAINS = (3, CHAIN)  # that are drafted and verified without a look at them: the longer ones pay greedily
 RANKED = 5  # tokens after a node that are looked at
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
@@ -93,16 +94,31 @@ class AutoDrafter:
         model = self.runner.model
         if isinstance(model, NetworkDraft):
             model.compile_chain(min(CHAIN, model.max_lag), RANKED, mode, say)
+            for length in CHAINS:
+                model.compile_chain(min(length, model.max_lag), 1, mode, say)
         return True
 
     @property
     def length(self) -> int:
-        """Depths that one program drafts; 0: there is none."""
+        """Depths that one program drafts, ranking several tokens at each; 0: there is none."""
+        programs = self._programs
+        return programs[-1][0] if programs else 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of chains that one program drafts."""
+        return tuple(length for length, ranked in self._programs if ranked == 1)
+
+    @property
+    def _programs(self) -> list[tuple[int, int]]:
+        """Lengths and ranked tokens of the programs that draft chains and are of use here, the longest with most tokens last;
+        all of them or none."""
         model = None if self.runner is None else self.runner.model
         if not isinstance(model, NetworkDraft):
-            return 0
-        length = min(CHAIN, model.max_lag)
-        return length if {(length, RANKED), (length, 1)} <= model.chains.keys() else 0
+            return []
+        lengths = [min(length, model.max_lag) for length in CHAINS]
+        wanted = {*((length, 1) for length in lengths), (lengths[-1], RANKED)}
+        return sorted(wanted) if wanted <= model.chains.keys() else []
 
     def budget(self, tokens: int) -> int:
         return max(1 + NODES, 0 if self.runner is None else self.runner.budget(tokens))
@@ -121,7 +137,7 @@ class AutoDrafter:
     def propose(self, batch: Batch) -> TokenTree:
         rows, around = batch.rows, batch.draft.around
         if batch.laws.residual and self.runner is not None:
-            around.plan = None
+            around.plan, self.runner.limit = None, self.runner.cap
             return self.runner.propose(batch)
         own = around.rows[batch.first : batch.last]
         batch.draft.own.use(batch.first, batch.last)
@@ -136,9 +152,9 @@ class AutoDrafter:
         plan.places = [2 * kind + (p > LIKELY) for kind, p in zip(kinds, plan.first, strict=True)]
         rate = len(rows) * self.rate.of(plan.places)
         missing = [1.0 - p for p in plan.first]
-        if self._chain_is_best(batch, kinds, missing, costs, rate):
-            assert self.runner is not None
-            plan.cost, plan.chain = 1.0 + costs.chain, True
+        if self.runner is not None and (chain := self._best_chain(batch, kinds, missing, costs, rate)):
+            self.runner.limit, cost = chain
+            plan.cost, plan.chain = 1.0 + cost, True
             return self.runner.propose(batch)
         if self._drafts(kinds, missing):
             self._draft(batch, plan, own, costs, rate)
@@ -157,20 +173,21 @@ class AutoDrafter:
             for kind, (match, words), one in zip(plan.kinds, plan.copies, own, strict=True)
         ]
 
-    def _chain_is_best(
+    def _best_chain(
         self, batch: Batch, kinds: list[int], missing: list[float], costs: RoundCosts, rate: float
-    ) -> bool:
-        """Is the runner's own chain worth more than a proposal node by node, which takes longer to think of?"""
-        if self.runner is None or not costs.length or not batch.laws.bare or min(missing) < 1 - LIKELY:
-            return False
-        brings = self.depths.gain(kinds, costs.length)
+    ) -> tuple[int, float] | None:
+        """Length and cost of the runner's own chain that is worth most; None: it is not worth more than a proposal node by
+        node, which takes longer to think of, or than none."""
+        if not costs.chains or not batch.laws.bare or min(missing) < 1 - LIKELY:
+            return None
+        value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
         lead = STAY * len(kinds) if self._had_chain else 0.0
-        self._had_chain = brings - rate * costs.chain + lead > max(0.0, self.worth.of(kinds, missing))
-        if self._had_chain:
-            self.worth.forget(kinds)
-        else:
+        self._had_chain = value + lead > max(0.0, self.worth.of(kinds, missing))
+        if not self._had_chain:
             self.depths.forget(kinds)
-        return self._had_chain and not self.probes.due(brings / len(kinds))
+            return None
+        self.worth.forget(kinds)
+        return None if self.probes.due(self.depths.gain(kinds, length) / len(kinds)) else (length, cost)
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
         return self.runner is not None and self.worth.drafts(kinds, missing)

@@ -45,8 +45,8 @@ class FixedRounds(AutoDrafter):
     def _chances(self, plan: Plan, own: Sequence[RowState]) -> list[Array]:
         return [np.ones(len(words)) for _, words in plan.copies]
 
-    def _chain_is_best(self, *_: object) -> bool:
-        return self.shape.chain
+    def _best_chain(self, *_: object) -> tuple[int, float] | None:
+        return (self.shape.depths, 0.0) if self.shape.chain else None
 
     def _drafts(self, *_: object) -> bool:
         return self.shape.depths > 0

@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         kinds: of law, of each row.
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
+        places: of each row, the rate that it counts for: by its law, and by whether copied tokens are likely.
         promised: of each row whose draft ran, the nodes that were expected to be accepted.
         cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
     """
@@ -63,6 +64,7 @@ class Plan:
     offers: list[Offer] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
     promised: list[float] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
 class AutoRows:
