@@ -32,7 +32,7 @@ from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, copies_gain, tree_of, width_of
-from .rate import Depths, Probes, Rate, Worth
+from .rate import Depths, Lead, Probes, Rate, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 
@@ -72,7 +72,7 @@ class AutoDrafter:
         self.accepts, self.copies = OnlineLogistic(DRAFTED), OnlineLogistic(COPIED)
         self.rate, self.worth = Rate(4), Worth(2)
         self.depths = Depths(2, DEPTH)
-        self.probes, self._had_chain = Probes(), True
+        self.lead, self.probes, self._had_chain = Lead(2), Probes(), True
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
@@ -160,7 +160,7 @@ class AutoDrafter:
             self._draft(batch, plan, own, costs, rate)
         elif self._nothing_pays(plan, verify, rate):
             return self._nothing(batch, plan)
-        return self._chosen(batch, plan, self._chances(plan, own), verify, rate)
+        return self._chosen(batch, plan, self._chances(plan, own), costs, verify, rate)
 
     def _nothing_pays(self, plan: Plan, verify: Array, rate: float) -> bool:
         """Do copied tokens bring less than verifying one of them costs, where nothing is drafted?"""
@@ -181,12 +181,12 @@ class AutoDrafter:
         if not costs.chains or not batch.laws.bare or min(missing) < 1 - LIKELY:
             return None
         value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
-        lead = STAY * len(kinds) if self._had_chain else 0.0
-        self._had_chain = value + lead > max(0.0, self.worth.of(kinds, missing))
+        stay = STAY * len(kinds) if self._had_chain else 0.0
+        self._had_chain = value + stay > 0.0 and self.lead.of(kinds) <= stay
         if not self._had_chain:
             self.depths.forget(kinds)
             return None
-        self.worth.forget(kinds)
+        self.lead.forget(kinds)
         return None if self.probes.due(self.depths.gain(kinds, length) / len(kinds)) else (length, cost)
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
@@ -292,7 +292,9 @@ class AutoDrafter:
 
     # --- the choice
 
-    def _chosen(self, batch: Batch, plan: Plan, chances: list[Array], verify: Array, rate: float) -> TokenTree:
+    def _chosen(
+        self, batch: Batch, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float
+    ) -> TokenTree:
         offers = [self._offer(i, row, plan, chances[i]) for i, row in enumerate(batch.rows)]
         orders = [offer.best() for offer in offers]
         reaches = [[offer.reach[node] for node in order] for offer, order in zip(offers, orders, strict=True)]
@@ -301,7 +303,7 @@ class AutoDrafter:
         width = max(map(len, kept))
         plan.offers, plan.kept = offers, kept
         if plan.levels:
-            self._learn_worth(plan, chances, verify, rate / len(plan.kinds))
+            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds))
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
@@ -310,17 +312,20 @@ class AutoDrafter:
     def _width(self, reaches: list[list[float]], verify: Array, rate: float) -> int:
         return width_of(reaches, verify, rate)
 
-    def _learn_worth(self, plan: Plan, chances: list[Array], verify: Array, rate: float) -> None:
-        """What the draft is expected to bring beyond copies. `rate`: of a row."""
+    def _learn_worth(self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float) -> None:
+        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row."""
         width = max(map(len, plan.kept))
-        for kind, offer, kept, chance, first in zip(
-            plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True
-        ):
+        each = zip(plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True)
+        for i, (kind, offer, kept, chance, first) in enumerate(each):
             promised = sum(offer.reach[node] for node in kept)
             plan.promised.append(promised)
             gain = self.worth.truth(kind) * promised - rate * (float(verify[width]) - 1.0)
             gain -= copies_gain(chance, verify, rate)
             self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost)
+            if costs.chains:
+                reach = _reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
+                chain = max(self.worth.truth(kind) * sum(reach[:n]) - rate * cost for n, cost in costs.chains)
+                self.lead.learn(kind, gain - rate * plan.cost - chain)
 
     def _offer(self, i: int, row: Row, plan: Plan, chance: Array) -> Offer:
         offer, parent, cap = Offer(), 0, max(0, row.budget - 1)
@@ -390,3 +395,15 @@ class AutoDrafter:
             accepted += 1
         if levels:
             self.depths.note(kind, accepted, missed)
+
+
+def _reach_of(p: list[float], depths: int) -> list[float]:
+    """The reach of nodes of a chain down to so many depths, from the probabilities of the first; the next are taken to be as
+    probable as these were on average.
+
+    >>> _reach_of([0.5, 0.5], 3)
+    [0.5, 0.25, 0.125]
+    """
+    reach = np.cumprod(p).tolist()
+    mean = reach[-1] ** (1 / len(reach))
+    return [*reach, *(reach[-1] * mean**more for more in range(1, 1 + depths - len(reach)))]

@@ -92,16 +92,13 @@ class Worth:
     Attributes:
         gain: tokens a round and row over a plain round, before their cost; cost: in tokens at the rate of then. Both are
             running means that a few rounds change.
-        usual: the same two over a longer time.
         promised, came: accepted nodes that were expected, and those that came: of many predictions the best are taken, which
             are those that promise too much, too.
     """
 
     def __init__(self, kinds: int) -> None:
         self.gain, self.cost = [1.0] * kinds, [0.0] * kinds
-        self.usual = [(1.0, 0.0)] * kinds
         self.promised, self.came = [1.0] * kinds, [1.0] * kinds
-        self.rounds = [0] * kinds
         self.pause = [1] * kinds
         self.waited = [0] * kinds
 
@@ -124,19 +121,9 @@ class Worth:
         part = FAST if not paused else 0.5
         self.gain[kind] += part * (gain - self.gain[kind])
         self.cost[kind] += part * (cost - self.cost[kind])
-        self.rounds[kind] += 1
-        slow, (usual, price) = max(SLOW, 1 / (1 + self.rounds[kind])), self.usual[kind]
-        self.usual[kind] = usual + slow * (gain - usual), price + slow * (cost - price)
         self.waited[kind] = 0
         worth = self.gain[kind] >= self.cost[kind]
         self.pause[kind] = 1 if worth else min(LONGEST, 2 * self.pause[kind]) if paused else 1
-
-    def forget(self, kinds: Sequence[int]) -> None:
-        """A chain was drafted instead: what the last few rounds node by node brought is worth less by now."""
-        for kind in set(kinds):
-            gain, cost = self.usual[kind]
-            self.gain[kind] += FORGET * (gain - self.gain[kind])
-            self.cost[kind] += FORGET * (cost - self.cost[kind])
 
     def correct(self, kind: int, promised: float, came: int) -> None:
         """A row's proposal was expected to have so many nodes accepted, and had."""
@@ -146,6 +133,33 @@ class Worth:
     def truth(self, kind: int) -> float:
         """Of what is promised, the share that comes."""
         return self.came[kind] / max(1e-6, self.promised[kind])
+
+
+class Lead:
+    """How much more a proposal node by node gains, over its cost, than a chain would in the same place, in tokens: running
+    means, one value a kind of law.
+
+    Attributes:
+        now: a few rounds change it, and it goes back to `usual` while chains are drafted.
+        usual: over a longer time.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.now, self.usual, self.rounds = [0.0] * kinds, [0.0] * kinds, [0] * kinds
+
+    def of(self, kinds: Sequence[int]) -> float:
+        """All rows together."""
+        return sum(self.now[kind] for kind in kinds)
+
+    def learn(self, kind: int, lead: float) -> None:
+        self.rounds[kind] += 1
+        self.now[kind] += FAST * (lead - self.now[kind])
+        self.usual[kind] += max(SLOW, 1 / self.rounds[kind]) * (lead - self.usual[kind])
+
+    def forget(self, kinds: Sequence[int]) -> None:
+        """A chain was drafted instead."""
+        for kind in set(kinds):
+            self.now[kind] += FORGET * (self.usual[kind] - self.now[kind])
 
 
 class Probes:
