@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,9 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return self.text_config.vocab_size
+        return self.text_config.vocab_size  # asked several times a round, and a configuration answers slowly
 
     @property
     def context(self) -> int:
