@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glidecape import SamplingParams, Target, generate, load_draft, make_drafter
+import glidecape
+from glidecape import MethodOptions, SamplingParams, Target, generate, load_draft, make_drafter
 from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
 from glidecape.costs import prices_of
@@ -26,6 +27,7 @@ from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
 from glidecape.engine.decode import decode
 from glidecape.errors import InputError
+from glidecape.interface.load import WORTH, prepared
 from glidecape.target.packages import FOLDER
 
 CHEAP = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((0.05,),), ((0.02,),))
@@ -156,6 +158,26 @@ def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path
         assert costs.verify(1) == 1.0
         assert math.isfinite(costs.draft)
         assert costs.verify(25) >= costs.verify(5) >= 1.0
+
+
+def test_costs_that_are_known_or_worth_measuring_decide_unless_a_method_is_asked_for(
+    world, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
+    monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)  # it is not what this is about
+    pair = world["target"], world["glide"]
+    unknown = glidecape.load(*pair)
+    assert unknown.method == "glide"
+    assert prepared(unknown, "auto", WORTH, may_choose=True).method == "glide+auto"  # measures
+    known = glidecape.load(*pair)
+    assert known.method == "glide+auto"
+    assert known("def load_table(", max_tokens=12).text == unknown("def load_table(", max_tokens=12).text
+    assert glidecape.load(*pair, options=MethodOptions(length=3)).method == "glide"
+    assert glidecape.load(*pair, method="glide").method == "glide"
+    assert glidecape.load(*pair, compile="off").method == "glide"
+    assert glidecape.load(world["target"]).method == "lookup"  # of copies alone nothing is known yet
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.65, 0), (0.99, 1)])

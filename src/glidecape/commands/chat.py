@@ -12,7 +12,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..options import option_of
 from ..progress import note
-from .effects import note_unused, refuse_unused, typed
+from .effects import names_options, note_unused, refuse_unused, typed
 from .shared import Draft, ServingMachine, TargetOrShipped, choose
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def _local_model(
 ) -> Model:
     from ..chat.local import LocalModel
 
-    target, draft, method = choose(target, draft, method)
+    named, (target, draft, method) = method, choose(target, draft, method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     lm = machine.load_pair(target, draft, method, options)
-    machine.compile_models(lm.target, [lm.drafter], tokens=0)
+    lm = machine.prepared(lm, tokens=0, may_choose=named == "usual" and not names_options(ctx))
     if not getattr(lm.target.tokenizer, "chat_template", None):
         note(
             "this model has no chat template: it continues lines of User: and Assistant:, and --stop User: ends an answer"

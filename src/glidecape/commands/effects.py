@@ -63,6 +63,11 @@ def refuse_unused(ctx: typer.Context, methods: Iterable[str], also: Iterable[str
             )
 
 
+def names_options(ctx: typer.Context) -> bool:
+    """Did the user give an option of a method, which says how that one is to draft?"""
+    return any(typed(ctx, name) for name in USES)
+
+
 def note_unused(ctx: typer.Context, method: str, temperature: float) -> None:
     """Say on standard error that a method needs no draft, and which sampling options greedy decoding leaves unused."""
     from ..drafting.methods import DRAFTLESS, parse_method

@@ -11,7 +11,7 @@ import typer
 from ..core.params import SamplingParams
 from ..drafting.options import MethodOptions
 from ..progress import note, say
-from .effects import note_unused, refuse_unused, typed
+from .effects import names_options, note_unused, refuse_unused, typed
 from .shared import (
     AsJson,
     ConstraintOptions,
@@ -65,7 +65,7 @@ def generate(
     from ..fit import with_fitted_threshold
     from ..show import show
 
-    target, draft, method = choose(target, draft, method)
+    named, (target, draft, method) = method, choose(target, draft, method)
     refuse_unused(ctx, [method])
     note_unused(ctx, method, params.temperature)
     params = replace(params, constraint=constraint.read())
@@ -76,7 +76,7 @@ def generate(
         if lm.draft is not None and typed(ctx, "draft_length") and options.length > lm.draft.max_lag:
             note(f"this draft was trained for {lm.draft.max_lag} tokens a round, so it drafts no more")
         tokens = len(prompts) * params.max_new_tokens
-        machine.compile_models(lm.target, [lm.drafter], tokens)
+        lm = machine.prepared(lm, tokens, may_choose=named == "usual" and not names_options(ctx))
         if calibration:
             known = [one.ids(lm.target, chat) for one in calibration]
             lm.drafter, fit = with_fitted_threshold(lm.target, lm.drafter, known, params)

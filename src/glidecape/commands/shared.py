@@ -122,6 +122,13 @@ class ServingMachine(Machine):
 
             return with_draft(model, draft, method, options)
 
+    def prepared(self, lm: LanguageModel, tokens: float, may_choose: bool) -> LanguageModel:
+        """See `interface.load.prepared`."""
+        from ..interface.load import prepared
+
+        with bar("preparing", ends=False):  # whatever takes long there says so itself
+            return prepared(lm, self.compile, tokens, may_choose)
+
     def compile_models(
         self, target: Target, drafters: Iterable[Drafter], tokens: float = math.inf, price: bool = True
     ) -> None:

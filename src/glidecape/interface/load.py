@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..costs import prices_of
+from ..costs import prices_file, prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
@@ -47,7 +47,8 @@ def load(
         model: folder or Hub name of the target; or of a draft alone, whose card names its target.
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
         method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
-            "auto": the same, and measured costs decide how much is drafted (docs/auto.md).
+            "auto": the same, and measured costs decide how much is drafted (docs/auto.md). Where these costs were measured
+            before, "usual" is "auto", unless `options` are given.
         options: of the method, such as `MethodOptions(length=4)`.
         compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before.
         dtype: "float32", "bfloat16", "float16" or the same of torch; "auto": as stored.
@@ -77,9 +78,7 @@ def load(
         model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
     )
     lm = with_draft(target, draft, method, options)
-    compile_models(target, [lm.drafter], compile, tokens=0)
-    set_prices(target, [lm.drafter])
-    return lm
+    return prepared(lm, compile, tokens=0, may_choose=method == "usual" and options is None)
 
 
 def pair_of(model: str | Path, draft: str | Path | None = None) -> tuple[str | Path, str | Path | None]:
@@ -151,6 +150,37 @@ def use_device(device: str, threads: int = 0) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{device}' cannot be used here: {first_line(error)}") from None
+
+
+def prepared(
+    lm: LanguageModel,
+    compile: str,
+    tokens: float,
+    may_choose: bool = False,
+    say: Callable[[str], None] = note,
+) -> LanguageModel:
+    """The model with all that it needs to decode so many tokens: programs are compiled where that was asked for or is worth
+    it, and `auto` knows what a round costs.
+
+    Args:
+        may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), where they were measured
+            before or are worth measuring.
+    """
+    if may_choose and compile != "off":
+        method = method_for("auto", getattr(lm.draft, "kind", None))
+        drafter = make_drafter(method, lm.draft)
+        compile_models(lm.target, [drafter], compile, tokens, say)
+        if compile == "on" or tokens >= WORTH or prices_are_kept(lm.target, drafter):
+            lm = LanguageModel(lm.target, drafter, method, lm.draft)
+    compile_models(lm.target, [lm.drafter], compile, tokens, say)
+    set_prices(lm.target, [lm.drafter])
+    return lm
+
+
+def prices_are_kept(target: Target, drafter: Drafter) -> bool:
+    """Were the costs of this pair, compiled as it is, measured on this machine before?"""
+    file = prices_file(target, drafter) if isinstance(drafter, AutoDrafter) else None
+    return file is not None and file.is_file()
 
 
 def compile_models(
