@@ -160,24 +160,34 @@ def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path
         assert costs.verify(25) >= costs.verify(5) >= 1.0
 
 
-def test_costs_that_are_known_or_worth_measuring_decide_unless_a_method_is_asked_for(
-    world, tmp_path: Path, monkeypatch
-) -> None:
+def test_measured_costs_decide_unless_a_method_is_asked_for(world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
-    monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)  # it is not what this is about
     pair = world["target"], world["glide"]
-    unknown = glidecape.load(*pair)
-    assert unknown.method == "glide"
-    assert prepared(unknown, "auto", WORTH, may_choose=True).method == "glide+auto"  # measures
-    known = glidecape.load(*pair)
-    assert known.method == "glide+auto"
-    assert known("def load_table(", max_tokens=12).text == unknown("def load_table(", max_tokens=12).text
+    chosen = glidecape.load(*pair)
+    assert chosen.method == "glide+auto"
+    assert [one.rows for one in chosen.drafter.prices] == [(1,), (1,)]
+    chain = glidecape.load(*pair, compile="off")
+    assert chain.method == "glide"
+    assert chosen("def load_table(", max_tokens=12).text == chain("def load_table(", max_tokens=12).text
     assert glidecape.load(*pair, options=MethodOptions(length=3)).method == "glide"
     assert glidecape.load(*pair, method="glide").method == "glide"
-    assert glidecape.load(*pair, compile="off").method == "glide"
-    assert glidecape.load(world["target"]).method == "lookup"  # of copies alone nothing is known yet
+    assert glidecape.load(world["target"]).method == "lookup+auto"
+
+
+def test_costs_of_a_large_model_are_measured_where_much_is_decoded(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("glidecape.interface.load.ROWS", (2,))
+    monkeypatch.setattr("glidecape.interface.load.QUICK", 0)
+    monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)
+    pair = world["target"], world["glide"]
+    large = glidecape.load(*pair)
+    assert large.method == "glide"
+    much = prepared(large, "auto", WORTH, may_choose=True)
+    assert (much.method, much.drafter.prices[0].rows) == ("glide+auto", (2,))
+    assert glidecape.load(*pair).method == "glide+auto"  # now they are known
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.65, 0), (0.99, 1)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -46,6 +46,17 @@ class RoundCosts:
             return points[0][1]
         (low, at_low), (high, at_high) = next((pair for pair in pairwise(points) if nodes <= pair[1][0]), points[-2:])
         return at_low + (at_high - at_low) * (nodes - low) / (high - low)
+
+    def of_rows(self, times: int) -> RoundCosts:
+        """Costs of so many times the rows, from those of one: a forward takes as long as one of so many nodes in one row.
+
+        What drafting takes stays the same part of a plain step.
+        """
+        plain = self.verify(times)
+        ratios = tuple(self.verify(times * size) / plain for size in self.sizes)
+        more = [ratio - own for ratio, own in zip(ratios, self.verification, strict=True)]
+        chains = ((n, cost + float(np.interp(1 + n, self.sizes, more))) for n, cost in self.chains)
+        return replace(self, verification=ratios, chains=tuple(chains))
 
     def of(self, depths: int, nodes: int) -> float:
         """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
@@ -121,7 +132,13 @@ class Prices:
 
     def at(self, rows: int, context: int) -> RoundCosts:
         """Costs of a round of so many rows and tokens before them, over a plain step of it: linear between what was measured,
-        and on with the last slope beyond it; before it, as at the first."""
+        and on with the last slope beyond it; before it, as at the first. Where one number of rows was measured, the nodes of
+        more rows cost as much as so many more nodes of these.
+
+        >>> one = Prices((1,), (9,), (1, 5), (((1.0, 1.4),),), ((0.1,),), ((0.0,),)).at(4, 9)
+        >>> round(one.verify(5), 3)  # 20 nodes over 4
+        2.231
+        """
         (low, high, between), (near, far, on) = _place(self.rows, rows), _place(self.contexts, context)
 
         def mean(table: Sequence[Sequence[float]]) -> float:
@@ -134,7 +151,8 @@ class Prices:
         draft, start = (max(0.0, mean(one)) / step for one in (self.draft, self.start))
         whole = max(0.0, mean(self.whole)) / step if self.length else 0.0
         chains = [(length, max(0.0, mean(one)) / step) for length, one in zip(self.lengths, self.chains, strict=True)]
-        return RoundCosts(draft, self.sizes, ratios, start, self.length, whole, tuple(chains))
+        costs = RoundCosts(draft, self.sizes, ratios, start, self.length, whole, tuple(chains))
+        return costs.of_rows(rows // self.rows[0]) if len(self.rows) == 1 and rows > self.rows[0] else costs
 
     def plain(self, rows: int, context: int) -> float:
         """Seconds of a plain round of so many rows and tokens before them.

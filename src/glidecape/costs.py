@@ -144,6 +144,7 @@ def _in_turn(
     return [column[1:] for column in times]
 
 
+ALONE_ROWS = (1,)
 ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
@@ -346,7 +347,7 @@ def prices_file(
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
         "chain": (
-            [drafter.length, *drafter.lengths]
+            [drafter.length, *drafter.lengths, list(rows or ROWS)]
             if isinstance(drafter, AutoDrafter)
             else [repr(drafter), list(rows or ROWS), tokens]
         ),
@@ -379,7 +380,8 @@ def prices_of(
     kept = None if path is None or again else _kept(path, say)
     if kept is not None:
         return kept
-    say("measuring what a round costs on this machine, once for this pair: half a minute, or more on a busy machine")
+    usual = "some seconds" if rows == ALONE_ROWS else "half a minute, or more on a busy machine"
+    say(f"measuring what a round costs on this machine, once for this pair: {usual}")
     measure: Callable[..., Prices] = (
         partial(measured_prices, target, drafter)
         if isinstance(drafter, AutoDrafter)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..costs import prices_file, prices_of
+from ..costs import ALONE_ROWS, ROWS, prices_file, prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
@@ -23,6 +23,7 @@ from ..target.target import Target
 from .language_model import LanguageModel
 
 WORTH = 20_000  # tokens to decode from which on compiling, some minutes, is made up for
+QUICK = 1e9  # parameters of a target whose rounds are measured in some seconds
 COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,10 +48,11 @@ def load(
         model: folder or Hub name of the target; or of a draft alone, whose card names its target.
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
         method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
-            "auto": the same, and measured costs decide how much is drafted (docs/auto.md). Where these costs were measured
-            before, "usual" is "auto", unless `options` are given.
+            "auto": the same, and measured costs decide how much is drafted (docs/auto.md). "usual" is "auto", too, unless
+            `options` are given, `compile` is "off", or the model is large and its costs are not known yet.
         options: of the method, such as `MethodOptions(length=4)`.
-        compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before.
+        compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before. With "off"
+            nothing is measured either, unless `method` asks for it.
         dtype: "float32", "bfloat16", "float16" or the same of torch; "auto": as stored.
         device: such as "cpu" or "cuda".
         threads: on a CPU; 0: PyTorch's choice.
@@ -163,23 +165,37 @@ def prepared(
     it, and `auto` knows what a round costs.
 
     Args:
-        may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), where they were measured
-            before or are worth measuring.
+        may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), but for a large model whose
+            costs nobody measured yet: there a round takes long, and measuring some dozens of them as well.
     """
     if may_choose and compile != "off":
         method = method_for("auto", getattr(lm.draft, "kind", None))
         drafter = make_drafter(method, lm.draft)
+        assert isinstance(drafter, AutoDrafter)
         compile_models(lm.target, [drafter], compile, tokens, say)
-        if compile == "on" or tokens >= WORTH or prices_are_kept(lm.target, drafter):
-            lm = LanguageModel(lm.target, drafter, method, lm.draft)
+        rows = _rows_priced(lm.target, drafter, many=tokens >= WORTH)
+        if rows is not None:
+            drafter.set_prices(prices_of(lm.target, drafter, say, rows=rows))
+            return LanguageModel(lm.target, drafter, method, lm.draft)
     compile_models(lm.target, [lm.drafter], compile, tokens, say)
     set_prices(lm.target, [lm.drafter])
     return lm
 
 
-def prices_are_kept(target: Target, drafter: Drafter) -> bool:
-    """Were the costs of this pair, compiled as it is, measured on this machine before?"""
-    file = prices_file(target, drafter) if isinstance(drafter, AutoDrafter) else None
+def _rows_priced(target: Target, drafter: AutoDrafter, many: bool) -> tuple[int, ...] | None:
+    """Numbers of rows whose costs are known or are to be measured now; None: they are unknown, and would take too long.
+
+    Args:
+        many: so much is decoded that half a minute is made up for.
+    """
+    if many or _are_kept(prices_file(target, drafter, ROWS)):
+        return ROWS
+    if target.num_parameters <= QUICK or _are_kept(prices_file(target, drafter, ALONE_ROWS)):
+        return ALONE_ROWS
+    return None
+
+
+def _are_kept(file: Path | None) -> bool:
     return file is not None and file.is_file()
 
 
