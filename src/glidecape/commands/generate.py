@@ -33,8 +33,8 @@ def generate(
         str,
         typer.Option(
             help="usual: auto, where costs are known or quick to measure, else what suits the draft. auto: measured costs "
-            "decide how much is drafted. Else plain, lookup, vanilla, glide, eagle or medusa. All but plain also +auto. Those with a "
-            "draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), "
+            "decide how much is drafted. Else plain, lookup, vanilla, glide, eagle or medusa. All but plain also +auto. Those "
+            "with a draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), "
             "and +svip or +heuristic."
         ),
     ] = "usual",
