@@ -34,8 +34,8 @@ def generate(
         typer.Option(
             help="usual: auto, where costs are known or quick to measure, else what suits the draft. auto: measured costs "
             "decide how much is drafted. Else plain, lookup, vanilla, glide, eagle or medusa. All but plain also +auto. Those "
-            "with a draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for medusa), "
-            "and +svip or +heuristic."
+            "with a draft also +chain, +cape, +beam, +tree (EAGLE-2's, usual for eagle) or +static (EAGLE-1's, usual for "
+            "medusa), and +svip or +heuristic."
         ),
     ] = "usual",
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
