@@ -176,6 +176,13 @@ def test_measured_costs_decide_unless_a_method_is_asked_for(world, tmp_path: Pat
     assert glidecape.load(world["target"]).method == "lookup+auto"
 
 
+def test_on_a_busy_machine_nothing_is_measured_at_first_use(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("glidecape.costs.LEAST_SHARE", 1.1)
+    monkeypatch.setattr("glidecape.costs.measured_prices", lambda *_, **__: pytest.fail("it was measured"))
+    assert glidecape.load(world["target"], world["glide"]).method == "glide"
+
+
 def test_costs_of_a_large_model_are_measured_where_much_is_decoded(world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)

@@ -16,7 +16,7 @@ from glidecape.batch.text import GrowingText, StopStrings, TextStream, text_of
 from glidecape.bench.provenance import commit
 from glidecape.bench.records import JsonLines, RunFolder
 from glidecape.bench.settings import Settings
-from glidecape.commands.shared import base_of, read_prompts
+from glidecape.commands.shared import kind_of, read_prompts
 from glidecape.core.params import SamplingParams
 from glidecape.core.tree import TokenTree
 from glidecape.demo import run_demo
@@ -154,8 +154,8 @@ def test_a_draft_of_another_kind_is_refused_wherever_it_is_used(kind, world, tar
 
 def test_folders_below_home_are_found(world, target, monkeypatch):
     monkeypatch.setenv("HOME", str(world["glide"].parent))
-    assert base_of("~/glide") == "glide"
-    assert base_of("~/lm") == "vanilla"
+    assert kind_of("~/glide") == "glide"
+    assert kind_of("~/lm") == "lm"
     assert Target.from_pretrained("~/target", probe=False).vocab_size == target.vocab_size
 
 

@@ -328,6 +328,19 @@ def length_prices(
     return Prices(tuple(rows), tuple(contexts), tuple(sizes), verify, nothing, nothing, share=share.value)
 
 
+@torch.no_grad()
+def is_idle(target: Target, drafter: AutoDrafter, trial_s: float = 0.3) -> bool:
+    """Do rounds have the processors for themselves? Of costs that are measured beside other programs none is kept, and it takes
+    minutes."""
+    share, rounds = Share(), FixedRounds(drafter)
+    batch = _unread(target, rounds, 1, min(CONTEXTS[0], target.context // 2), 0.0, 2)
+    rounds.shape = Shape(0, 1)
+    with share.counting():
+        while share.so_far < trial_s:
+            _forgotten(target, rounds, batch)
+    return share.value >= LEAST_SHARE
+
+
 def prices_file(
     target: Target,
     drafter: AutoDrafter | PricedDrafter,

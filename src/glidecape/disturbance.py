@@ -16,15 +16,21 @@ class Share:
 
     def __init__(self) -> None:
         self.whole = self.own = 0.0
+        self.began: float | None = None
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        whole, own = time.perf_counter(), time.thread_time()
+        self.began, own = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.whole += time.perf_counter() - whole
+            self.whole, self.began = self.so_far, None
             self.own += time.thread_time() - own
+
+    @property
+    def so_far(self) -> float:
+        """Seconds since the block began, and those of the blocks before."""
+        return self.whole + (0.0 if self.began is None else time.perf_counter() - self.began)
 
     @property
     def value(self) -> float:

@@ -68,7 +68,8 @@ def certify(
         folders = named_folders(drafts)
         model = machine.load(target)
         drafters = make_drafters(methods, load_drafts(folders, model))
-        machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters))
+        # What a round costs decides what auto drafts, never what is written: a guess will do.
+        machine.compile_models(model, drafters.values(), len(texts) * max_new_tokens * len(drafters), price=False)
         with bar(f"loading {short(target)} for transformers"):
             reference = _reference(target, model.dtype, machine)
         with bar("certifying", (len(drafters) + ("plain" not in drafters)) * len(texts)) as shown:
@@ -129,7 +130,7 @@ def make_drafters(methods: str, drafts: dict[str, Any]) -> dict[str, Drafter]:
     from ..drafting.methods import DRAFTLESS, METHODS, base_for, make_drafter, parse_method
 
     if methods == "all":
-        wanted = list(DRAFTLESS)
+        wanted = [one for one in METHODS if one.split("+")[0] in DRAFTLESS]
         for name, draft in drafts.items():
             base = base_for(draft.kind)
             label = "" if name == base else f"{name}:"

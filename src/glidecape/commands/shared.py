@@ -95,7 +95,7 @@ class ServingMachine(Machine):
     compile: str = option(
         "auto",
         "Decode with compiled programs: on, off, or auto: those that are there, and new ones for 20,000 tokens or more; bench "
-        "and measure always compile.",
+        "and measure always compile. off also measures no costs, so that a chain is drafted where no method is named.",
         environment="GLIDECAPE_COMPILE",
     )
 

@@ -133,7 +133,7 @@ def make_drafter(
     if base == "lookup":
         return _auto(None, None, chosen) if AUTO in added else LookupDrafter(chosen.length, chosen.ngram)
     if draft is None:
-        raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder with --draft")
+        raise InputError(f"method '{method}' needs {WANTS[base]}: name its folder, as draft=… or with --draft")
     kind = getattr(draft, "kind", None)  # None: anything that can draft
     if kind is not None and (made_for := base_for(kind)) != base:
         raise InputError(

@@ -221,7 +221,8 @@ def _checked_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
     """Raises InputError where they are no conversation that can be answered."""
     if not isinstance(prompt, Sequence) or not all(isinstance(one, Mapping) for one in prompt):
         raise InputError(
-            f"a prompt is text, a list of token ids, or a list of messages with role and content, not {prompt!r:.80}"
+            f"a prompt is text, a list of token ids, or a list of messages with role and content (several prompts: lm.batch), "
+            f"not {prompt!r:.80}"
         )
     for one in prompt:
         if not all(isinstance(one.get(name), str) for name in ("role", "content")):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..costs import ALONE_ROWS, ROWS, prices_file, prices_of
+from ..costs import ALONE_ROWS, ROWS, is_idle, prices_file, prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
@@ -49,7 +49,7 @@ def load(
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
         method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
             "auto": the same, and measured costs decide how much is drafted (docs/auto.md). "usual" is "auto", too, unless
-            `options` are given, `compile` is "off", or the model is large and its costs are not known yet.
+            `options` are given, `compile` is "off", or costs are not known yet and the model is large or the machine busy.
         options: of the method, such as `MethodOptions(length=4)`.
         compile: "on", "off" as `--compile` of the command line; "auto": use programs that were compiled before. With "off"
             nothing is measured either, unless `method` asks for it.
@@ -71,11 +71,12 @@ def load(
     >>> glidecape.load("path/to/draft").target.vocab_size == lm.target.vocab_size  # its card names the model
     True
     """
-    if method not in BY_DRAFT:
-        parse_method(method)  # before anything is loaded
+    base = None if method in BY_DRAFT else parse_method(method)[0]  # before anything is loaded
     if compile not in COMPILE:
         raise InputError(f"compile takes {', '.join(COMPILE)}, not '{compile}'")
     model, draft = pair_of(model, draft)
+    if draft is None and base is not None and base not in DRAFTLESS:
+        make_drafter(method)  # says what is missing
     target = load_target(
         model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -166,7 +167,7 @@ def prepared(
 
     Args:
         may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), but for a large model whose
-            costs nobody measured yet: there a round takes long, and measuring some dozens of them as well.
+            costs nobody measured yet, where measuring some dozens of rounds takes long, and on a busy machine.
     """
     if may_choose and compile != "off":
         method = method_for("auto", getattr(lm.draft, "kind", None))
@@ -190,9 +191,9 @@ def _rows_priced(target: Target, drafter: AutoDrafter, many: bool) -> tuple[int,
     """
     if many or _are_kept(prices_file(target, drafter, ROWS)):
         return ROWS
-    if target.num_parameters <= QUICK or _are_kept(prices_file(target, drafter, ALONE_ROWS)):
+    if _are_kept(prices_file(target, drafter, ALONE_ROWS)):
         return ALONE_ROWS
-    return None
+    return ALONE_ROWS if target.num_parameters <= QUICK and is_idle(target, drafter) else None
 
 
 def _are_kept(file: Path | None) -> bool:
