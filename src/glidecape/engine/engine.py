@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from contextlib import nullcontext
 
 import torch
 
@@ -52,7 +51,7 @@ class Engine:
         self.batch = Batch(cache, drafter.begin(rows, capacity), noise)
         self.waiting: deque[Row] = deque()
         self.ready = 0  # rows whose prompts were read: the first so many of `batch.slots`
-        self.pace = Pace(target.chunk, target.device)
+        self.pace = Pace(target.chunk)
         self._read_last = False  # was the last step a chunk?
 
     @property
@@ -135,8 +134,9 @@ class Engine:
                 if longest * (last + 1 - first) > chunk:
                     break
                 last += 1
-        with self.pace.chunk(min(longest, chunk) * (last - first)) if gently else nullcontext():
-            self._read(first, last, chunk)
+        if gently:
+            self.pace.chunk(min(longest, chunk) * (last - first))
+        self._read(first, last, chunk)
         self._count_ready()
         return True
 
