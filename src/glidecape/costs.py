@@ -230,8 +230,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         rounds.shape = shape
         return _forgotten(target, rounds, batch).total_s
 
-    timed = [partial(round_of, shape) for shape in shapes + chains]
-    times = list(map(min, _in_turn(timed, patience=PATIENCE_S)))
+    times = list(map(min, _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)))
 
     def among_its_like(shape: Shape) -> float:
         return min([round_of(shape) for _ in range(2 * ALONE)][ALONE:])
