@@ -186,8 +186,8 @@ def test_on_a_busy_machine_nothing_is_measured_at_first_use(world, tmp_path: Pat
 def test_costs_of_a_large_model_are_measured_where_much_is_decoded(world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
-    monkeypatch.setattr("glidecape.interface.load.ROWS", (2,))
-    monkeypatch.setattr("glidecape.interface.load.QUICK", 0)
+    monkeypatch.setattr("glidecape.usual.ROWS", (2,))
+    monkeypatch.setattr("glidecape.usual.QUICK", 0)
     monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)
     pair = world["target"], world["glide"]
     large = glidecape.load(*pair)

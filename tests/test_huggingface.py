@@ -19,9 +19,12 @@ from glidecape import glidecape_generate
 from glidecape.compat import DynamicCache, cache_argument
 from glidecape.core.params import SamplingParams
 from glidecape.core.stats import Stats
+from glidecape.drafting.auto.drafter import AutoDrafter
+from glidecape.drafting.drafter import ModelDrafter
 from glidecape.drafting.options import MethodOptions
 from glidecape.engine.decode import generate
 from glidecape.errors import GlideCapeError, InputError, UnsupportedError
+from glidecape.target.packages import FOLDER
 from glidecape.target.target import Target
 from test_against_transformers import PROMPTS, build
 
@@ -262,6 +265,41 @@ def test_a_draft_folder_is_loaded_once_and_keeps_the_tokens(world):
             found = call(model, inputs, repetition_penalty=1.1, custom_generate=glidecape_generate, draft=folder)
             assert torch.equal(found, expected)
     assert set(model._glidecape.drafts) == {str(world["glide"]), str(world["lm"])}
+
+
+def test_measured_costs_decide_where_no_method_is_asked_for(world, monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv(FOLDER, str(tmp_path))  # no costs are known
+    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("glidecape.usual.is_idle", lambda *_: True)
+    model = AutoModelForCausalLM.from_pretrained(world["target"], dtype=torch.float32)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    own = {"custom_generate": glidecape_generate, "draft": world["glide"]}
+    expected = call(model, inputs)
+    assert torch.equal(call(model, inputs, **own), expected)
+    (drafter,) = model._glidecape.usual.values()
+    assert isinstance(drafter, AutoDrafter)
+    assert [one.rows for one in drafter.prices] == [(1,), (1,)]
+    assert torch.equal(call(model, inputs, **own), expected)
+    assert list(model._glidecape.usual.values()) == [drafter]  # what it learned is not lost
+    asked = Stats()
+    assert torch.equal(call(model, inputs, **own, options=MethodOptions(length=2), glide_stats=asked), expected)
+    assert 0 < asked.depths <= 2 * asked.rounds
+
+
+def test_on_a_busy_machine_a_chain_decodes_and_nothing_is_measured_twice(world, monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    looked: list[int] = []
+    monkeypatch.setattr("glidecape.usual.is_idle", lambda *_: bool(looked.append(1)))
+    model = AutoModelForCausalLM.from_pretrained(world["target"], dtype=torch.float32)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    for _ in range(2):
+        call(model, inputs, custom_generate=glidecape_generate, draft=world["glide"])
+    assert looked == [1]
+    assert isinstance(*model._glidecape.usual.values(), ModelDrafter)
 
 
 REFUSED = {

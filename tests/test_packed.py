@@ -1,5 +1,8 @@
 """Packed linear layers: the same products as dense ones, whatever the number of rows."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -84,3 +87,32 @@ def test_a_packed_target_is_the_same_target(tmp_path):
     packed.unpack()
     assert not packed.packed
     assert packed.weights_digest == dense.weights_digest
+
+
+@needs_packing
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_prompts_of_many_lengths_leave_no_kernels_behind():
+    """A kernel for each number of rows is kept: 1,024 of them would take a gigabyte. In a process that made no product yet."""
+    code = """if True:
+        import torch
+        from glidecape.target.packed import PackedLinear
+
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * 4096 / 2**20
+
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            layers = [PackedLinear(torch.randn(n, 256)) for n in (128, 256, 512)]
+            x = torch.randn(400, 256)
+            sizes = []
+            for count in range(17, 257):
+                for layer in layers:
+                    layer(x[:count])
+                sizes.append(resident())
+        print(sizes[40], sizes[-1])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    early, late = map(float, done.stdout.split())
+    assert late - early < 60, (early, late)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -188,8 +190,8 @@ def test_an_aborted_row_is_gone_at_the_next_step_wherever_it_is() -> None:
     assert all(row.new_tokens == alone for row in others)
 
 
-def test_a_newcomer_holds_the_others_up_for_at_most_two_usual_rounds() -> None:
-    """On a clock that a forward moves on by a millisecond a token, and by ten of its own."""
+def clocked(rows: int) -> tuple[Engine, list[float], Any]:
+    """An engine, its target, and a clock that a forward moves on by a millisecond a token, and by ten of its own."""
     now = [0.0]
     made = target()
     whole = made.forward
@@ -199,14 +201,19 @@ def test_a_newcomer_holds_the_others_up_for_at_most_two_usual_rounds() -> None:
         return whole(tokens, *rest, **named)
 
     made.forward, made.chunk = forward, 512
-    engine = Engine(made, DRAFTERS["chain"](), 4, 600, 600)
-    engine.pace = Pace(512, lambda: now[0])
+    engine = Engine(made, DRAFTERS["chain"](), rows, 600, 600)
+    engine.pace = Pace(512, torch.device("cpu"), lambda: now[0])
+    return engine, now, made
+
+
+def test_a_newcomer_holds_the_others_up_for_at_most_two_usual_rounds() -> None:
+    engine, now, made = clocked(4)
     first = [new_row(i, [i, 1], SamplingParams(max_new_tokens=300), made) for i in range(3)]
     for row in first:
         engine.submit(row)
-    while len(engine.pace.rounds) < 20:
+    for _ in range(20):
         engine.step()
-    usual = sorted(engine.pace.rounds)[10]
+    usual = median(engine.pace.rounds)
     late = new_row(3, [1, 2] * 200, SamplingParams(max_new_tokens=5), made)
     engine.submit(late)
     times = [now[0]]
@@ -216,3 +223,20 @@ def test_a_newcomer_holds_the_others_up_for_at_most_two_usual_rounds() -> None:
     waits = [after - before for before, after in itertools.pairwise(times)]
     assert len(waits) > 3
     assert max(waits) <= 3 * usual  # a round of its own, and two more
+
+
+def test_chunks_grow_with_the_rounds_as_newcomers_join() -> None:
+    """Many come at once while one row is decoded: its rounds were short, and each newcomer makes them longer."""
+    engine, _, made = clocked(16)
+    engine.submit(new_row(0, [1, 1], SamplingParams(max_new_tokens=500), made))
+    for _ in range(20):
+        engine.step()
+    alone, chunks = median(engine.pace.rounds), [engine.pace.tokens]
+    late = [new_row(i, [i % 5, 2] * 100, SamplingParams(max_new_tokens=400), made) for i in range(1, 16)]
+    for row in late:
+        engine.submit(row)
+    while any(row.emitted == 0 for row in late):
+        engine.step()
+        chunks.append(engine.pace.tokens)
+    assert median(engine.pace.rounds) > 3 * alone
+    assert chunks[-1] >= 2 * min(chunks)

@@ -109,9 +109,15 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 def pack_weight(weight: Tensor) -> Tensor:
     """A weight `(outputs, inputs)` in oneDNN's blocks.
 
+    Products are made by kernels for one number of rows each, about a megabyte a kernel. oneDNN and PyTorch's layer above it
+    keep the last 1,024 of them, which prompts of many lengths fill: over a gigabyte. So they keep 64 here, unless the user
+    chose otherwise or a product was made before: both read these variables when they are first used.
+
     Raises:
         RuntimeError, AttributeError: this build of PyTorch lacks the operator, which is private.
     """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 

@@ -353,6 +353,7 @@ def prices_file(
         "target": target.weights_digest,
         "dtype": str(target.dtype),
         "compiled": target.compiled is not None,
+        "packed": target.packed,
         "device": str(target.device),
         "threads": torch.get_num_threads(),
         "draft": repr(model),

@@ -93,7 +93,7 @@ def bench(
 
     settings.params("check")  # bad sampling options are an error before anything is loaded
     # With no target named, the shipped pair's drafts are at hand.
-    methods = methods or ("plain,glide" if draft or target is None else "plain,lookup")
+    methods = methods or ("plain,glide,glide+auto" if draft or target is None else "plain,lookup,lookup+auto")
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
     peer_names = _peer_names(peers, settings, machine)

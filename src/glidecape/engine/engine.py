@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 
@@ -51,7 +52,7 @@ class Engine:
         self.batch = Batch(cache, drafter.begin(rows, capacity), noise)
         self.waiting: deque[Row] = deque()
         self.ready = 0  # rows whose prompts were read: the first so many of `batch.slots`
-        self.pace = Pace(target.chunk)
+        self.pace = Pace(target.chunk, target.device)
         self._read_last = False  # was the last step a chunk?
 
     @property
@@ -134,9 +135,8 @@ class Engine:
                 if longest * (last + 1 - first) > chunk:
                     break
                 last += 1
-        if gently:
-            self.pace.chunk(min(longest, chunk) * (last - first))
-        self._read(first, last, chunk)
+        with self.pace.chunk(min(longest, chunk) * (last - first)) if gently else nullcontext():
+            self._read(first, last, chunk)
         self._count_ready()
         return True
 

@@ -8,49 +8,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
+import torch
+
 LEAST = 16  # tokens of a chunk; fewer are hardly faster to read
+ROUNDS = 9  # that are remembered: as newcomers join, rounds become longer, and their chunks may, too
 
 
 class Pace:
     """Chooses chunks that take about as long as a round, from the times of the last ones.
 
-    So the rows that are decoding wait for at most about one round more. A round ends with a wait for the device, a chunk need
-    not: so a chunk's time is that of the chunk and the round after it, less a usual round.
+    So the rows that are decoding wait for at most about one round more.
 
     Args:
         most: tokens of a chunk at most.
+        device: that computes; a chunk's time is known when it has done so.
 
     Attributes:
         tokens: of the next chunk, all its rows together.
-        rounds: seconds of the last rounds without a chunk before them.
+        rounds: seconds of the last rounds.
         last: seconds of the last round; None where a chunk was before it.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.most, self.clock, self.tokens = most, clock, 2 * LEAST
-        self.rounds: deque[float] = deque(maxlen=31)
+    def __init__(self, most: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.most, self.device, self.clock, self.tokens = most, device, clock, 2 * LEAST
+        self.rounds: deque[float] = deque(maxlen=ROUNDS)
         self.last: float | None = None
-        self._chunk: tuple[int, float] | None = None  # its tokens, and when it began
+        self._read = False
 
-    def chunk(self, tokens: int) -> None:
-        """A chunk of so many tokens begins, all its rows together."""
-        self._chunk = tokens, self.clock()
+    @contextmanager
+    def chunk(self, tokens: int) -> Iterator[None]:
+        """A chunk of so many tokens, all its rows together."""
+        began = self.clock()
+        yield
+        if self.device.type == "cuda" and torch.cuda.is_available():  # tests have a device that is not there
+            torch.cuda.synchronize(self.device)
+        self._read = True
+        if self.rounds:
+            self._learn(tokens, self.clock() - began, median(self.rounds))
 
     @contextmanager
     def round(self) -> Iterator[None]:
-        """A round."""
+        """A round, which ends with a wait for the device anyway."""
         began = self.clock()
         yield
-        self.last = None if self._chunk is not None else self.clock() - began
-        if self.last is not None:
-            self.rounds.append(self.last)
-        elif self.rounds and self._chunk is not None:
-            tokens, began = self._chunk
-            self._learn(tokens, self.clock() - began - median(self.rounds))
-        self._chunk = None
+        took = self.clock() - began
+        self.rounds.append(took)
+        self.last, self._read = None if self._read else took, False
 
-    def _learn(self, tokens: int, seconds: float) -> None:
-        limit = median(self.rounds)
+    def _learn(self, tokens: int, seconds: float, limit: float) -> None:
         if seconds > limit:
             self.tokens = max(LEAST, int(min(tokens, self.tokens) * max(0.5, limit / seconds)))
         elif seconds < limit / 2 and tokens > self.tokens / 2:

@@ -32,6 +32,7 @@ from ..engine.decode import decode
 from ..errors import InputError, UnsupportedError
 from ..target.attention import ATTENTION
 from ..target.target import Target
+from ..usual import usual_drafter
 
 _KEPT = "_glidecape"  # attribute of a model: what later calls use again
 _PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHE_ARGUMENTS}
@@ -66,7 +67,8 @@ def glidecape_generate(
         stopping_criteria: judge each row after every token; they must depend on their arguments alone.
         generation_config: what the call and the model's own configuration ask for.
         draft: folder or Hub name, a loaded draft, or a transformers model that drafts. A folder is loaded once a model.
-        method: as for `glidecape.load`; None: "usual".
+        method: as for `glidecape.load`; None: "usual". Without `options`, too, measured costs decide what is drafted: the first
+            call of a model and a draft measures them, which takes a few seconds (docs/auto.md).
         options: of the method, such as `MethodOptions(length=4)`; None: the defaults.
         seed: of row 0; row i has seed + i. None: drawn from PyTorch's generator, so that `torch.manual_seed` decides.
         sampling: "noise" or "residual", see `SamplingParams`.
@@ -266,27 +268,39 @@ class _Kept:
 
     target: Target
     drafts: dict[str, Any] = field(default_factory=dict)
+    usual: dict[Any, Drafter] = field(default_factory=dict)  # by folder or draft; `auto` learns from call to call
 
 
 def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions | None) -> tuple[Target, Drafter]:
     kept = model.__dict__.get(_KEPT)
     if kept is None or kept.target.model is not model:
         kept = model.__dict__[_KEPT] = _Kept(Target(model))
-    if isinstance(draft, (str, Path)):
-        if str(draft) not in kept.drafts:
-            kept.drafts[str(draft)] = load_draft(draft, kept.target)
-        draft = kept.drafts[str(draft)]
-    elif isinstance(draft, torch.nn.Module) and hasattr(draft, "generate"):
-        own = draft.__dict__.get(_KEPT)
-        if own is None or own.target.model is not draft:
-            own = draft.__dict__[_KEPT] = _Kept(Target(draft))
-        if own.target.vocab_size != kept.target.vocab_size:
-            raise InputError(
-                f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
-            )
-        draft = StandaloneDraft(own.target)
-    chosen = method_for(method or "usual", None if draft is None else getattr(draft, "kind", "lm"))
-    return kept.target, make_drafter(chosen, draft, options)
+    named = str(draft) if isinstance(draft, Path) else draft
+    if method in (None, "usual") and options is None:
+        if named not in kept.usual:
+            kept.usual[named] = usual_drafter(kept.target, _loaded(kept, named))
+        return kept.target, kept.usual[named]
+    loaded = _loaded(kept, named)
+    chosen = method_for(method or "usual", None if loaded is None else getattr(loaded, "kind", "lm"))
+    return kept.target, make_drafter(chosen, loaded, options)
+
+
+def _loaded(kept: _Kept, draft: Any) -> Any:
+    """The draft that a caller named by its folder, or gave as a draft or a model of its own."""
+    if isinstance(draft, str):
+        if draft not in kept.drafts:
+            kept.drafts[draft] = load_draft(draft, kept.target)
+        return kept.drafts[draft]
+    if not (isinstance(draft, torch.nn.Module) and hasattr(draft, "generate")):
+        return draft
+    own = draft.__dict__.get(_KEPT)
+    if own is None or own.target.model is not draft:
+        own = draft.__dict__[_KEPT] = _Kept(Target(draft))
+    if own.target.vocab_size != kept.target.vocab_size:
+        raise InputError(
+            f"the draft has {own.target.vocab_size} tokens and the model {kept.target.vocab_size}: they need one vocabulary"
+        )
+    return StandaloneDraft(own.target)
 
 
 @contextmanager

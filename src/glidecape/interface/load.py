@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..costs import ALONE_ROWS, ROWS, is_idle, prices_file, prices_of
+from ..costs import prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
@@ -20,10 +20,10 @@ from ..drafts.sharing import target_named_by, target_of_lm
 from ..errors import InputError, first_line
 from ..progress import note
 from ..target.target import Target
+from ..usual import auto_drafter, take_prices
 from .language_model import LanguageModel
 
 WORTH = 20_000  # tokens to decode from which on compiling, some minutes, is made up for
-QUICK = 1e9  # parameters of a target whose rounds are measured in some seconds
 COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -166,38 +166,17 @@ def prepared(
     it, and `auto` knows what a round costs.
 
     Args:
-        may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), but for a large model whose
-            costs nobody measured yet, where measuring some dozens of rounds takes long, and on a busy machine.
+        may_choose: nobody asked for a method. Then measured costs decide what is drafted (`auto`), where they are known or
+            quickly measured (`usual.take_prices`).
     """
     if may_choose and compile != "off":
-        method = method_for("auto", getattr(lm.draft, "kind", None))
-        drafter = make_drafter(method, lm.draft)
-        assert isinstance(drafter, AutoDrafter)
+        method, drafter = auto_drafter(lm.draft)
         compile_models(lm.target, [drafter], compile, tokens, say)
-        rows = _rows_priced(lm.target, drafter, many=tokens >= WORTH)
-        if rows is not None:
-            drafter.set_prices(prices_of(lm.target, drafter, say, rows=rows))
+        if take_prices(lm.target, drafter, tokens >= WORTH, say):
             return LanguageModel(lm.target, drafter, method, lm.draft)
     compile_models(lm.target, [lm.drafter], compile, tokens, say)
     set_prices(lm.target, [lm.drafter])
     return lm
-
-
-def _rows_priced(target: Target, drafter: AutoDrafter, many: bool) -> tuple[int, ...] | None:
-    """Numbers of rows whose costs are known or are to be measured now; None: they are unknown, and would take too long.
-
-    Args:
-        many: so much is decoded that half a minute is made up for.
-    """
-    if many or _are_kept(prices_file(target, drafter, ROWS)):
-        return ROWS
-    if _are_kept(prices_file(target, drafter, ALONE_ROWS)):
-        return ALONE_ROWS
-    return ALONE_ROWS if target.num_parameters <= QUICK and is_idle(target, drafter) else None
-
-
-def _are_kept(file: Path | None) -> bool:
-    return file is not None and file.is_file()
 
 
 def compile_models(
