@@ -35,7 +35,7 @@ Methods = Annotated[
     typer.Option(
         help="Methods as for generate, joined by commas: plain,lookup+auto,glide. NAME:method uses the draft of that name; "
         "method@length=8 sets an option (length, bins, threshold, cap, over, beams, ngram, top, total, without) for that "
-        "method alone. Default: plain and lookup; with drafts plain and glide."
+        "method alone. Default: plain, lookup and lookup+auto; with drafts plain, glide and glide+auto."
     ),
 ]
 SuiteNames = Annotated[
