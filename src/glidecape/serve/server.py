@@ -121,6 +121,25 @@ def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter
     return made
 
 
+def log_json() -> None:
+    """Write this server's events and uvicorn's warnings to standard error, as `JsonLines`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
+
+
+def ready_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:
+    """The service of a loaded model, which knows its prices and has decoded once; raises as `make_service` does."""
+    drafter = priced(target, drafter, settings)
+    service = make_service(target, drafter, settings, name, method)
+    generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
+    if not getattr(target.tokenizer, "chat_template", None):
+        LOG.warning("the tokenizer has no chat template: conversations become lines of 'User:' and 'Assistant:'")
+    return service
+
+
 def bind(settings: ServeSettings) -> socket.socket:
     """A socket that has the address. It does not listen yet, so that clients see when the server is ready.
 
@@ -151,17 +170,9 @@ def serve(
     Raises:
         InputError: see `make_service`.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(level)
-    drafter = priced(target, drafter, settings)
-    service = make_service(target, drafter, settings, name, method)
-    generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
+    log_json()
+    service = ready_service(target, drafter, settings, name, method)
     port = listening.getsockname()[1]
-    if not getattr(target.tokenizer, "chat_template", None):
-        LOG.warning("the tokenizer has no chat template: conversations become lines of 'User:' and 'Assistant:'")
     facts = {
         "url": f"http://{settings.host}:{port}/v1",
         "model": name,
