@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -166,27 +168,28 @@ def test_the_dockerfile_installs_what_there_is_and_runs_as_a_user() -> None:
     } == {*copied}
 
 
-async def _talk(app: FastAPI, path: str, batches: int) -> tuple[list[Any], bytes]:
-    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
-    said = []
-    messages = exchange(app, scope, b"")
+async def talk(app: FastAPI, path: str, batches: int = 1000) -> bytes:
+    """The body of an answer, or as much of it as comes in so many batches of messages."""
+    messages, body = (
+        exchange(app, {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}, b""),
+        b"",
+    )
     async for batch in messages:
-        said += batch
+        body += b"".join(one.get("body", b"") for one in batch)
         batches -= 1
         if not batches:
             break
     await messages.aclose()
-    return said, b"".join(one.get("body", b"") for one in said)
+    await asyncio.sleep(0.05)
+    return body
 
 
-def test_an_answer_that_nobody_reads_on_is_cancelled() -> None:
-    import asyncio
-
+def test_an_answer_that_nobody_reads_on_is_cancelled_and_one_that_fails_fails() -> None:
     app, ended = FastAPI(), []
 
-    @app.get("/")
+    @app.get("/endless")
     async def endless() -> StreamingResponse:
-        async def pieces() -> Any:
+        async def pieces() -> AsyncIterator[bytes]:
             try:
                 while True:
                     yield b"x"
@@ -196,16 +199,26 @@ def test_an_answer_that_nobody_reads_on_is_cancelled() -> None:
 
         return StreamingResponse(pieces())
 
-    async def run() -> bytes:
-        said = (await _talk(app, "/", 3))[1]
-        await asyncio.sleep(0.05)
-        return said
+    @app.get("/torn")
+    async def torn() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"x"
+            raise ValueError("no more")
 
-    assert asyncio.run(run()).startswith(b"x")
+        return StreamingResponse(pieces())
+
+    @app.get("/wrong")
+    async def wrong() -> None:
+        raise ValueError("at once")
+
+    assert asyncio.run(talk(app, "/endless", 3)).startswith(b"x")
     assert ended == [True]
+    assert asyncio.run(talk(app, "/wrong")) == b"Internal Server Error"
+    with pytest.raises(ValueError, match="no more"):
+        asyncio.run(talk(app, "/torn"))
 
 
-# --- with two replicas
+# --- with two replicas; those of the first tests are killed and ended by the last of these tests
 
 
 class Cluster(Asking):
@@ -216,7 +229,8 @@ class Cluster(Asking):
         given = ["--ray", "--replicas", "2", "--port", "0", "--dtype", "float32", "--threads", "1", "--compile", "off"]
         given += ["--max-batch", str(ROWS), "--max-context", "512", "--cache-mib", "200", "--model-name", "pysource"]
         command = [sys.executable, "-m", "glidecape", "serve", *given, *words]
-        self.process = subprocess.Popen(command, stderr=self.said.open("w"), stdin=subprocess.DEVNULL)
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL)
         wait_for(lambda: "serving" in self._events() or self.process.poll() is not None, 200)
         assert self.process.poll() is None, self.said.read_text()
         self.port = int(self._events()["serving"]["url"].split(":")[2].split("/")[0])
@@ -256,9 +270,9 @@ class Cluster(Asking):
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def end(self) -> int:
+    def end(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
         return self.process.wait(60)
 
 
@@ -416,6 +430,33 @@ def test_sigterm_lets_answers_end_and_ends_everything(cluster) -> None:
         assert [one.result()[0] for one in asked] == [200] * 4
     assert "stopped" in cluster.said.read_text()
     wait_for(lambda: not [pid for pid in family if Path(f"/proc/{pid}").exists()], 15)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+@needs_ray
+def test_a_cluster_that_runs_is_joined_and_left_as_it_was(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard", "false"]
+    ray = Path(sys.executable).with_name("ray")
+    head = subprocess.Popen(
+        [ray, *words, "--disable-usage-stats"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: answers(port), 60)
+        cluster = Cluster(tmp_path, "--ray-address", f"127.0.0.1:{port}")
+        assert len(cluster.metric("num_requests_running")) == 2
+        assert cluster.replicas == [], "they are processes of the cluster"
+        assert cluster.end(signal.SIGINT) == 0
+        assert head.poll() is None
+    finally:
+        head.terminate()
+        head.wait(30)
 
 
 @needs_ray

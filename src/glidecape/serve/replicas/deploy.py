@@ -74,7 +74,7 @@ def run(recipe: Recipe, where: ReplicaSettings) -> None:
     """
     log_json()
     settings = recipe.settings
-    if where.ray_address is None:
+    if where.ray_address is None or not settings.port:
         listening = bind(settings)  # Ray would say it late and long
         settings = replace(settings, port=listening.getsockname()[1])
         listening.close()

@@ -24,8 +24,12 @@ async def exchange(app: App, scope: Scope, body: bytes) -> AsyncIterator[list[Me
     Args:
         scope: of `sendable`.
         body: the whole body of the request.
+
+    Raises:
+        Exception: what the application raises before its answer has ended.
     """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    ended = False
     request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -47,9 +51,11 @@ async def exchange(app: App, scope: Scope, body: bytes) -> AsyncIterator[list[Me
             while not messages.empty():
                 batch.append(messages.get_nowait())
             if said := [message for message in batch if message is not None]:
+                ended = said[-1]["type"] == "http.response.body" and not said[-1].get("more_body")
                 yield said
             if batch[-1] is None:
                 break
-        await running
+        if not ended:  # an error after the end of the answer was logged where it happened
+            await running
     finally:
         running.cancel()
