@@ -49,7 +49,7 @@ test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 
 test-vllm: .venv-vllm/.installed ## try GliDe inside vLLM, in an environment of its own (3 GB); five minutes
 	env OMP_NUM_THREADS=$(JOBS) .venv-vllm/bin/python -m pytest -W default --timeout=900 tests/test_vllm.py
 
-test-ray: .venv-ray/.installed ## try the server on two replicas under Ray Serve, in an environment of its own; three minutes
+test-ray: .venv-ray/.installed ## try the server on two replicas under Ray Serve, in an environment of its own; five minutes
 	$(ONE_THREAD) .venv-ray/bin/python -m pytest -W default --timeout=300 tests/test_serve_ray.py
 	.venv-ray/bin/hadolint deploy/Dockerfile
 	.venv-ray/bin/yamllint -c deploy/.yamllint deploy

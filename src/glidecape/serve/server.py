@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import socket
-import sys
-import time
 
 import torch
 import uvicorn
@@ -25,28 +21,14 @@ from ..errors import InputError
 from ..progress import note
 from ..target.target import Target
 from .app import create_app
+from .logs import LOG, log_json
 from .metrics import Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shadow import Shadow
 from .worker import Worker
 
-LOG = logging.getLogger("glidecape.serve")
 SHARE = 0.8  # of free memory, for keys and values
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, text, and the facts of the event."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-        }
-        line |= {"event": record.getMessage()} | getattr(record, "facts", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -119,15 +101,6 @@ def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter
     rows = sorted({settings.max_batch, *(count for count in (1, 4, 16) if count < settings.max_batch)})
     made.set_prices(prices_of(target, made, note, rows=rows, tokens=tokens))
     return made
-
-
-def log_json() -> None:
-    """Write this server's events and uvicorn's warnings to standard error, as `JsonLines`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(level)
 
 
 def ready_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:

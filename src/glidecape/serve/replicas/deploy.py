@@ -17,14 +17,14 @@ from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from ...errors import InputError
-from ..server import bind, log_json
+from ..logs import LOG, log_json
+from ..server import bind
 from ..settings import ServeSettings
 from .front import Front
 from .replica import Recipe, Replica
 from .router import PrefixRouter
 from .settings import ReplicaSettings, check_gpus, threads_each
 
-LOG = logging.getLogger("glidecape.serve")
 NAME = "glidecape"  # of the application
 SPARE = 64  # requests that a replica takes beyond its room, to say itself that it is full
 PROXY = 20.0  # seconds until Ray's HTTP proxy listens
@@ -90,15 +90,15 @@ def run(recipe: Recipe, where: ReplicaSettings) -> None:
         made = application(replace(recipe, settings=settings, threads=threads), where.replicas)
         facts: dict[str, Any] = {"url": f"http://{settings.host}:{settings.port}/v1", "model": recipe.name}
         facts |= {"method": recipe.method, "replicas": where.replicas, "threads": threads, "pid": os.getpid()}
-        _serve(made, facts)
+        _serve(made, facts, where.ray_address is not None)
     except _Stopped:
         pass
     finally:
-        ray.shutdown()  # ends what was started here, and leaves a cluster that was joined as it was
+        ray.shutdown()  # ends Ray if it was started here, and leaves a cluster that was joined
     LOG.info("stopped")
 
 
-def _serve(made: serve.Application, facts: dict[str, Any]) -> None:
+def _serve(made: serve.Application, facts: dict[str, Any], joined: bool) -> None:
     """Deploy, and serve until `_Stopped`."""
     try:
         _deploy(made)
@@ -109,6 +109,8 @@ def _serve(made: serve.Application, facts: dict[str, Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         serve.delete(NAME)  # answers that are being made may end
+        if joined and not serve.status().applications:
+            serve.shutdown()  # else its proxies would keep the port
 
 
 class _Stopped(BaseException):
@@ -129,7 +131,8 @@ def _start_ray(where: ReplicaSettings, threads: int) -> None:
         except (ConnectionError, ValueError) as error:
             told = str(error).splitlines()[0]
             raise InputError(
-                f"no Ray cluster answers at '{where.ray_address}' ({told}): start one with `ray start --head`"
+                f"no Ray cluster lets us in at '{where.ray_address}' ({told}): start one with `ray start --head`, and set "
+                "RAY_AUTH_MODE=token if it has a token"
             ) from None
         return
     # A replica needs a core by Ray's count, however few there are.

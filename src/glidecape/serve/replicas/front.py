@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,12 +14,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import ApiError
 from ..gate import Message, read_body
-from ..server import log_json
+from ..logs import LOG, log_json
 from .exchange import Scope, sendable
 from .gathered import gathered
 from .key import routing_key
 
-LOG = logging.getLogger("glidecape.serve")
 TRIES = 4  # of a request: one that makes replicas end does not end them all
 PAUSE = 0.1  # seconds before the second try, and twice as many before each further one
 PATIENCE = 10.0  # seconds that replicas have to say their metrics

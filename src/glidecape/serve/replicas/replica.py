@@ -10,7 +10,8 @@ import torch
 from ...interface.language_model import LanguageModel
 from ..app import create_app
 from ..gate import Message
-from ..server import log_json, ready_service
+from ..logs import log_json
+from ..server import ready_service
 from ..settings import ServeSettings
 from .exchange import Scope, exchange
 
