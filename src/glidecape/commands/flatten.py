@@ -22,6 +22,7 @@ PANELS = {
     "TargetShape": "Model",
     "Windowing": "Windows",
     "Settings": "Run",
+    "ReplicaSettings": "Replicas",
     "StudyOptions": "Run",
 }  # of options in the help, by their class
 

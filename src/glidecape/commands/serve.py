@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..drafting.options import MethodOptions
 from ..errors import InputError
-from ..progress import note
+from ..serve.replicas.settings import ReplicaSettings
 from ..serve.settings import ServeSettings
 from .effects import refuse_unused
-from .shared import Draft, ServingMachine, TargetOrShipped, choose
+from .replicas import chosen, loaded, recipe_of, served_name
+from .shared import Draft, ServingMachine, TargetOrShipped
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -28,20 +28,27 @@ def serve(
     settings: ServeSettings = ServeSettings(),
     options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(),
+    replicas: ReplicaSettings = ReplicaSettings(),
 ) -> None:
     """Serve a model: OpenAI's chat and completions interface, batched, with metrics (docs/serving.md)."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise InputError(f"the server needs {', '.join(missing)}: pip install 'glidecape[serve]'")
+    if replicas.ray and importlib.util.find_spec("ray") is None:
+        raise InputError("--ray needs Ray Serve: pip install 'glidecape[ray]'")
+    target, draft, method = chosen(target, draft, method)
+    refuse_unused(ctx, [method])
+    if replicas.ray:
+        from ..drafts.checkpoint import resolve
+        from ..serve.replicas.deploy import run as run_replicas
+        from ..target.loading import local_folder
+
+        local_folder(target, machine.revision)  # a mistyped path is an error before Ray starts
+        if draft is not None:
+            resolve(draft)
+        return run_replicas(recipe_of(target, draft, method, settings, options, machine), replicas)
     from ..serve.server import bind
     from ..serve.server import serve as run
 
-    named, (target, draft, method) = method, choose(target, draft, method)
-    if named == "usual" and draft is None:
-        method = "plain"  # copying is for those who know that their prompts repeat
-        note("no draft is named: decoding is plain; --draft makes it faster, and --method lookup needs none")
-    refuse_unused(ctx, [method])
     listening = bind(settings)  # a port that is in use is an error before the model is loaded
-    lm = machine.load_pair(target, draft, method, options)
-    machine.compile_models(lm.target, [lm.drafter], tokens=0)  # auto: a start is to take seconds
-    name = settings.model_name or (Path(target).resolve().name if Path(target).exists() else target)
-    run(lm.target, lm.drafter, settings, name, method, listening)
+    lm = loaded(target, draft, method, options, machine)
+    run(lm.target, lm.drafter, settings, served_name(target, settings), method, listening)

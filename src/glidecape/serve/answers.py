@@ -178,14 +178,15 @@ async def stream_events(
             del body["usage"]
         return f"data: {json.dumps(_without_nothing(body))}\n\n"
 
-    for job in jobs:
-        if (first := form.opening(job.number)) is not None:
-            yield event([first])
+    # The openings come with the first tokens: as long as nothing was sent, another replica can answer (replicas/front.py).
+    openings = [first for job in jobs if (first := form.opening(job.number)) is not None]
     while open_jobs:
         job, item = await updates.get()
         if isinstance(item, ApiError):
-            yield f"data: {item.reply.model_dump_json()}\n\n"
+            yield item.event
             return
+        while openings:
+            yield event([openings.pop(0)])
         ended = item.finish is not None
         open_jobs -= ended
         choice = choices[job.number]

@@ -65,6 +65,11 @@ class ApiError(Exception):
         detail = ErrorDetail(message=self.message, type=kind.get(self.status, usual), param=self.param, code=self.code)
         return ErrorReply(error=detail)
 
+    @property
+    def event(self) -> str:
+        """The last event of a stream that ends with it."""
+        return f"data: {self.reply.model_dump_json()}\n\n"
+
 
 def _sendable(text: str) -> str:
     """What a request said may be in it: of any length, and with halves of characters, which UTF-8 has not."""

@@ -115,6 +115,22 @@ class _Body:
         return message
 
 
+async def read_body(receive: Receive, most: int) -> bytes:
+    """A request's whole body.
+
+    Raises:
+        ApiError: it is larger than `most` bytes, or does not come.
+    """
+    body, whole, more = _Body(receive, most), bytearray(), True
+    while more:
+        message = await body.receive()
+        if message["type"] == "http.disconnect":
+            break
+        whole += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(whole)
+
+
 def _start(error: ApiError) -> Message:
     headers = {"Content-Type": "application/json", **error.headers}
     if error.status == 401:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import socket
-import sys
-import time
 
 import torch
 import uvicorn
@@ -25,28 +21,14 @@ from ..errors import InputError
 from ..progress import note
 from ..target.target import Target
 from .app import create_app
+from .logs import LOG, log_json
 from .metrics import Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shadow import Shadow
 from .worker import Worker
 
-LOG = logging.getLogger("glidecape.serve")
 SHARE = 0.8  # of free memory, for keys and values
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, text, and the facts of the event."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-        }
-        line |= {"event": record.getMessage()} | getattr(record, "facts", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -121,6 +103,16 @@ def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter
     return made
 
 
+def ready_service(target: Target, drafter: Drafter, settings: ServeSettings, name: str, method: str) -> Service:
+    """The service of a loaded model, which knows its prices and has decoded once; raises as `make_service` does."""
+    drafter = priced(target, drafter, settings)
+    service = make_service(target, drafter, settings, name, method)
+    generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
+    if not getattr(target.tokenizer, "chat_template", None):
+        LOG.warning("the tokenizer has no chat template: conversations become lines of 'User:' and 'Assistant:'")
+    return service
+
+
 def bind(settings: ServeSettings) -> socket.socket:
     """A socket that has the address. It does not listen yet, so that clients see when the server is ready.
 
@@ -151,17 +143,9 @@ def serve(
     Raises:
         InputError: see `make_service`.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(level)
-    drafter = priced(target, drafter, settings)
-    service = make_service(target, drafter, settings, name, method)
-    generate(target, [[0, 0]], drafter, SamplingParams(max_new_tokens=8, ignore_eos=True))  # the first call is slow
+    log_json()
+    service = ready_service(target, drafter, settings, name, method)
     port = listening.getsockname()[1]
-    if not getattr(target.tokenizer, "chat_template", None):
-        LOG.warning("the tokenizer has no chat template: conversations become lines of 'User:' and 'Assistant:'")
     facts = {
         "url": f"http://{settings.host}:{port}/v1",
         "model": name,

@@ -87,7 +87,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
     while finish is None:
         _, item = await job.updates.get()
         if isinstance(item, ApiError):
-            yield f"data: {item.reply.model_dump_json()}\n\n"
+            yield item.event
             return
         finish = item.finish
         won = None if not service.worker.prices or not row.drafts else round(job.won, 5)
