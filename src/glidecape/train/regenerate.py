@@ -26,9 +26,10 @@ from ..files import write_atomic
 from ..progress import bar, say
 from ..target.target import Target
 from .corpus import MARKS
-from .data import load_streams, read_rows
+from .data import load_streams
 from .loop import differences
 from .rows import pieces_of, prompt_of
+from .sources import read_rows
 
 
 @dataclass(frozen=True)
