@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from glidecape.commands.data import _chat_source
 from glidecape.commands.shared import read_prompts
 from glidecape.errors import DataError, InputError
 from glidecape.target.target import Target
 from glidecape.train import tokenized
+from glidecape.train.chat import ChatSource
 from glidecape.train.data import load_streams
 from glidecape.train.ranks import process_group
 from glidecape.train.sources import read_rows
@@ -184,6 +186,11 @@ def test_a_refused_row_leaves_nothing_behind(target, tmp_path):
 def test_names_of_the_hub_are_checked(name, message):
     with pytest.raises(DataError, match=message):
         list(read_rows(Path(name)))
+
+
+def test_a_source_of_the_hub_has_no_bytes_after_it():
+    assert _chat_source("hub:owner/name:train", 9).path == Path("hub:owner/name:train")
+    assert _chat_source("rows.jsonl:2e6", 9) == ChatSource(Path("rows.jsonl"), 2_000_000)
 
 
 def test_without_the_library_a_sentence_says_what_to_install(world, tmp_path, monkeypatch, capfd):
