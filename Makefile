@@ -21,7 +21,7 @@ LOCK = requirements.lock
 PIP = $(BIN)/python -m pip
 LOCKED = $(PIP) install -c $(LOCK)
 # All but vllm, which pins older versions of what the others share, and ray, which only the server on several machines needs.
-EXTRAS = plots suites peers grammar int8 serve
+EXTRAS = plots datasets peers grammar int8 serve
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-annotate --quiet
 
 # Other libraries have recipes and environments of their own, in .venv-peers, .venv-vllm and .venv-ray.

@@ -10,11 +10,13 @@ from rich.console import Console
 
 from glidecape.errors import DataError
 from glidecape.target.target import Target
-from glidecape.train.data import Windows, load_streams, read_prompts
+from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftLoss, make_draft, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.rows import preview
+from glidecape.train.sources import read_prompts
+from glidecape.train.stream import Stream, Windows
 from test_command_line import run
 
 CHAT = (
@@ -138,11 +140,11 @@ def test_a_preview_is_coloured_on_a_terminal_and_plain_where_piped():
 def test_windows_in_which_nothing_is_learned_are_passed_over():
     learned = np.zeros(50, dtype=bool)
     learned[[13, 20, 44]] = True  # 20 begins its window: nothing before it predicts it
-    windows = Windows(np.arange(50), 0, learned)
+    windows = Windows(Stream(np.arange(50), learned), 0)
     assert sorted(windows.batch(0, 2, 10)[:, 0].tolist()) == [10, 40]
     assert windows.batch_learned(0, 2, 10).sum().item() == 2
     with pytest.raises(DataError, match="no window of 10 tokens"):
-        Windows(np.arange(50), 0, np.zeros(50, dtype=bool)).batch(0, 1, 10)
+        Windows(Stream(np.arange(50), np.zeros(50, dtype=bool)), 0).batch(0, 1, 10)
 
 
 def test_the_loss_sees_learned_tokens_only(target):

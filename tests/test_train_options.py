@@ -14,7 +14,7 @@ from glidecape.errors import InputError
 from glidecape.target.target import Target
 from glidecape.train import draft as drafts
 from glidecape.train import figures
-from glidecape.train.data import load_tokens
+from glidecape.train.data import load_streams
 from glidecape.train.draft import train_draft
 from glidecape.train.kinds.glide import draft_logits
 from glidecape.train.loop import STATE_FILE, Budget
@@ -88,7 +88,7 @@ def test_a_compiled_draft_learns_the_same(kind, world, target, tmp_path, monkeyp
 
 def test_figures_by_lag_are_the_obvious_ones(world, target):
     module = load_network(world["glide"], target).module
-    tokens = load_tokens(world["corpus"], target.tokenizer, split="valid")
+    tokens = load_streams(world["corpus"], target.tokenizer)["valid"].tokens
     found = figures.figures_by_lag(target, module, tokens, 24, max_windows=1)
     assert found["lags"] == list(range(1, 9))
     assert found["positions"] == 16

@@ -23,12 +23,13 @@ from glidecape.engine.decode import decode, generate
 from glidecape.errors import CheckpointError, DataError, InputError, MismatchError, UnsupportedError
 from glidecape.target.target import Target
 from glidecape.train import loop
-from glidecape.train.data import Windows, load_tokens
+from glidecape.train.data import load_streams
 from glidecape.train.draft import Teacher, train_draft
 from glidecape.train.kinds.glide import draft_hidden, draft_logits
 from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
 from glidecape.train.recipe import DraftRecipe
+from glidecape.train.stream import Stream, Windows
 from test_against_transformers import build
 
 
@@ -37,10 +38,12 @@ def load(world):
 
 
 def test_windows_depend_on_the_step_alone_and_visit_everything_once_an_epoch():
-    windows = Windows(np.arange(100, dtype=np.uint16), seed=1)
+    windows = Windows(Stream(np.arange(100, dtype=np.uint16)), seed=1)
     epoch = torch.cat([windows.batch(step, 2, 10) for step in range(5)])
     assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
-    assert torch.equal(windows.batch(3, 2, 10), Windows(np.arange(100, dtype=np.uint16), seed=1).batch(3, 2, 10))
+    assert torch.equal(
+        windows.batch(3, 2, 10), Windows(Stream(np.arange(100, dtype=np.uint16)), seed=1).batch(3, 2, 10)
+    )
     assert not torch.equal(windows.batch(0, 10, 10), windows.batch(1, 10, 10))  # the next epoch has another order
 
 
@@ -60,7 +63,7 @@ def test_broken_data_is_refused_with_the_place(name, world, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_tokens(tmp_path / name, load(world).tokenizer)
+        load_streams(tmp_path / name, load(world).tokenizer)
 
 
 def test_whole_packages_are_held_out(world):

@@ -65,7 +65,7 @@ def fetch_suite(name: str, folder: Path | None) -> Path:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise InputError("--fetch needs the datasets library: pip install 'glidecape[suites]'") from None
+        raise InputError("--fetch needs the datasets library: pip install 'glidecape[datasets]'") from None
     wanted = DATASETS[name]
     try:
         rows = load_dataset(wanted.name, wanted.config, split=wanted.split)

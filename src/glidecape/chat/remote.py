@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from ..asking import Server, model_in, told
 from ..core.params import SamplingParams
 from ..errors import InputError, first_line
 from .figures import Figures, Piece
 
-TIMEOUT = 600  # seconds without a word from the server
 # Fields of a request for options that are sent where they are not the usual ones.
 FIELDS = {
     "top_p": "top_p",
@@ -29,13 +27,6 @@ FIELDS = {
     "ignore_eos": "ignore_eos",
     "min_new_tokens": "min_tokens",
 }
-
-
-class _Stay(HTTPRedirectHandler):
-    """Follows no redirect: the key is for this server alone."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 class RemoteModel:
@@ -56,19 +47,18 @@ class RemoteModel:
     origins: tuple[str, ...] = ()
 
     def __init__(self, url: str, model: str | None, key: str | None, params: SamplingParams) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise InputError(f"--url is an address such as http://127.0.0.1:8000/v1, not '{url}'")
-        self.url, self.key, self.figures = url.rstrip("/"), key, Figures()
-        self._opener = build_opener(_Stay)
+        self.server, self.figures = Server(url, key, "--url"), Figures()
+        self.url = self.server.url
         self.options = fields_of(params)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
         with self._asked("/models") as reply:
             try:
-                return str(json.load(reply)["data"][0]["id"])
-            except (ValueError, KeyError, IndexError, TypeError):
-                raise InputError(f"{self.url}/models names no model: check the address, or name MODEL") from None
+                listing = json.load(reply)
+            except ValueError:
+                listing = None
+            return model_in(listing, self.url)
 
     def answer(self, turns: Sequence[dict[str, str]]) -> Iterator[Piece]:
         """The answer to a conversation, in pieces.
@@ -97,16 +87,14 @@ class RemoteModel:
 
     @contextmanager
     def _asked(self, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        data = None if body is None else json.dumps(body).encode()
         try:
-            with self._opener.open(Request(self.url + path, data, headers), timeout=TIMEOUT) as reply:
+            with self.server.open(path, body) as reply:
                 yield reply
         except HTTPError as error:
             with error:
-                advice = "" if self.url.endswith("/v1") else f": is it {self.url}/v1?"
                 otherwise = f"{self.url} answers with status {error.code}"
-                raise InputError(_told(error.read(), otherwise) + (advice if error.code == 404 else "")) from None
+                advice = self.server.advice if error.code == 404 else ""
+                raise InputError(told(error.read(), otherwise) + advice) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise InputError(
@@ -154,14 +142,6 @@ def _events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             return
         event = json.loads(data)
         if not isinstance(event, dict) or "error" in event:
-            raise InputError(_told(data, "the server failed"))
+            raise InputError(told(data, "the server failed"))
         yield event
     raise InputError("the server ended the answer half-way")
-
-
-def _told(body: bytes, otherwise: str) -> str:
-    """What an error's body says."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return otherwise

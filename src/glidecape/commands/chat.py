@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,9 +9,8 @@ import typer
 from ..core.params import SamplingParams
 from ..drafting.options import MethodOptions
 from ..errors import InputError
-from ..options import option_of
 from ..progress import note
-from .effects import names_options, note_unused, refuse_unused, typed
+from .effects import names_options, note_unused, refuse_local, refuse_unused, typed
 from .shared import Draft, ServingMachine, TargetOrShipped, choose
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ def chat(
     if url is not None:
         from ..chat.remote import RemoteModel
 
-        _refuse_local_options(ctx)
+        refuse_local(ctx, "--url")
         model = RemoteModel(url, target, api_key, params)
         note(f"{model.model} at {model.url}")
     else:
@@ -57,16 +55,6 @@ def chat(
             raise InputError("--api-key is for a server: name it with --url, or leave the key out")
         model = _local_model(ctx, target, draft, method, params, options, machine)
     Session(model, system).run()
-
-
-def _refuse_local_options(ctx: typer.Context) -> None:
-    """Raises InputError for an option that says how a local model runs."""
-    local = {"draft", "method"}
-    for form in (MethodOptions, ServingMachine):
-        local |= {how.parameter(one.name) for one in fields(form) if (how := option_of(one)) is not None}
-    for name in sorted(local):
-        if typed(ctx, name):
-            raise InputError(f"--{name.replace('_', '-')} is for a local model: leave it out with --url")
 
 
 def _local_model(

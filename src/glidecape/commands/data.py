@@ -46,7 +46,8 @@ def pysource(
 )
 def chat(
     source: Annotated[
-        list[str], typer.Option(help="A .jsonl(.gz) of messages, prompt+completion or text; FILE:BYTES takes a part.")
+        list[str],
+        typer.Option(help="A .jsonl(.gz) or .parquet of messages, prompt+completion or text; FILE:BYTES takes a part."),
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Corpus folder to write.")],
     vocab_size: Annotated[int, typer.Option(min=512, max=65_535)] = 8192,
@@ -73,9 +74,10 @@ def chat(
 
 def _chat_source(text: str, max_bytes: int | None) -> ChatSource:
     from ..train.chat import ChatSource
+    from ..train.sources import on_hub
 
     path, colon, size = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or Path(text).exists() or on_hub(Path(text)):
         return ChatSource(Path(text), max_bytes)
     try:
         return ChatSource(Path(path), int(float(size)))

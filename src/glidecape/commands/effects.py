@@ -11,6 +11,7 @@ from ..drafting.options import CAPPED, FIXED, LOOKUP, PRICED, SVIP, TREE, Method
 from ..errors import InputError
 from ..options import option_of
 from ..progress import note
+from .shared import ServingMachine
 
 # By parameter: what is to be in a method's name for it to be used.
 USES = {how.parameter(one.name): how.needs for one in fields(MethodOptions) if (how := option_of(one)) is not None}
@@ -61,6 +62,17 @@ def refuse_unused(ctx: typer.Context, methods: Iterable[str], also: Iterable[str
                 f"{option} has no effect with method {', '.join(methods)}: it needs {need}, so choose such a method or leave "
                 f"{option} out"
             )
+
+
+def refuse_local(ctx: typer.Context, beside: str, read: Iterable[str] = ()) -> None:
+    """Raises InputError for an option that says how a local model runs, given beside the option that names a server; those in
+    `read` are used nevertheless."""
+    local = {"draft", "method", "batch"}
+    for form in (MethodOptions, ServingMachine):
+        local |= {how.parameter(one.name) for one in fields(form) if (how := option_of(one)) is not None}
+    for name in sorted(local - set(read)):
+        if typed(ctx, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a local model: leave it out with {beside}")
 
 
 def names_options(ctx: typer.Context) -> bool:

@@ -57,6 +57,10 @@ def sizes(target: Target, module: nn.Module, recipe: DraftRecipe, length: int) -
     # About a dozen tensors of the width and four of the feed-forward width stay for the backward pass, and as much is
     # taken by the target's widest layer for a moment.
     activations = 4 * recipe.rows * length * (16 * config.hidden_size + 6 * ffn)
+    if recipe.documents == "apart":
+        activations += (
+            8 * recipe.rows * length**2
+        )  # masks of every position for every other, of the target and the draft
     return Sizes(
         target_parameters=sum(p.numel() for p in target.model.parameters()),
         draft_parameters=own,
@@ -92,7 +96,7 @@ def measure(
     One batch warms up; then batches are timed for `seconds`, three at least; the median counts.
 
     Args:
-        windows: a `train.data.Windows`, or None for random token ids (speed does not depend on what they are).
+        windows: a `train.stream.Windows`, or None for random token ids (speed does not depend on what they are).
     """
     import torch
 
@@ -109,9 +113,12 @@ def measure(
         if windows is None:
             generator = torch.Generator().manual_seed(number)
             batch = torch.randint(target.vocab_size, (recipe.rows, length), generator=generator)
+            begins = torch.zeros_like(batch) if recipe.documents == "apart" else None  # one document a window
         else:
             batch = windows.batch(number, recipe.rows, length)
-        draft_loss(batch.to(target.device), number).backward()
+            begins = windows.batch_begins(number, recipe.rows, length)
+        there = None if begins is None else begins.to(target.device)
+        draft_loss(batch.to(target.device), number, begins=there).backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
         for optimizer in made:
             optimizer.step()
@@ -132,13 +139,14 @@ def make_plan(
         InputError: training would not fit into the free memory; nothing was measured.
         DataError: `data` cannot be read.
     """
-    from ..train.data import Windows, load_tokens
+    from ..train.data import load_streams
     from ..train.draft import make_draft
+    from ..train.stream import Windows
 
     length = min(recipe.length, target.context)
-    text = load_tokens(data, target.tokenizer, target.vocab_size) if data else None
-    windows = None if text is None else Windows(text, recipe.seed)
-    module = make_draft(target, recipe, text)
+    text = load_streams(data, target.tokenizer, target.vocab_size)["train"] if data else None
+    windows = None if text is None else Windows(text, recipe.seed, recipe.documents == "apart")
+    module = make_draft(target, recipe, None if text is None else text.tokens)
     counted = sizes(target, module, recipe, length)
     free = free_memory(target.device)
     loaded = counted.target_parameters * target.dtype.itemsize  # is in memory already
@@ -159,7 +167,7 @@ def make_plan(
         "hours": round(tokens / speed / 3600, 4),
     }
     if windows is not None:
-        plan |= {"data_tokens": len(windows.tokens), "epochs": round(tokens / len(windows.tokens), 2)}
+        plan |= {"data_tokens": len(windows.text.tokens), "epochs": round(tokens / len(windows.text.tokens), 2)}
     return plan
 
 
@@ -205,7 +213,7 @@ def plan(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
-    from ..train.data import check_exists
+    from ..train.sources import check_exists
 
     if data is not None:
         check_exists(data)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..files import only_writer
-from .effects import refuse_unused
+from ..progress import note
+from .effects import refuse_local, refuse_unused, typed
 from .shared import Draft, ServingMachine, TargetName, command_line, kind_of, resumable
+
+if TYPE_CHECKING:
+    from ..train.endpoint import DescribedTarget, Endpoint
 
 
 def regenerate(
@@ -35,6 +39,23 @@ def regenerate(
     limit: Annotated[int, typer.Option(min=0, help="Most rows to make; 0: one for each row of the data.")] = 0,
     seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Let a server continue them, such as http://127.0.0.1:8000/v1; MODEL gives the tokenizer alone."
+        ),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="With --endpoint: the model's name there; default: its first one.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key for the server. Other users of this machine can see options: set the variable instead.",
+            envvar="GLIDECAPE_API_KEY",
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --endpoint: requests at a time.")] = 16,
     options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(dtype="float32"),
 ) -> None:
@@ -44,16 +65,26 @@ def regenerate(
     """
     from ..drafting.methods import make_drafter, method_for, parse_method
     from ..interface.load import fitting_draft
-    from ..train.data import check_exists
-    from ..train.regenerate import Regeneration
+    from ..train.regenerate import Regeneration, regenerate_by
     from ..train.regenerate import regenerate as run
+    from ..train.sources import check_exists
 
     if out.suffix != ".jsonl":
         raise InputError(f"--output takes a .jsonl file, not {out}")
+    plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
+    if endpoint is not None:
+        refuse_local(ctx, "--endpoint", ("revision", "trust_remote_code"))
+        check_exists(data)
+        with only_writer(out, folder=False), resumable(out):
+            known, there = _of_server(target, endpoint, model_name, api_key, machine)
+            regenerate_by(there, known, data, out, plan, concurrency, command_line())
+        return
+    for name in ("model_name", "api_key", "concurrency"):
+        if typed(ctx, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a server: name it with --endpoint, or leave it out")
     method = method or ("plain" if draft is None else method_for("usual", kind_of(draft)))
     parse_method(method)
     refuse_unused(ctx, [method])
-    plan = Regeneration(prompt_tokens, max_new_tokens, temperature, top_p, seed, limit)
     check_exists(data)
     with only_writer(out, folder=False):  # asked before the model is loaded, too
         model = machine.load(target)
@@ -61,3 +92,17 @@ def regenerate(
         machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
         with resumable(out):
             run(model, data, out, plan, drafter, batch, command_line())
+
+
+def _of_server(
+    target: str, url: str, model: str | None, key: str | None, machine: ServingMachine
+) -> tuple[DescribedTarget, Endpoint]:
+    """What is known of the target here, and the server that runs it."""
+    from ..asking import Server
+    from ..train.endpoint import DescribedTarget, Endpoint
+
+    server = Server(url, key, "--endpoint")
+    known = DescribedTarget.of(target, revision=machine.revision, trust_remote_code=machine.trust_remote_code)
+    there = Endpoint(server, model, known.tokenizer)
+    note(f"{there.model} at {server.url}")
+    return known, there

@@ -29,7 +29,12 @@ SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between saves; a 
 
 def train(
     target: TargetName,
-    data: Annotated[Path, typer.Option(help="Corpus folder, .jsonl(.gz) with text/prompt/messages, or text files.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Corpus folder; .jsonl(.gz) or .parquet with text, prompt or messages; text files; or hub:OWNER/NAME:SPLIT."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the draft; an interrupted run there resumes.")],
     recipe: DraftRecipe = DraftRecipe(),
     tokens: Tokens = None,
@@ -47,9 +52,9 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node GPUS -m glidecape train …
     """
-    from ..train.data import check_exists
     from ..train.draft import preview_data, train_draft
     from ..train.ranks import process_group, ranks
+    from ..train.sources import check_exists
 
     budget = None if preview else budget_of(tokens, minutes)
     check_exists(data)  # before the model is loaded
@@ -155,6 +160,6 @@ def _joint_recipe(changes: str, seed: int) -> DraftRecipe:
     from ..train.study_rows import changes_of
 
     wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
-    if given := {"length", "rows", "accumulate", "clip", "loss_on"} & wanted.keys():
+    if given := {"length", "rows", "accumulate", "clip", "loss_on", "documents"} & wanted.keys():
         raise InputError(f"--draft-recipe cannot set {min(given)}: the draft sees its target's own batches")
     return DraftRecipe(**wanted)

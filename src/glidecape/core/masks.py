@@ -74,13 +74,27 @@ def path_slots(lengths: Tensor, scratch: Tensor, ancestors: Tensor, keys: int) -
     return torch.where(position < first[..., None], position, first[..., None] + by_depth.gather(2, inside))
 
 
-def visible_mask(visible: Tensor, keys: int) -> Tensor:
-    """Cross-attention mask for `visible (batch, queries)`: query i sees target keys 0 .. visible[i]-1.
+def documents_mask(begins: Tensor) -> Tensor:
+    """Who sees whom among the documents of a window: each token its own document up to itself; `(batch, queries, queries)`.
+
+    Args:
+        begins: `(batch, queries)`, the slot at which the document of each token begins.
+    """
+    slot = torch.arange(begins.shape[1], device=begins.device)
+    return (slot >= begins[..., None]) & (slot <= slot[:, None])
+
+
+def visible_mask(visible: Tensor, keys: int, begins: Tensor | None = None) -> Tensor:
+    """Cross-attention mask for `visible (batch, queries)`: query i sees target keys 0 .. visible[i]-1, counted from the slot
+    `begins[i]` where that is given.
 
     A query that may see nothing gets key 0, so that softmax has something to normalise; its output must be zeroed.
     """
     slot = torch.arange(keys, device=visible.device)
-    return (slot < visible.clamp(min=1)[..., None])[:, None]
+    if begins is None:
+        return (slot < visible.clamp(min=1)[..., None])[:, None]
+    first = begins[..., None]
+    return ((slot >= first) & (slot < first + visible.clamp(min=1)[..., None]))[:, None]
 
 
 def block_visible(phase: Tensor, length: int, block: int) -> Tensor:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..progress import note, say
 from ..target.target import Target
-from .data import Windows, load_streams
+from .data import load_streams
 from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
 from .kinds import BY_RECIPE, training_of
 from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
 from .ranks import own_rows, ranks, shard
 from .recipe import DraftRecipe
 from .rows import Preview, preview
+from .stream import Windows
 from .teacher import Teacher, TeacherOutput
 
 ENOUGH = 1_000_000  # tokens that a draft learns a good deal from (docs/tutorials/train.md)
@@ -74,10 +75,12 @@ class DraftLoss:
                 f"windows of {length} tokens hold no lag of {least - 1}: lower --max-lag, or lengthen --length"
             )
 
-    def __call__(self, batch: Tensor, number: int, learned: Tensor | None = None) -> Tensor:
-        """Mean loss over `batch (rows, length)`, this process's rows of the run's batch of that number; `learned` as in
-        `TeacherOutput`."""
-        return self.of(self.teacher.run(batch, number, learned))
+    def __call__(
+        self, batch: Tensor, number: int, learned: Tensor | None = None, begins: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss over `batch (rows, length)`, this process's rows of the run's batch of that number; `learned` and `begins`
+        as in `TeacherOutput`."""
+        return self.of(self.teacher.run(batch, number, learned, begins))
 
     def of(self, output: TeacherOutput) -> Tensor:
         """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""
@@ -106,11 +109,11 @@ def train_draft(
             with another recipe or other data.
         UnsupportedError: the target's cache cannot be read by a GliDe draft.
     """
-    streams = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on)
+    streams = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on, keep=out)
     text, held_out = streams["train"], streams["valid"].tokens
     length = min(recipe.length, target.context)
     trial_prompts(held_out, prompts, target.context, recipe.seed)  # too little text is an error now, not after an hour
-    windows = Windows(text.tokens, recipe.seed, text.learned)
+    windows = Windows(text, recipe.seed, recipe.documents == "apart")
     module = make_draft(target, recipe, text.tokens)
     made = optimizers(module, recipe.rate, recipe.muon)
     if ranks().first:
@@ -124,10 +127,13 @@ def train_draft(
 
     def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
-        batch = windows.batch(number, recipe.rows, length)
-        learned = windows.batch_learned(number, recipe.rows, length)
-        own = None if learned is None else own_rows(learned).to(target.device)
-        return [draft_loss(own_rows(batch).to(target.device), number, own)], batch.numel()
+        wanted = (number, recipe.rows, length)
+        batch = windows.batch(*wanted)
+        rest = (own(windows.batch_learned(*wanted)), own(windows.batch_begins(*wanted)))
+        return [draft_loss(own_rows(batch).to(target.device), number, *rest)], batch.numel()
+
+    def own(whole: Tensor | None) -> Tensor | None:
+        return None if whole is None else own_rows(whole).to(target.device)
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
@@ -218,7 +224,7 @@ def preview_data(target: Target, data: Path, recipe: DraftRecipe) -> Preview:
         DataError: as `train_draft`.
     """
     text = load_streams(data, target.tokenizer, target.vocab_size, recipe.loss_on)["train"]
-    windows, length = Windows(text.tokens, recipe.seed, text.learned), min(recipe.length, target.context)
+    windows, length = Windows(text, recipe.seed), min(recipe.length, target.context)
     learned = windows.batch_learned(0, 1, length)
     return preview(
         target.tokenizer, windows.batch(0, 1, length)[0].tolist(), None if learned is None else learned[0].tolist()

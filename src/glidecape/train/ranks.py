@@ -14,7 +14,8 @@ Without a group of processes all functions do nothing, or what they do for a gro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -190,3 +191,28 @@ def _decoder_layers(target: Target) -> Sequence[nn.Module]:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def of_machine() -> Ranks:
+    """This process among those of its machine."""
+    here = ranks()
+    if here.count == 1:
+        return here
+    return Ranks(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", here.count)))
+
+
+def machine_number() -> int:
+    """Of this machine among those of the training."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def together(work: Iterable[object], meet_every_s: float = 20.0) -> None:
+    """Do the steps of `work`, and return when all processes have done theirs. They meet every few seconds, so that none waits
+    longer for another than its network allows, and one that fails ends all."""
+    steps, left = iter(work), True
+    while True:
+        until = time.monotonic() + meet_every_s
+        while left and time.monotonic() < until:
+            left = next(steps, steps) is not steps
+        if not largest_of([float(left)])[0]:
+            return

@@ -51,6 +51,7 @@ class DraftRecipe:
         length, rows: window in tokens and windows a step.
         muon: hidden matrices with Muon instead of AdamW.
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
+        documents: "joined": those of a window see each other; "apart": none sees another, and positions begin anew with each.
         accumulate: batches of `rows` windows whose gradients make one step.
         clip: largest norm of a step's gradient; 0: none.
         layers: of GliDe, 1 or 2; of an LM, any number.
@@ -77,6 +78,7 @@ class DraftRecipe:
     seed: int = option(0, "Of weights and batches.")
     lags: str = option("block-random", "block-random, block (the paper's), balanced or shift.")
     loss_on: str = option("all", "all tokens, or completion: of prompt+completion and chat data.")
+    documents: str = option("joined", "joined: documents that share a window see each other; apart: none sees another.")
     accumulate: int = option(1, "Batches of --rows windows a step.", least=1)
     clip: float = option(1.0, "Largest norm of a step's gradient; 0: any.", least=0)
     layers: int = option(1, "Layers of the draft; GliDe has 1 or 2.", least=1)
@@ -119,6 +121,8 @@ class DraftRecipe:
             raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
         if self.loss_on not in ("all", "completion"):
             raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
+        if self.documents not in ("joined", "apart"):
+            raise InputError(f"--documents takes joined or apart, not '{self.documents}'")
         if self.accumulate < 1 or self.clip < 0:
             raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
         if self.embedding not in ("", "shared", "own"):

@@ -1,4 +1,5 @@
-"""Training data in the target's own words: its continuations of a corpus's prompts, by our own engine.
+"""Training data in the target's own words: its continuations of a corpus's prompts, by our own engine or by a
+server.
 
 A draft learns best from the text that it will meet while decoding, which is the target's. Each continuation is one line of
 a `.jsonl` file, `tokens` with a `loss_mask`, as `glidecape train --data` takes it. With shared noise a row's tokens depend on
@@ -10,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,9 +28,11 @@ from ..files import write_atomic
 from ..progress import bar, say
 from ..target.target import Target
 from .corpus import MARKS
-from .data import load_streams, read_rows
+from .data import load_streams
+from .endpoint import Answer, DescribedTarget, Endpoint
 from .loop import differences
 from .rows import pieces_of, prompt_of
+from .sources import read_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,20 @@ class Regeneration:
         return SamplingParams(self.temperature, top_p=self.top_p, seed=self.seed + row, max_new_tokens=self.new_tokens)
 
 
-def prompts_of(target: Target, data: Path, plan: Regeneration) -> list[list[int]]:
+class Known(Protocol):
+    """What a prompt is made by, and must fit."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+
+def prompts_of(target: Known, data: Path, plan: Regeneration) -> list[list[int]]:
     """The token ids to continue, one list a document or row of `data`.
 
     A document begins with the end-of-text token, as in training.
@@ -87,7 +104,7 @@ def prompts_of(target: Target, data: Path, plan: Regeneration) -> list[list[int]
     return found
 
 
-def _prompts(target: Target, data: Path, length: int) -> Iterator[tuple[str, list[int]]]:
+def _prompts(target: Known, data: Path, length: int) -> Iterator[tuple[str, list[int]]]:
     start = target.tokenizer.eos_token_id
     if (data / "train.bin").is_file():
         tokens = load_streams(data, target.tokenizer, target.vocab_size)["train"].tokens
@@ -156,36 +173,72 @@ def regenerate(
         DataError: see `prompts_of`; nothing is decoded before all rows are checked.
         CheckpointError: `out` was started with another target, data or plan, or cannot be written.
     """
-    prompts = prompts_of(target, data, plan)
-    card = out.with_name(out.stem + ".card.json")
-    identity = asdict(plan) | {
-        "target": target.weights_digest[:16],
-        "data": _digest(prompts),
-        "dtype": str(target.dtype),
-    }
-    done = _begin(out, card, identity, command)
-    if done > len(prompts):
-        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
-    emitted, start = 0, target.tokenizer.eos_token_id
-    with out.open("a", encoding="utf-8") as file, bar("regenerating", len(prompts), start=done) as shown:
+
+    def answers(prompts: list[list[int]], done: int) -> Iterator[Answer]:
         for first in range(done, len(prompts), batch):
             part = prompts[first : first + batch]
             params = [plan.params(first + i) for i in range(len(part))]
             new: list[list[int]] = [[] for _ in part]
             finish: dict[int, str] = {}
-            written = 0
+            given = 0
             for event in decode(target, drafter or NoDraft(), part, params):
                 new[event.row] += event.tokens
-                emitted += len(event.tokens)
                 if event.finish is not None:
                     finish[event.row] = event.finish
-                while written in finish:  # in order: a resumed run counts lines
-                    _append(file, row_of(part[written], new[written], finish[written], start))
-                    written += 1
-                rows = first + written
-                shown.at(rows, f"row {rows:,} of {len(prompts):,}, {emitted / shown.elapsed:,.0f} tokens/s")
-        pace = round(emitted / shown.elapsed, 1)
-    figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": pace}
+                while given in finish:
+                    yield new[given], finish[given]
+                    given += 1
+
+    maker = {"target": target.weights_digest[:16], "dtype": str(target.dtype)}
+    return _write_rows(target, data, out, plan, maker, answers, command)
+
+
+def regenerate_by(
+    endpoint: Endpoint,
+    target: DescribedTarget,
+    data: Path,
+    out: Path,
+    plan: Regeneration = Regeneration(),
+    side_by_side: int = 16,
+    command: str = "",
+) -> dict[str, Any]:
+    """`regenerate` by a server that has the model, so many requests at a time; `target` is what is known of it here.
+
+    Raises:
+        InputError: see `Endpoint.answers`. The rows before are written.
+    """
+
+    def answers(prompts: list[list[int]], done: int) -> Iterator[Answer]:
+        asked = ((prompts[row], plan.params(row)) for row in range(done, len(prompts)))
+        return endpoint.answers(asked, side_by_side)
+
+    return _write_rows(target, data, out, plan, {"target": f"{endpoint.model} of a server"}, answers, command)
+
+
+def _write_rows(
+    target: Known,
+    data: Path,
+    out: Path,
+    plan: Regeneration,
+    maker: dict[str, str],
+    answers: Callable[[list[list[int]], int], Iterator[Answer]],
+    command: str,
+) -> dict[str, Any]:
+    """Write a row for each prompt of `data`; `answers` gives those of the prompts from a number on, in order."""
+    prompts = prompts_of(target, data, plan)
+    identity = asdict(plan) | {"data": _digest(prompts)} | maker
+    done = _begin(out, out.with_name(out.stem + ".card.json"), identity, command)
+    if done > len(prompts):
+        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
+    emitted, start = 0, target.tokenizer.eos_token_id
+    with out.open("a", encoding="utf-8") as file, bar("regenerating", len(prompts), start=done) as shown:
+        with closing(answers(prompts, done)) as made:  # type: ignore[type-var]
+            for row, (new, finish) in enumerate(made, done):
+                _append(file, row_of(prompts[row], new, finish, start))  # in order: a resumed run counts lines
+                emitted += len(new)
+                pace = f"{emitted / shown.elapsed:,.0f} tokens/s"
+                shown.at(row + 1, f"row {row + 1:,} of {len(prompts):,}, {pace}")
+        figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / shown.elapsed, 1)}
     say(f"wrote {out}: {figures}")
     return figures
 

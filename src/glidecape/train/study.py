@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..files import remove_leftovers, write_atomic
 from ..progress import bar
 from ..target.target import Target
-from .data import Stream, Windows, load_streams
+from .data import load_streams
 from .draft import DraftLoss, make_draft
 from .figures import (
     evaluation_prompts,
@@ -49,6 +49,7 @@ from .loop import (
     save_state,
 )
 from .recipe import DraftRecipe
+from .stream import Stream, Windows
 from .study_table import summary, table_of
 from .teacher import Teacher
 
@@ -94,10 +95,10 @@ class DraftGroup:
         ]
         self.target_s, self.draft_s, self.tokens_seen = 0.0, [0.0] * len(self.modules), 0
 
-    def losses(self, batch: Tensor, number: int, learned: Tensor | None) -> Iterator[Tensor]:
+    def losses(self, batch: Tensor, number: int, *rest: Tensor | None) -> Iterator[Tensor]:
         """Each draft's loss over `batch (rows, length)`, made when it is asked for."""
         started = self._now()
-        output = self.teacher.run(batch, number, learned)
+        output = self.teacher.run(batch, number, *rest)
         self.tokens_seen += batch.numel()
         self.target_s += (learning := self._now()) - started
         for i, draft_loss in enumerate(self.draft_losses):
@@ -138,7 +139,7 @@ def run_study(
         CheckpointError: `out` holds a row of that name from another recipe, other data or another budget.
     """
     base = next(iter(rows.values()))
-    streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on)
+    streams = load_streams(data, target.tokenizer, target.vocab_size, base.loss_on, keep=out)
     room = min(trial.prompt_tokens, target.context - trial.new_tokens)
     evaluation_prompts(streams["valid"].tokens, 1, room, 0)  # too little text is an error now, not after an hour
     shared: dict[str, Any] = {"data": streams["train"].digest, "target": target.weights_digest[:16]}
@@ -230,14 +231,15 @@ def _trained(
     output = DraftGroup(target, chosen, length, text.tokens)
     folder.mkdir(parents=True, exist_ok=True)
     clock = load_state(folder, output.state, output.made, group)
-    windows = Windows(text.tokens, first.seed, text.learned)
+    windows = Windows(text, first.seed, first.documents == "apart")
     output.state.train()
 
     def losses_of(number: int) -> tuple[Iterator[Tensor], int]:
-        batch = windows.batch(number, first.rows, length).to(target.device)
-        learned = windows.batch_learned(number, first.rows, length)
-        learned = None if learned is None else learned.to(target.device)
-        return output.losses(batch, number, learned), batch.numel()
+        wanted = (number, first.rows, length)
+        batch = windows.batch(*wanted).to(target.device)
+        rest = (windows.batch_learned(*wanted), windows.batch_begins(*wanted))
+        there = [None if one is None else one.to(target.device) for one in rest]
+        return output.losses(batch, number, *there), batch.numel()
 
     def save(now: Clock) -> None:
         save_state(folder, output.state, output.made, now, group)

@@ -16,11 +16,12 @@ from ..errors import DataError, InputError
 from ..progress import bar, say
 from ..target.loading import load_model
 from ..target.target import digest_of
-from .data import Windows, corpus_tokenizer, load_streams
+from .data import corpus_tokenizer, load_streams
 from .figures import trial_prompts
 from .joint import JointDraft
 from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
 from .recipe import DraftRecipe, TargetShape, Windowing
+from .stream import Windows
 
 
 def new_model(shape: TargetShape, tokenizer: Any) -> Any:
@@ -92,7 +93,9 @@ class TargetRun:
     digest: str
 
 
-def _begin(data: Path, shape: TargetShape, windowing: Windowing, seed: int, start_from: Path | None) -> TargetRun:
+def _begin(
+    data: Path, out: Path, shape: TargetShape, windowing: Windowing, seed: int, start_from: Path | None
+) -> TargetRun:
     """The model and the text of a run; see `train_target`."""
     if start_from is not None:
         model, tokenizer = load_model(start_from, torch.float32, {})
@@ -103,8 +106,8 @@ def _begin(data: Path, shape: TargetShape, windowing: Windowing, seed: int, star
         torch.manual_seed(seed)
         model = new_model(shape, tokenizer)
     config = model.config.get_text_config()
-    streams = load_streams(data, tokenizer, config.vocab_size)
-    windows = Windows(streams["train"].tokens, seed)
+    streams = load_streams(data, tokenizer, config.vocab_size, keep=out)
+    windows = Windows(streams["train"], seed)
     context = getattr(config, "max_position_embeddings", None) or windowing.longest
     if windowing.length > context:
         raise InputError(
@@ -149,11 +152,11 @@ def train_target(
         DataError: no corpus folder at `data`.
         CheckpointError: `out` holds a run that cannot be resumed, or `start_from` no model.
     """
-    run = _begin(data, shape, windowing, seed, start_from)
+    run = _begin(data, out, shape, windowing, seed, start_from)
     model = run.model.to(device)
     if draft is not None:
         trial_prompts(run.valid, prompts, getattr(model.config, "max_position_embeddings", None) or 2**31, seed)
-    joint = JointDraft(model, run.tokenizer, draft, run.windows.tokens) if draft is not None else None
+    joint = JointDraft(model, run.tokenizer, draft, run.windows.text.tokens) if draft is not None else None
     about = {"shape": asdict(shape), "windowing": asdict(run.windowing), "seed": seed}
     identity = about | {"rate": rate, "draft": draft and asdict(draft), "compile": compile_model, "data": run.digest}
     identity["start_from"] = start_from and [str(start_from), digest_of(model.state_dict())[:16]]

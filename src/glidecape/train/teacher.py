@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cache import KVCache
+from ..core.masks import documents_mask
 from ..target.target import Target
 from .ranks import ranks
 
@@ -25,22 +26,29 @@ class Teacher:
         self.positions = torch.arange(length, device=target.device).expand(rows, -1)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, begins: Tensor | None = None) -> Tensor:
         self.cache.truncate([0] * tokens.shape[0])
-        logits = self.target.forward(tokens, self.positions, self.cache).logits
+        apart = None if begins is None else documents_mask(begins)
+        logits = self.target.forward(tokens, self.positions_of(begins), self.cache, apart).logits
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
         return logits
+
+    def positions_of(self, begins: Tensor | None) -> Tensor:
+        """Positions `(rows, length)`: from the beginning of the window, or of each document in it."""
+        return self.positions if begins is None else self.positions - begins
 
     def features(self, tokens: Tensor) -> Tensor:
         """Last hidden states `(rows, length, hidden_size)` of the window that it ran last."""
         assert self.cache.hidden is not None, "this teacher does not keep them"
         return self.cache.hidden[: tokens.shape[0], : tokens.shape[1]]
 
-    def run(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> TeacherOutput:
+    def run(
+        self, tokens: Tensor, number: int, learned: Tensor | None = None, begins: Tensor | None = None
+    ) -> TeacherOutput:
         """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
         next one is output."""
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            return TeacherOutput(tokens, number, learned, self(tokens), self)
+            return TeacherOutput(tokens, number, learned, self(tokens, begins), self, begins)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class TeacherOutput:
         learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
         logits: the target's, `(rows, length, vocab)`.
         teacher: holds the keys and values of the target's layers.
+        begins: `(rows, length)` int64, the slot at which the document of each token begins, where no document sees another;
+            None: all is one.
     """
 
     tokens: Tensor
@@ -60,11 +70,22 @@ class TeacherOutput:
     learned: Tensor | None
     logits: Tensor
     teacher: Teacher
+    begins: Tensor | None = None
 
     @property
     def rows(self) -> int:
         """Rows of the batch in all processes."""
         return len(self.tokens) * ranks().count
+
+    @property
+    def positions(self) -> Tensor:
+        """`(rows, length)`; they begin anew with each document that is kept apart."""
+        return self.teacher.positions_of(self.begins)
+
+    @property
+    def apart(self) -> Tensor | None:
+        """`(rows, 1, length, length)` who sees whom, where documents are kept apart."""
+        return None if self.begins is None else documents_mask(self.begins)[:, None]
 
     def counted(self) -> Tensor:
         """`(rows, length)` bool: positions whose next token is to be learned."""

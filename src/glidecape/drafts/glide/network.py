@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ...core.masks import visible_mask, window_mask
+from ...core.masks import documents_mask, visible_mask, window_mask
 from ...target.attention import attend
 from ...target.operators import no_mask, path_attention
 from ...target.packed import draft_products, pack
@@ -45,15 +45,16 @@ class CrossInputs:
         layers: keys and values `(batch, kv_heads, keys, head_dim)` by the number of the target layer.
         visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1, or `(batch, 1)` for all queries of
             a row; None: all keys.
+        begins: `(batch, queries)`, the slot from which visible keys are counted; None: the first.
     """
 
-    def __init__(self, layers: dict[int, KV], visible: Tensor | None) -> None:
+    def __init__(self, layers: dict[int, KV], visible: Tensor | None, begins: Tensor | None = None) -> None:
         self.layers, self.visible = layers, visible
         keys = next(iter(layers.values()))[0].shape[2] if layers else 0
         # The very beginning of a text; a compiled program reads one key at least.
         self.empty = not torch.compiler.is_exporting() and keys == 0
         # A query that sees nothing gets zero.
-        self.mask = None if visible is None else visible_mask(visible, keys)
+        self.mask = None if visible is None else visible_mask(visible, keys, begins)
         self.sees = None if visible is None else (visible > 0)[..., None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -268,6 +269,7 @@ class GlideModel(DraftNetwork):
         visible: Tensor | None,
         self_attention: SelfAttention,
         glimpse: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states `(batch, queries, width)`, after the final norm.
 
@@ -278,9 +280,11 @@ class GlideModel(DraftNetwork):
             visible: `(batch, queries)`, target keys that each query may read: 0 .. visible-1; None: all.
             self_attention: stores the queries' own keys and values, and attends.
             glimpse: `(batch, queries, width)`, made by `look` or `recall`; None where there is none.
+            begins: `(batch, queries)`, the slot of the target's from which visible keys are counted, where several documents
+                lie in a row; None: the first.
         """
         x, (own_rotary, cross_rotary) = embeddings, rotary
-        read = CrossInputs(cross_kv if self.config.cross_attention else {}, visible)
+        read = CrossInputs(cross_kv if self.config.cross_attention else {}, visible, begins)
         for layer in self.layers:
             x = layer(x, own_rotary, cross_rotary, read, self_attention, glimpse)
             glimpse = None
@@ -294,13 +298,19 @@ class GlideModel(DraftNetwork):
         visible: Tensor | None,
         self_attention: SelfAttention | None = None,
         glimpse: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
-        """`forward` of tokens and positions `(batch, queries)`; without `self_attention` they are whole sequences."""
+        """`forward` of tokens and positions `(batch, queries)`; without `self_attention` they are whole sequences, or with
+        `begins` documents one after the other, none of which sees another."""
         window = self.config.window
         if self_attention is None:
-            windowed = window and tokens.shape[1] > window
-            self_attention = WholeSequence(window_mask(positions, positions, window) if windowed else None)
-        return self(self.embeddings(tokens), self.rotary(positions), cross_kv, visible, self_attention, glimpse)
+            mask = window_mask(positions, positions, window) if window and tokens.shape[1] > window else None
+            if begins is not None:
+                apart = documents_mask(begins)[:, None]
+                mask = apart if mask is None else mask & apart
+            self_attention = WholeSequence(mask)
+        rotary = self.rotary(positions)
+        return self(self.embeddings(tokens), rotary, cross_kv, visible, self_attention, glimpse, begins)
 
 
 def _final_norm(target: Target) -> Tensor | None:

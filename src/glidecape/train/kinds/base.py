@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ...drafting.methods import AnyDraft, base_for
 from ...drafts.checkpoint import KINDS, save_network
 from ...target.target import Target
+from ..lags import lag_visible
+from ..ranks import own_rows
 from ..recipe import DraftRecipe
 from ..teacher import Teacher, TeacherOutput
 
@@ -59,6 +61,15 @@ class DraftTraining(ABC):
     def logits_by_lag(self, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
         """Teacher-forced logits `(batch, length, vocab)` of the token after each position, at lags 1 .. `lags`; the first
         positions have no such lag and hold anything. The teacher has run on these tokens."""
+
+    def visible(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
+        """Target keys `(rows, length)` of its own document that each position of this process's rows may read, drawn for the
+        batch's number."""
+        shape = output.rows, output.tokens.shape[1]
+        drawn = own_rows(lag_visible(recipe.lags, recipe.seed, output.number, *shape, self.deepest))
+        seen = drawn.to(output.tokens.device)
+        # A round that began in an earlier document sees nothing of this one.
+        return seen if output.begins is None else (seen - output.begins).clamp(min=0)
 
     @property
     def layers(self) -> list[Any]:

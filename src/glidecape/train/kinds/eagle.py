@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...drafts.eagle.config import EagleConfig
 from ...drafts.eagle.network import EagleModel
+from ...drafts.layers import WholeSequence
 from ...target.target import Target
 from ..losses import distillation_loss
 from ..ranks import mean_count, own_rows, ranks
@@ -65,9 +66,13 @@ def eagle_loss(module: EagleModel, output: TeacherOutput, loss: str, noise: floa
     """
     tokens, teacher = output.tokens, output.teacher
     features = teacher.features(tokens)
-    positions = teacher.positions[: tokens.shape[0], : tokens.shape[1]]
+    positions = output.positions[: tokens.shape[0], : tokens.shape[1]]
+    before = previous(features)
+    if output.begins is not None:
+        before = before.masked_fill((positions == 0)[..., None], 0.0)  # that feature is another document's
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-        guessed = module.hidden(tokens, positions, noisy(previous(features), noise, seed, output.number))
+        shaken = noisy(before, noise, seed, output.number)
+        guessed = module.hidden(tokens, positions, shaken, WholeSequence(output.apart))
         drafted = module.logits(guessed)
     counted = output.counted() & (positions > 0)  # the first token has no feature before it
     if loss != FEATURE:

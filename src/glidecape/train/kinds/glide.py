@@ -15,10 +15,9 @@ from ...drafts.glide.config import GlideConfig
 from ...drafts.glide.network import GlideModel
 from ...errors import InputError
 from ...target.target import Target
-from ..lags import lag_visible
 from ..losses import distillation_loss
-from ..ranks import own_rows
 from ..recipe import DraftRecipe
+from ..stream import PIECE
 from ..teacher import Teacher, TeacherOutput, previous
 from .base import DraftTraining
 
@@ -43,10 +42,9 @@ class GlideTraining(DraftTraining):
 
     def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
         tokens, teacher, logits = output.tokens, output.teacher, output.logits
-        drawn = lag_visible(recipe.lags, recipe.seed, output.number, output.rows, tokens.shape[1], self.deepest)
-        visible = own_rows(drawn).to(tokens.device)
+        visible, begins = self.visible(output, recipe), output.begins
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            drafted = draft_logits(self.module, tokens, teacher.positions, teacher.cache, visible)
+            drafted = draft_logits(self.module, tokens, output.positions, teacher.cache, visible, begins=begins)
         counted = (visible > 0) & output.counted()
         if self.module.config.draft_vocab:
             # What it cannot propose is nothing to learn: the target's law among the others.
@@ -70,7 +68,9 @@ def frequent_tokens(tokens: np.ndarray, count: int, vocab: int, always: tuple[in
     >>> frequent_tokens(np.array([3, 3, 1, 1, 1, 2]), 2, 5, always=(4,)).tolist()
     [1, 4]
     """
-    often = np.bincount(tokens, minlength=vocab)
+    often = np.zeros(vocab, dtype=np.int64)
+    for first in range(0, len(tokens), PIECE):  # the text may be larger than memory
+        often += np.bincount(tokens[first : first + PIECE], minlength=vocab)
     for token in always:
         often[token] = np.iinfo(often.dtype).max
     return torch.from_numpy(np.sort(np.argsort(-often, kind="stable")[:count]))
@@ -109,7 +109,13 @@ def glide_config(target: Target, recipe: DraftRecipe) -> GlideConfig:
 
 
 def draft_hidden(
-    module: GlideModel, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor, passes: int = 2
+    module: GlideModel,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    visible: Tensor,
+    passes: int = 2,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Teacher-forced last hidden states `(batch, length, width)` of a GliDe draft.
 
@@ -120,17 +126,19 @@ def draft_hidden(
 
     Args:
         visible: `(batch, length)`; a position that sees all keys before its own is a root.
+        begins: as in `TeacherOutput`; positions and `visible` then count from there.
     """
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     if not module.config.glimpse:
-        return module.hidden(tokens, positions, kv, visible)
-    of_root = module.glimpse_projection(cache.hidden_at(visible - 1).to(module.dtype))
+        return module.hidden(tokens, positions, kv, visible, begins=begins)
+    newest = visible - 1 if begins is None else torch.where(visible > 0, begins + visible - 1, -1)
+    of_root = module.glimpse_projection(cache.hidden_at(newest).to(module.dtype))
     is_root, glimpse = (visible == positions)[..., None], of_root
     for _ in range(passes - 1):
         with torch.no_grad():
-            above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
+            above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse, begins=begins)
         glimpse = torch.where(is_root, of_root, module.own_glimpse_projection(previous(above)))
-    return module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
+    return module.hidden(tokens, positions, kv, visible, glimpse=glimpse, begins=begins)
 
 
 def hidden_by_lag(
@@ -153,7 +161,13 @@ def hidden_by_lag(
 
 
 def draft_logits(
-    module: GlideModel, tokens: Tensor, positions: Tensor, cache: KVCache, visible: Tensor, passes: int = 2
+    module: GlideModel,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    visible: Tensor,
+    passes: int = 2,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Teacher-forced logits `(batch, length, vocab)`, of the tokens that the draft can propose; arguments as `draft_hidden`."""
-    return module.head_logits(draft_hidden(module, tokens, positions, cache, visible, passes))
+    return module.head_logits(draft_hidden(module, tokens, positions, cache, visible, passes, begins))

@@ -14,10 +14,8 @@ from ...drafting.methods import AnyDraft, base_for
 from ...drafts.causal_lm import StandaloneDraft
 from ...drafts.sharing import name_from
 from ...target.target import Target
-from ..lags import lag_visible
 from ..loop import save_lm
 from ..losses import distillation_loss
-from ..ranks import own_rows
 from ..recipe import DraftRecipe
 from ..teacher import Teacher, TeacherOutput
 from .base import DraftTraining
@@ -47,12 +45,16 @@ class LmTraining(DraftTraining):
 
     def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
         tokens = output.tokens
-        drawn = lag_visible(recipe.lags, recipe.seed, output.number, output.rows, tokens.shape[1], self.deepest)
-        visible = own_rows(drawn).to(tokens.device)
+        visible = self.visible(output, recipe)
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            drafted = self.module(input_ids=tokens).logits
+            drafted = self._logits(output)
         counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
         return distillation_loss(drafted, output.logits, tokens, counted, recipe.loss)
+
+    def _logits(self, output: TeacherOutput) -> Tensor:
+        if output.apart is None:
+            return self.module(input_ids=output.tokens).logits
+        return self.module(output.tokens, output.apart, output.positions, use_cache=False).logits
 
     def logits_by_lag(self, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
         yield self.module(input_ids=tokens).logits

@@ -57,6 +57,9 @@ def medusa_loss(module: MedusaModel, output: TeacherOutput, loss: str) -> Tensor
     for k, weight in enumerate(weights, 1):
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             drafted = module.head_logits(k - 1, features[:, :-k])
-        value = distillation_loss(drafted, output.logits[:, k:], tokens[:, k:], counted[:, k:], loss)
+        there = counted[:, k:]
+        if output.begins is not None:
+            there = there & (output.begins[:, k:] == output.begins[:, :-k])  # the document that it saw
+        value = distillation_loss(drafted, output.logits[:, k:], tokens[:, k:], there, loss)
         total = total + weight / sum(weights) * value
     return total
