@@ -22,6 +22,7 @@ from .commands.generate import generate
 from .commands.measure import app as measure_app
 from .commands.parsing import add_to
 from .commands.plan import plan
+from .commands.publish import publish
 from .commands.regenerate import regenerate
 from .commands.report import report
 from .commands.serve import serve
@@ -132,6 +133,10 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     serve: (
         "glidecape serve",
         f"glidecape serve {_PAIR} --port 8080 --max-batch 32 --shadow 0.01",
+    ),
+    publish: (
+        "glidecape publish draft me/model-glide --target owner/model --license apache-2.0",
+        "glidecape publish draft me/model-glide --target owner/model --output upload",
     ),
     report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
 }

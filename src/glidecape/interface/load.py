@@ -19,6 +19,7 @@ from ..drafts.checkpoint import NetworkDraft, load_draft, read_card
 from ..drafts.sharing import target_named_by, target_of_lm
 from ..errors import InputError, first_line
 from ..progress import note
+from ..target.loading import pinned
 from ..target.target import Target
 from .language_model import LanguageModel
 
@@ -45,7 +46,8 @@ def load(
     """Load a model, and what makes it faster.
 
     Args:
-        model: folder or Hub name of the target; or of a draft alone, whose card names its target.
+        model: folder or Hub name of the target; or of a draft alone, whose card names its target. "owner/name@revision" pins
+            a branch, tag or commit, here and of a draft.
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
         method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
             "auto": the same, and measured costs decide how much is drafted (docs/auto.md). "usual" is "auto", too, unless
@@ -57,7 +59,7 @@ def load(
         device: such as "cpu" or "cuda".
         threads: on a CPU; 0: PyTorch's choice.
         quantize: "int8": weights in 8 bits, by torchao.
-        revision: branch, tag or commit of a Hub model.
+        revision: branch, tag or commit of a Hub model; it goes before one in the model's name.
         trust_remote_code: run model code that comes with the weights.
 
     Raises:
@@ -241,15 +243,16 @@ def _draft_on_hub(name: str) -> Path | None:
     """The snapshot of a Hub repository that holds a draft of ours; None where it does not, or cannot be asked."""
     from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
+    name, revision = pinned(name)
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or Path(name).parent.is_dir():
         return None
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return None  # a model that was loaded before
-        if isinstance(kept := try_to_load_from_cache(name, WEIGHTS), str):
+        if isinstance(kept := try_to_load_from_cache(name, WEIGHTS, revision=revision), str):
             return Path(kept).parent
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or not file_exists(name, WEIGHTS, revision=revision):
             return None
-        return Path(snapshot_download(name)) if file_exists(name, WEIGHTS) else None
+        return Path(snapshot_download(name, revision=revision))
     except Exception:  # of the HTTP library, or the Hub's own; loading the model will say what is wrong
         return None

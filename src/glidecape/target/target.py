@@ -24,7 +24,7 @@ from ..core.verify import verdict_numbers
 from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
 from ..tables import millions
 from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
-from .loading import load_model
+from .loading import commit_of, load_model, pinned
 from .packages import Program, compiled, source_digest
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
@@ -74,6 +74,7 @@ class Target:
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.cache_argument = cache_argument(model)
         self.name: str | None = None  # folder or Hub name
+        self.commit: str | None = None  # of a Hub model
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
         self.compiled: CompiledTarget | None = None
@@ -106,7 +107,8 @@ class Target:
         pack: bool | torch.dtype = True,
         quantize: str | None = None,
     ) -> Target:
-        """Load a model folder, or a model of the Hub by name; `quantize`: "int8" weights (see `quantize`).
+        """Load a model folder, or a model of the Hub by name, "owner/model" or "owner/model@revision"; `quantize`: "int8"
+        weights (see `quantize`).
 
         Raises:
             CheckpointError: see `loading.load_model`.
@@ -117,8 +119,14 @@ class Target:
         if quantize is not None:
             quantize_layers(model, quantize)
         target = cls(model.to(device), tokenizer, probe, pack)
-        target.name, target.quantized = str(name), quantize
+        (target.name, revision), target.quantized = pinned(name, revision), quantize
+        target.commit = commit_of(target.name, revision)
         return target
+
+    @property
+    def pinned_name(self) -> str | None:
+        """Its name, with the commit that was loaded where it is a Hub name: "owner/model@commit"."""
+        return f"{self.name}@{self.commit}" if self.name and self.commit else self.name
 
     @property
     def summary(self) -> str:
