@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ def load(
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a model, and what makes it faster.
 
@@ -61,6 +63,7 @@ def load(
         quantize: "int8": weights in 8 bits, by torchao.
         revision: branch, tag or commit of a Hub model; it goes before one in the model's name.
         trust_remote_code: run model code that comes with the weights.
+        device_map: as in transformers, such as "auto": the model is split over devices by accelerate (docs/scaling.md).
 
     Raises:
         InputError: an unknown method, dtype or device, or a draft of another kind than the method's.
@@ -80,7 +83,14 @@ def load(
     if draft is None and base is not None and base not in DRAFTLESS:
         make_drafter(method)  # says what is missing
     target = load_target(
-        model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        dtype,
+        device,
+        threads,
+        quantize=quantize,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
     )
     lm = with_draft(target, draft, method, options)
     return prepared(lm, compile, tokens=0, may_choose=method == "usual" and options is None)
@@ -129,6 +139,7 @@ def load_target(
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Target:
     """A target by what a user types; `pack=False`: to be trained on.
 
@@ -140,7 +151,9 @@ def load_target(
         raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
     use_device(device, threads)
     kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return Target.from_pretrained(name, kind, device, revision, trust_remote_code, pack=pack, quantize=quantize)
+    return Target.from_pretrained(
+        name, kind, device, revision, trust_remote_code, pack=pack, quantize=quantize, device_map=device_map
+    )
 
 
 def use_device(device: str, threads: int = 0) -> None:

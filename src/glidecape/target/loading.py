@@ -67,8 +67,13 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return Path(kept).parent.name if isinstance(kept, str) else None
 
 
-def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+def load_model(
+    name: str | Path, dtype: str | torch.dtype, options: dict[str, Any], device_map: str | dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """The causal LM and the tokenizer of a folder or a Hub name.
+
+    Args:
+        options: for the model and the tokenizer; `device_map` is the model's alone.
 
     Raises:
         CheckpointError: nothing there; a configuration, tokenizer or weights that are missing, damaged, do not belong
@@ -86,7 +91,12 @@ def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, An
         # transformers answers weights of another shape with advice for its own callers, so `_check_report` answers them.
         with without_weight_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                str(folder or name),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map=device_map,
+                **options,
             )
     except Exception as error:  # a model's own code may raise anything
         raise _loading_error(name, folder, error) from None
