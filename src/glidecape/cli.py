@@ -18,6 +18,7 @@ from .commands.certify import certify
 from .commands.chat import chat
 from .commands.data import app as data_app
 from .commands.doctor import doctor
+from .commands.export import export
 from .commands.generate import generate
 from .commands.measure import app as measure_app
 from .commands.parsing import add_to
@@ -137,6 +138,10 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     publish: (
         "glidecape publish draft me/model-glide --target owner/model --license apache-2.0",
         "glidecape publish draft me/model-glide --target owner/model --output upload",
+    ),
+    export: (
+        "glidecape export draft exported",
+        "glidecape export draft exported --format speculators --target owner/model",
     ),
     report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
 }
