@@ -83,7 +83,9 @@ class Target:
         self.verdict: Callable[[TokenTree, Tensor], Tensor] = verdict_numbers
         self.offloaded = is_offloaded(model)
         self.packed = bool(pack) and not self.offloaded and self._pack(None if pack is True else pack)
-        self.shapes, self.layer_devices = layers_of(model, self.text_config, self.device)
+        self.shapes, devices = layers_of(model, self.text_config, self.device)
+        # Of each layer where they differ; None: all follow the model, which may be moved.
+        self.layer_devices = devices if set(devices) != {self.device} else None
         if probe:
             from .probe import probe_target
 
@@ -227,7 +229,7 @@ class Target:
     @property
     def placed(self) -> bool:
         """Is it split over several devices, or are its weights offloaded?"""
-        return self.offloaded or any(one != self.device for one in self.layer_devices)
+        return self.offloaded or self.layer_devices is not None
 
     def refuse_placed(self, what: str) -> None:
         """Raises UnsupportedError if it is `placed`; `what` needs a model on one device."""
