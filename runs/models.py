@@ -27,6 +27,8 @@ batch, {new} greedy tokens in float32; sliding windows are {window} tokens wide,
 (their sizes go by other names, or they need more than token ids). What is not built here is probed when you load it, like any
 target: a small tree is compared with its branches, and a model that fails is refused.
 
+[Quantized, split and offloaded models](scaling.md#quantized-models) have a page of their own.
+
 | model type | verdict | reason |
 |---|---|---|
 """

@@ -23,16 +23,16 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
-def move_to_cuda(module: torch.nn.Module) -> None:
+def move_to_cuda(module: torch.nn.Module, device: str = "cuda") -> None:
     """Give the module fake weights on a CUDA device; to be called inside `fake_cuda`."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
-                fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
+                fake = torch.empty(weight.shape, dtype=weight.dtype, device=device)
                 part._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 class _Brackets(TorchFunctionMode):
@@ -66,10 +66,11 @@ def _assign(goal: Tensor, value: Any) -> Tensor:
 def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A move to the device must not wait for it; a change of dtype is no move."""
     where = [kwargs["device"]] if "device" in kwargs else [a for a in args if isinstance(a, (str, torch.device))]
-    if where and torch.device(where[0]).type != x.device.type:
-        assert torch.device(where[0]).type == "cuda", f"{x.device} goes to {where[0]}: bring it by `transfer.to_host`"
+    goal = torch.device(where[0]) if where else x.device
+    if goal.type != x.device.type or (goal.index is not None and goal != x.device):
+        assert goal.type == "cuda", f"{x.device} goes to {goal}: bring it by `transfer.to_host`"
         assert kwargs.get("non_blocking"), "a copy to the device waits for it: use `transfer.to_device`"
-        return torch.empty(x.shape, dtype=kwargs.get("dtype", x.dtype), device="cuda")
+        return torch.empty(x.shape, dtype=kwargs.get("dtype", x.dtype), device=goal)
     like = [a for a in args if isinstance(a, Tensor)]
     dtypes = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)] + [a.dtype for a in like]
     return x if not dtypes or dtypes[0] == x.dtype else torch.ops.aten._to_copy(x, dtype=dtypes[0])

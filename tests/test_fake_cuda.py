@@ -8,6 +8,7 @@ docs/design.md says.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -93,15 +94,25 @@ def forget() -> None:
 
 
 def waits_of_a_round(
-    method: str, prompts: list[list[int]], temperature: float, waits: list, rounds: int = 2, compile: bool = False
+    method: str,
+    prompts: list[list[int]],
+    temperature: float,
+    waits: list,
+    rounds: int = 2,
+    compile: bool = False,
+    place: Callable[[Any, Any], None] = lambda target, draft: move_to_cuda(target.model),
 ) -> int:
-    """Waits of the last round: the first one makes what is kept for later rounds."""
+    """Waits of the last round: the first one makes what is kept for later rounds.
+
+    Args:
+        place: gives the target fake weights.
+    """
     target, draft = pair(method)
     forget()
     with fake_cuda():
-        for module in (target.model, getattr(draft, "module", None)):
-            if module is not None:
-                move_to_cuda(module)
+        place(target, draft)
+        if getattr(draft, "module", None) is not None:
+            move_to_cuda(draft.module)
         drafter = make_drafter(method, draft, length=LENGTH, cap=LENGTH, bins=(2, 1), top=3, total=8)
         if isinstance(drafter, AutoDrafter):
             drafter = FixedRounds(drafter)

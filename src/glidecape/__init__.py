@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .drafts.causal_lm import StandaloneDraft
     from .drafts.checkpoint import load_draft
     from .drafts.glide.adapter import GlideDraft
+    from .drafts.hub import AutoDraft
     from .engine.decode import Completion, generate
     from .errors import GlideCapeError
     from .integrations.huggingface import glidecape_generate
@@ -47,6 +48,7 @@ _HOME = {
     "GlideCapeError": "errors",
     "glidecape_generate": "integrations.huggingface",
     "load_draft": "drafts.checkpoint",
+    "AutoDraft": "drafts.hub",
     "LanguageModel": "interface.language_model",
     "load": "interface.load",
     "GlideDraft": "drafts.glide.adapter",
@@ -59,6 +61,7 @@ _HOME = {
 }
 __all__ = [
     "METHODS",
+    "AutoDraft",
     "Completion",
     "Constraint",
     "GlideCapeError",

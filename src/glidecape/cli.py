@@ -18,10 +18,12 @@ from .commands.certify import certify
 from .commands.chat import chat
 from .commands.data import app as data_app
 from .commands.doctor import doctor
+from .commands.export import export
 from .commands.generate import generate
 from .commands.measure import app as measure_app
 from .commands.parsing import add_to
 from .commands.plan import plan
+from .commands.publish import publish
 from .commands.regenerate import regenerate
 from .commands.report import report
 from .commands.serve import serve
@@ -132,6 +134,14 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
     serve: (
         "glidecape serve",
         f"glidecape serve {_PAIR} --port 8080 --max-batch 32 --shadow 0.01",
+    ),
+    publish: (
+        "glidecape publish draft me/model-glide --target owner/model --license apache-2.0",
+        "glidecape publish draft me/model-glide --target owner/model --output upload",
+    ),
+    export: (
+        "glidecape export draft exported",
+        "glidecape export draft exported --format speculators --target owner/model",
     ),
     report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
 }

@@ -40,7 +40,7 @@ TargetOrShipped = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
-_DRAFT = "GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name"
+_DRAFT = "GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name, OWNER/NAME@REVISION to pin one"
 Draft = Annotated[str | None, typer.Option("--draft", help=f"{_DRAFT}.")]
 _SEVERAL = typer.Option("--draft", help=f"{_DRAFT}; repeat for several, NAME=FOLDER where two are of one kind.")
 Drafts = Annotated[list[str] | None, _SEVERAL]
@@ -173,10 +173,15 @@ def _downloaded(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError, disable_progress_bars
 
+    from ..target.loading import pinned
+
     if not on_terminal():
         disable_progress_bars()
     try:
-        return not Path(name).exists() and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+        name, revision = pinned(name)
+        return not Path(name).exists() and not isinstance(
+            try_to_load_from_cache(name, "config.json", revision=revision), str
+        )
     except HFValidationError:  # it is no name of the Hub: loading it will say so
         return False
 

@@ -90,6 +90,8 @@ class KVCache(SlotCache):
         batch: row slots.
         capacity: slots a row, committed and scratch.
         hidden: width of the last hidden states, kept beside keys and values for drafts that read them; 0: not kept.
+        device: of lengths and hidden states, and of what drafts read.
+        devices: of each layer, where they differ.
 
     Attributes:
         keys, values: of each layer, of all row slots; `own_keys` and `own_values` of the rows in use.
@@ -144,7 +146,7 @@ class KVCache(SlotCache):
         layers = {place: iter([one.data for one in stack]) for place, stack in stacks.items()}
         pairs = [(next(layers[place]), next(layers[place])) for place in places]
         self.keys, self.values = [key for key, _ in pairs], [value for _, value in pairs]
-        self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=where[-1]) if hidden else None
+        self.hidden = torch.zeros(batch, capacity, hidden, dtype=dtype, device=self.device) if hidden else None
         self._lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._host_lengths = [0] * batch
         self._rooms: dict[tuple[torch.Size, torch.device], Tensor] = {}
@@ -168,6 +170,7 @@ class KVCache(SlotCache):
     def _forget(self) -> None:
         """Nothing is in scratch, and what depends on the rows' lengths is made anew."""
         self.scratch = 0
+        self._brought: dict[int, tuple[Tensor, Tensor]] = {}
         self.longest = max(self.host_lengths, default=0)
         self.ragged = len(set(self.host_lengths)) > 1
         self._slots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -189,6 +192,15 @@ class KVCache(SlotCache):
     def slots(self) -> int:
         """Row slots, in use or not."""
         return len(self._host_lengths)
+
+    def committed(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `SlotCache`. Those of a layer on another device are copied to the cache's own, once for each round."""
+        keys, values = super().committed(layer)
+        if keys.device == self.device:
+            return keys, values
+        if layer not in self._brought:
+            self._brought[layer] = keys.to(self.device, non_blocking=True), values.to(self.device, non_blocking=True)
+        return self._brought[layer]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next scratch slots of every row; returns views of all slots up to there.
@@ -230,7 +242,8 @@ class KVCache(SlotCache):
         key = (self.scratch, count, device)
         if key not in self._slots:
             rows = torch.arange(len(self.host_lengths), device=device)[:, None]
-            slots = self.lengths.to(device)[:, None] + torch.arange(self.scratch, self.scratch + count, device=device)
+            lengths = self.lengths if device == self.lengths.device else self.lengths.to(device, non_blocking=True)
+            slots = lengths[:, None] + torch.arange(self.scratch, self.scratch + count, device=device)
             self._slots[key] = rows, slots
         return self._slots[key]
 
@@ -238,6 +251,8 @@ class KVCache(SlotCache):
         """Write the last hidden states `(rows, queries, width)` of the queries just written by the last `write`."""
         assert self.hidden is not None
         own, count = self.hidden[self.rows], hidden.shape[1]
+        if hidden.device != own.device:
+            hidden = hidden.to(own.device, non_blocking=True)
         if self.ragged:
             own[self._next_slots(count, own.device)] = hidden
         else:
@@ -260,8 +275,11 @@ class KVCache(SlotCache):
         rows = torch.arange(len(paths), device=self.device)[:, None]
         hidden = [] if self.hidden is None else [self.hidden[self.rows][None]]
         for store in [*(stack[:, self.rows].transpose(2, 3) for stack in self._stacks), *hidden]:
-            at = store.device
-            store[:, rows.to(at), goal.to(at)] = store[:, rows.to(at), source.to(at)]
+            if store.device == source.device:
+                r, to, of = rows, goal, source
+            else:
+                r, to, of = (one.to(store.device, non_blocking=True) for one in (rows, goal, source))
+            store[:, r, to] = store[:, r, of]
 
     def commit(self, counts: Sequence[int]) -> None:
         """Commit the first `counts[row]` scratch slots of each row as they stand."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, MismatchError, first_line
 from ..files import write_atomic
-from ..target.loading import may_be_on_hub
+from ..target.loading import may_be_on_hub, pinned
 from ..target.packed import draft_products
 from ..target.target import Target
 from .card import CARD, FORMAT, STATE_FILE, WEIGHTS, Card, checked, read_card_text
@@ -35,6 +35,7 @@ from .glide.network import GlideModel
 from .medusa.adapter import MedusaDraft
 from .medusa.config import MedusaConfig
 from .medusa.network import MedusaModel
+from .readme import card_in
 from .sharing import name_from
 
 Network = GlideModel | EagleModel | MedusaModel
@@ -128,7 +129,7 @@ def save_network(
         "fingerprint": fingerprint(target),
         "command": command,
         "figures": figures,
-        "target": name_from(folder, target.name),
+        "target": name_from(folder, target.pinned_name),
     }
     tensors = {
         name: t.detach().to(dtype if t.is_floating_point() else t.dtype).contiguous().cpu()
@@ -229,6 +230,56 @@ def read_unbound(folder: Path, target: TargetFacts) -> Network:
     return module
 
 
+def check_file(folder: Path) -> None:
+    """Compare a draft's file with its description, without a target: see `read_unbound` for what needs one.
+
+    Raises:
+        CheckpointError: see `read_card`; also weights that don't fit the description, and a draft of format 1, whose
+            description does not say what its target is like.
+    """
+    card, path = read_card(folder), folder / WEIGHTS
+    if card.format == 1:
+        raise CheckpointError(
+            f"{path} has the format of version 0.1: load it with its model and `save_pretrained` it first"
+        )
+    form, network, _ = KINDS[card.kind]
+    try:
+        config = checked(form, card.config)
+        with torch.device("meta"):  # shapes are compared: nothing is made
+            module: Network = network(config)
+        _read_tensors(path, card, config, module)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit its description: {first_line(error)}") from None
+
+
+def check_published(folder: Path, target: str | None = None) -> str | None:
+    """Compare the files of a draft, a network's or an LM's, with their descriptions; the target that the card names.
+
+    Args:
+        target: what to name instead.
+
+    Raises:
+        CheckpointError: see `check_file`; also a card.json that is not the file's, and a folder without a draft's card.
+    """
+    if (folder / WEIGHTS).is_file():
+        check_file(folder)
+        card = read_card(folder).model_dump(mode="json")
+        if (beside := card_in(folder)) and beside != card:
+            raise CheckpointError(
+                f"{folder / CARD} is not the description in {WEIGHTS}: delete it, it is written again"
+            )
+        return target or card["target"]
+    if not (card := card_in(folder)):
+        raise _no_draft(folder, f"it has no {WEIGHTS} and no {CARD} (make a draft with `glidecape train`)")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is torn ({first_line(error)}): train or copy the draft again") from None
+    return target or card.get("target")
+
+
 def read_network(folder: Path, target: Target) -> Network:
     """The same, bound to its target; not made ready for decoding.
 
@@ -247,26 +298,37 @@ def load_network(folder: Path, target: Target, dtype: torch.dtype | None = None)
     module, card = read_network(folder, target), read_card(folder)
     module.to(dtype or target.dtype).serve()
     loaded: NetworkDraft = KINDS[card.kind][2](module, card.figures)
-    loaded.folder, loaded.target_name = folder, target.name
+    loaded.folder, loaded.target_name = folder, target.pinned_name
     return loaded
 
 
-def resolve(name: str | Path) -> Path:
-    """A local folder, or the snapshot of a Hub repository."""
+def resolve(name: str | Path, revision: str | None = None, **download: Any) -> Path:
+    """A local folder, or the snapshot of a Hub repository, "owner/name" or "owner/name@revision".
+
+    Args:
+        revision: branch, tag or commit, which goes before that of the name.
+        download: `token`, `cache_dir` and `local_files_only`, as in `huggingface_hub.snapshot_download`.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(f"{name} is a file: name the folder that holds it, {folder.parent}")
-    if str(name).count("/") != 1 or not may_be_on_hub(str(name)):
+    repo_id, revision = pinned(name, revision)
+    if repo_id.count("/") != 1 or not may_be_on_hub(repo_id):
         raise CheckpointError(
             f"no draft folder at {name}: check the path, train a draft with `glidecape train`, or leave it out and use "
             "--method lookup"
         )
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
-        return Path(snapshot_download(str(name)))
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, **download))
+    except RevisionNotFoundError:
+        raise CheckpointError(
+            f"{repo_id} has no branch, tag or commit {revision} on the Hub: check its spelling"
+        ) from None
     except Exception as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor a repository of the Hub ({first_line(error)})"
@@ -281,8 +343,13 @@ def _no_draft(folder: Path, lacks: str) -> CheckpointError:
     return CheckpointError(f"no draft in {folder}: {lacks}")
 
 
-def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDraft:
+def load_draft(
+    name: str | Path, target: Target, revision: str | None = None, **download: Any
+) -> NetworkDraft | StandaloneDraft:
     """A draft by folder or Hub name: a checkpoint of ours, or any causal LM with the target's vocabulary.
+
+    Args:
+        revision, download: see `resolve`.
 
     Raises:
         CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.
@@ -291,7 +358,7 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
     >>> load_draft("path/to/draft", Target.from_pretrained("path/to/model")).kind
     'glide'
     """
-    folder = resolve(name)
+    folder = resolve(name, revision, **download)
     if (folder / WEIGHTS).is_file():
         return load_network(folder, target)
     if not (folder / "config.json").is_file():
@@ -312,5 +379,5 @@ def load_draft(name: str | Path, target: Target) -> NetworkDraft | StandaloneDra
     if target.tokenizer is not None and model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise MismatchError(f"the draft LM in {folder} has another tokenizer than the target")
     loaded = StandaloneDraft(model)
-    loaded.folder, loaded.target_name = folder, target.name
+    loaded.folder, loaded.target_name = folder, target.pinned_name
     return loaded

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..target.packed import PackedLinear, packable
+from ..target.placement import runs_on
 
 if TYPE_CHECKING:
     from ..target.target import Target
@@ -69,6 +70,8 @@ class TargetRotary(nn.Module):
             half = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
             angle = (positions[..., None] * 10_000.0**-half).repeat(1, 1, 2)
             cos, sin = angle.cos(), angle.sin()
+        if cos.device != positions.device:  # of a target that is split over devices
+            cos, sin = (one.to(positions.device, non_blocking=True) for one in (cos, sin))
         low, high = sin.chunk(2, dim=-1)
         return cos, torch.cat([-low, high], dim=-1)
 
@@ -105,6 +108,7 @@ class TargetParts:
         self.embedding: Any = target.model.get_input_embeddings()
         self.head: Any = target.model.get_output_embeddings()
         self._served: nn.Module | None = None
+        self.split = target.placed  # then the head may be on another device than the draft
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings `(batch, queries, embed_width)` of tokens `(batch, queries)`."""
@@ -114,14 +118,33 @@ class TargetParts:
         """`(batch, queries, vocab or draft_vocab)` from hidden states of the target's width."""
         if self._served is not None:
             return self._served(hidden)
+        if self.split:
+            return self._logits_there(hidden, kept)
         if kept is None:
             return self.head(hidden.to(self.embedding.weight.dtype))
         bias = None if self.head.bias is None else self.head.bias[kept]
         return nn.functional.linear(hidden.to(self.head.weight.dtype), self.head.weight[kept], bias)
 
+    def _logits_there(self, hidden: Tensor, kept: Tensor | None) -> Tensor:
+        """The same, where the head is."""
+        there = hidden.to(runs_on(self.head), non_blocking=True)
+        found = self.head(there.to(self.target.dtype)).to(hidden.device, non_blocking=True)
+        return found if kept is None else found[..., kept]
+
     def serve(self, products: torch.dtype, kept: Tensor | None = None) -> None:
-        """Pack a copy of the head for decoding, if it is to be multiplied in another dtype than the target's, or in part."""
-        if not (isinstance(self.head, PackedLinear) or packable(self.head)):
+        """Pack a copy of the head for decoding, if it is to be multiplied in another dtype than the target's, or in part.
+
+        Raises:
+            UnsupportedError: part of a head is needed whose weights a quantizer keeps in a form of its own.
+        """
+        if kept is not None and not isinstance(self.head, PackedLinear):
+            weight = self.head.weight
+            if not weight.is_floating_point() or weight.shape[-1] != self.target.hidden_size:
+                raise UnsupportedError(
+                    "this draft proposes from a part of the vocabulary, and no part of the target's head can be read, because "
+                    "it is quantized: leave the head out of the quantization"
+                )
+        if self.split or not (isinstance(self.head, PackedLinear) or packable(self.head)):
             return
         # Unpacks a copy where the head is packed and not tied: once is enough.
         weight, bias = self.head.weight, self.head.bias

@@ -159,6 +159,8 @@ class NetworkDraft(SharedDraft, ABC):
         size = length, ranked
         if size in self.chains:
             return True
+        if self.module.target_parts.target.placed:
+            return False
         name = f"a chain of {length} of the {self.module.kind} draft" + (
             f", {ranked} tokens each" if ranked > 1 else ""
         )
@@ -193,6 +195,8 @@ class NetworkDraft(SharedDraft, ABC):
         """Draft by compiled programs from now on; False where it stays eager, which is said. See `Target.compile`."""
         if self.compiled:
             return True
+        if self.module.target_parts.target.placed:
+            return False  # of which the target says so
         for below_root in (False, True) if self.uses_parents else (False,):
             run = compiled(self.program(below_root), mode, say)
             if run is None:

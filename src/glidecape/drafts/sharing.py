@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,14 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError, InputError, first_line
 from ..files import write_folder
 from ..tables import millions
-from .card import CARD, FORMAT, WEIGHTS
+from .card import CARD, FORMAT, STATE_FILE, WEIGHTS
 from .formats import tensors_of
+from .readme import Details, card_in, readme
 
-README = """---
-library_name: glidecape
-tags: [speculative-decoding, glidecape]
-{base_model}---
-A draft model for speculative decoding with GlideCape. Decoding with it gives the target's own output, in less time:
+README, MESSAGE = "README.md", "Upload a draft"
 
-```python
-import glidecape
-
-lm = glidecape.load({target}, draft="{repo}")
-print(lm("Once upon a time").text)
-```
-"""
+# A pickle runs code when it is read. Nothing that is published may hold one.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def name_from(folder: Path, name: str | None) -> str | None:
@@ -54,11 +47,8 @@ def target_of_lm(folder: Path) -> str | None:
 
 def _lm_card(folder: Path) -> dict[str, Any]:
     """The card of an LM that was trained as a draft; empty where it is no such LM."""
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return card if isinstance(card, dict) and card.get("kind") == "lm" else {}
+    card = card_in(folder)
+    return card if card.get("kind") == "lm" else {}
 
 
 def target_named_by(folder: Path, name: str | None) -> str:
@@ -110,38 +100,35 @@ class SharedDraft:
         if goal.resolve() == source.resolve():
             raise InputError(f"the draft was loaded from {goal}: name another folder")
         name = name_from(goal, target or self.target_name)
-        write_folder(goal, lambda temporary: self._copy(source, temporary, name), WEIGHTS)
+        write_folder(goal, lambda temporary: copy_draft(source, temporary, name, self._config()), WEIGHTS)
 
-    def push_to_hub(self, repo: str, target: str | None = None, private: bool = False, token: str | None = None) -> str:
-        """Upload it to the Hub as `repo`, such as "me/model-glide"; the address of the commit.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        target: str | None = None,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+    ) -> str:
+        """Upload it to the Hub as `repo_id`, such as "me/model-glide", in one commit; the address of the commit.
 
         Args:
             target: Hub name of its model, for the card; None: the name that it was loaded for.
-            private, token: as in `huggingface_hub`.
+            private, token, commit_message: as in `huggingface_hub`.
+            revision: branch to upload to, which is made where it is not there; None: the main one.
+            license, datasets: see `Details`; for the model card.
 
         Raises:
             InputError: it came from no files.
-            CheckpointError: the Hub refuses, or cannot be reached.
+            CheckpointError: see `publish`.
         """
-        from huggingface_hub import HfApi
-
-        source, name = self._source(), target or self.target_name
-        if name is not None and Path(name).expanduser().is_dir():
-            name = None  # a folder of this machine means nothing to others
-        with tempfile.TemporaryDirectory() as temporary:
-            self._copy(source, Path(temporary), name)
-            readme = README.format(
-                base_model=f"base_model: {name}\n" if name else "",
-                target=json.dumps(name or "path/to/model"),
-                repo=repo,
-            )
-            (Path(temporary) / "README.md").write_text(readme, encoding="utf-8")
-            try:
-                api = HfApi(token=token)
-                api.create_repo(repo, private=private, exist_ok=True)
-                return str(api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="Upload a draft"))
-            except Exception as error:  # of the HTTP library, or the Hub's own
-                raise CheckpointError(f"cannot upload the draft to {repo}: {first_line(error)}") from None
+        place = Place(repo_id, private, revision, token, commit_message or MESSAGE)
+        name = target or self.target_name
+        return publish(self._source(), place, name, Details(license, list(datasets)), self._config())
 
     def _source(self) -> Path:
         if self.folder is None:
@@ -150,21 +137,95 @@ class SharedDraft:
             raise InputError(f"the files of this draft were in {self.folder}, which is not there any more")
         return self.folder
 
-    def _copy(self, source: Path, goal: Path, target: str | None) -> None:
-        """Copy the draft's files; its card gets the target's name. A network's file gets the newest format."""
-        for path in source.iterdir():
-            if path.is_file() and not path.name.startswith(".") and path.name != WEIGHTS:
-                shutil.copyfile(path, goal / path.name)
-        card = _lm_card(source)
-        if (source / WEIGHTS).is_file():
-            with safe_open(source / WEIGHTS, framework="pt") as file:
-                card = json.loads(file.metadata()["glidecape"])
-            tensors = tensors_of(source / WEIGHTS, card["format"], self.module.config)
-            card |= {"format": FORMAT, "config": asdict(self.module.config), "target": target}
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, goal / WEIGHTS, {"glidecape": json.dumps(card)})
-        elif card:
-            card["target"] = target
-        else:
-            return  # another program's LM, whose files say nothing of drafts
-        (goal / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    def _config(self) -> Any:
+        return getattr(getattr(self, "module", None), "config", None)
+
+
+def copy_draft(source: Path, goal: Path, target: str | None, config: Any = None) -> None:
+    """Copy a draft's files; its card gets the target's name. A network's file gets the newest format.
+
+    Args:
+        config: of a network that was loaded; None: the description in its file, of format 2 or newer.
+    """
+    is_network = (source / WEIGHTS).is_file()
+    for path in source.iterdir():
+        # Beside a network, descriptions alone: the state of its training is a pickle, and as large as three drafts.
+        wanted = path.suffix == ".json" if is_network else path.name != STATE_FILE
+        if path.is_file() and wanted and not path.name.startswith("."):
+            shutil.copyfile(path, goal / path.name)
+    card = _lm_card(source)
+    if is_network:
+        with safe_open(source / WEIGHTS, framework="pt") as file:
+            card = json.loads(file.metadata()["glidecape"])
+        tensors = tensors_of(source / WEIGHTS, card["format"], config)
+        card |= {"format": FORMAT, "target": target}
+        if config is not None:
+            card["config"] = asdict(config)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, goal / WEIGHTS, {"glidecape": json.dumps(card)})
+    elif card:
+        card["target"] = target
+    else:
+        return  # another program's LM, whose files say nothing of drafts
+    (goal / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a draft is published: see `SharedDraft.push_to_hub`."""
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    token: str | None = None
+    commit_message: str = MESSAGE
+
+
+def write_published(
+    source: Path, goal: Path, repo_id: str, target: str | None, details: Details, config: Any = None
+) -> None:
+    """Write what is published of a draft into the folder `goal`: its files, and a README.md made of its card.
+
+    Raises:
+        CheckpointError: a file is a pickle, or `readme.check_card`.
+    """
+    copy_draft(source, goal, target, config)
+    if pickles := sorted(path.name for path in goal.iterdir() if path.suffix in PICKLES):
+        raise CheckpointError(
+            f"{source} holds {pickles[0]}, a pickle that runs code when it is read: save it as safetensors"
+        )
+    (goal / README).write_text(readme(repo_id, card_in(goal), details), encoding="utf-8")
+
+
+def publish(source: Path, place: Place, target: str | None, details: Details, config: Any = None) -> str:
+    """Upload the draft in `source` in one commit; the commit's address.
+
+    huggingface_hub's `ModelHubMixin` does not fit: it saves into the folder itself, where a reader may meet half of the files,
+    and loads configuration and weights by requests of their own, which may be of two commits. So the names are its names, and
+    the functions under them are called here.
+
+    Raises:
+        CheckpointError: see `write_published`; the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as temporary:
+        write_published(source, Path(temporary), place.repo_id, target, details, config)
+        api = HfApi(token=place.token)
+        try:
+            api.create_repo(place.repo_id, private=place.private, exist_ok=True)
+            if place.revision is not None:
+                api.create_branch(place.repo_id, branch=place.revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=place.repo_id,
+                folder_path=temporary,
+                revision=place.revision,
+                commit_message=place.commit_message,
+                delete_patterns=[
+                    "*.safetensors",
+                    "*.json",
+                ],  # an earlier draft's, of which none may be read as this one's
+            )
+        except Exception as error:  # of the HTTP library, or the Hub's own
+            raise CheckpointError(f"cannot upload the draft to {place.repo_id}: {first_line(error)}") from None
+    return str(commit.commit_url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from ..drafts.checkpoint import NetworkDraft, load_draft, read_card
 from ..drafts.sharing import target_named_by, target_of_lm
 from ..errors import InputError, first_line
 from ..progress import note
+from ..target.loading import pinned
 from ..target.target import Target
 from ..usual import auto_drafter, take_prices
 from .language_model import LanguageModel
@@ -41,11 +43,13 @@ def load(
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a model, and what makes it faster.
 
     Args:
-        model: folder or Hub name of the target; or of a draft alone, whose card names its target.
+        model: folder or Hub name of the target; or of a draft alone, whose card names its target. "owner/name@revision" pins
+            a branch, tag or commit, here and of a draft.
         draft: folder or Hub name of a draft made by `glidecape train`, or of a small causal LM with the model's vocabulary.
         method: such as "glide+cape+svip" (docs/methods.md); "usual": what suits the draft, or prompt lookup without one;
             "auto": the same, and measured costs decide how much is drafted (docs/auto.md). "usual" is "auto", too, unless
@@ -57,8 +61,9 @@ def load(
         device: such as "cpu" or "cuda".
         threads: on a CPU; 0: PyTorch's choice.
         quantize: "int8": weights in 8 bits, by torchao.
-        revision: branch, tag or commit of a Hub model.
+        revision: branch, tag or commit of a Hub model; it goes before one in the model's name.
         trust_remote_code: run model code that comes with the weights.
+        device_map: as in transformers, such as "auto": the model is split over devices by accelerate (docs/scaling.md).
 
     Raises:
         InputError: an unknown method, dtype or device, or a draft of another kind than the method's.
@@ -78,7 +83,14 @@ def load(
     if draft is None and base is not None and base not in DRAFTLESS:
         make_drafter(method)  # says what is missing
     target = load_target(
-        model, dtype, device, threads, quantize=quantize, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        dtype,
+        device,
+        threads,
+        quantize=quantize,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
     )
     lm = with_draft(target, draft, method, options)
     return prepared(lm, compile, tokens=0, may_choose=method == "usual" and options is None)
@@ -127,6 +139,7 @@ def load_target(
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Target:
     """A target by what a user types; `pack=False`: to be trained on.
 
@@ -138,7 +151,9 @@ def load_target(
         raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
     use_device(device, threads)
     kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return Target.from_pretrained(name, kind, device, revision, trust_remote_code, pack=pack, quantize=quantize)
+    return Target.from_pretrained(
+        name, kind, device, revision, trust_remote_code, pack=pack, quantize=quantize, device_map=device_map
+    )
 
 
 def use_device(device: str, threads: int = 0) -> None:
@@ -220,15 +235,16 @@ def _draft_on_hub(name: str) -> Path | None:
     """The snapshot of a Hub repository that holds a draft of ours; None where it does not, or cannot be asked."""
     from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
+    name, revision = pinned(name)
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or Path(name).parent.is_dir():
         return None
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return None  # a model that was loaded before
-        if isinstance(kept := try_to_load_from_cache(name, WEIGHTS), str):
+        if isinstance(kept := try_to_load_from_cache(name, WEIGHTS, revision=revision), str):
             return Path(kept).parent
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or not file_exists(name, WEIGHTS, revision=revision):
             return None
-        return Path(snapshot_download(name)) if file_exists(name, WEIGHTS) else None
+        return Path(snapshot_download(name, revision=revision))
     except Exception:  # of the HTTP library, or the Hub's own; loading the model will say what is wrong
         return None

@@ -41,8 +41,39 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     return folder
 
 
-def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """A name and the revision that it is pinned to: "owner/model@revision" is one of the Hub's; folders have none.
+
+    Args:
+        revision: branch, tag or commit that was asked for, which goes before that of the name.
+
+    >>> pinned("owner/model@1a2b3c")
+    ('owner/model', '1a2b3c')
+    """
+    name = str(name)
+    if "@" in name and not Path(name).expanduser().exists():
+        name, _, own = name.partition("@")
+        revision = revision or own or None
+    return name, revision
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of a Hub model that was loaded, by its folder in the cache; None: not known, or a folder of one's own."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).expanduser().exists():
+        return None
+    kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(kept).parent.name if isinstance(kept, str) else None
+
+
+def load_model(
+    name: str | Path, dtype: str | torch.dtype, options: dict[str, Any], device_map: str | dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """The causal LM and the tokenizer of a folder or a Hub name.
+
+    Args:
+        options: for the model and the tokenizer; `device_map` is the model's alone.
 
     Raises:
         CheckpointError: nothing there; a configuration, tokenizer or weights that are missing, damaged, do not belong
@@ -50,6 +81,9 @@ def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, An
     """
     from transformers import AutoModelForCausalLM
 
+    if not isinstance(name, Path):
+        name, revision = pinned(name, options.get("revision"))
+        options = options | {"revision": revision}
     folder = local_folder(name, options.get("revision"))
     if folder is not None:
         _check_files(folder)
@@ -57,7 +91,12 @@ def load_model(name: str | Path, dtype: str | torch.dtype, options: dict[str, An
         # transformers answers weights of another shape with advice for its own callers, so `_check_report` answers them.
         with without_weight_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder or name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                str(folder or name),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map=device_map,
+                **options,
             )
     except Exception as error:  # a model's own code may raise anything
         raise _loading_error(name, folder, error) from None

@@ -34,6 +34,23 @@ def quantize(model: nn.Module, name: str) -> None:
         raise UnsupportedError(f"torchao cannot quantize this model: {first_line(error)}") from None
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse products whose rows depend on each other: a node's logits would depend on its neighbours in the tree.
+
+    bitsandbytes' 8-bit products look for outliers in the inputs of all rows at once, and take those columns in 16 bits for
+    every row.
+
+    Raises:
+        UnsupportedError: the model has such layers.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0) > 0:
+            raise UnsupportedError(
+                "bitsandbytes' 8-bit products with a threshold for outliers depend on the other rows of a batch, so a tree's "
+                "would not be plain decoding's: load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+            )
+
+
 def dense(weight: Any) -> Tensor:
     """A weight as an ordinary tensor, unpacked if a quantizer keeps it as something else."""
     return weight.dequantize() if hasattr(type(weight), "__tensor_flatten__") else weight

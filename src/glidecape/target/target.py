@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import DynamicCache, attend_without_plans, cache_argument, register_attention
+from ..compat import attend_without_plans, cache_argument, register_attention
 from ..core.cache import KVCache
 from ..core.masks import tree_mask
 from ..core.transfer import to_device
@@ -24,12 +24,13 @@ from ..core.verify import verdict_numbers
 from ..errors import GlideCapeError, InputError, UnsupportedError, first_line
 from ..tables import millions
 from .attention import ATTENTION, LAYOUT, Layout, attention, layer_mask
-from .loading import load_model
+from .loading import commit_of, load_model, pinned
 from .packages import Program, compiled, source_digest
 from .packed import pack as pack_layers
 from .packed import unpack as unpack_layers
+from .placement import is_offloaded, layers_of, runs_on, stored_weights
 from .program import CompiledTarget, CompiledVerdict, TargetProgram, example, verdict_program
-from .quantize import dense
+from .quantize import dense, refuse_quantized
 from .quantize import quantize as quantize_layers
 
 
@@ -68,18 +69,23 @@ class Target:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.text_config = model.config.get_text_config()
         refuse_by_config(self.text_config)
+        refuse_quantized(model)
         register_attention(ATTENTION, attention, layer_mask)
         model.set_attn_implementation(ATTENTION)
         attend_without_plans(self.device)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.cache_argument = cache_argument(model)
         self.name: str | None = None  # folder or Hub name
+        self.commit: str | None = None  # of a Hub model
         self._digest: str | None = None
         self.quantized: str | None = None  # by whom, where it was done here
         self.compiled: CompiledTarget | None = None
         self.verdict: Callable[[TokenTree, Tensor], Tensor] = verdict_numbers
-        self.packed = bool(pack) and self._pack(None if pack is True else pack)
-        self.shapes = _kv_shapes(model, self.text_config)
+        self.offloaded = is_offloaded(model)
+        self.packed = bool(pack) and not self.offloaded and self._pack(None if pack is True else pack)
+        self.shapes, devices = layers_of(model, self.text_config, self.device)
+        # Of each layer where they differ; None: all follow the model, which may be moved.
+        self.layer_devices = devices if set(devices) != {self.device} else None
         if probe:
             from .probe import probe_target
 
@@ -105,20 +111,32 @@ class Target:
         probe: bool = True,
         pack: bool | torch.dtype = True,
         quantize: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
     ) -> Target:
-        """Load a model folder, or a model of the Hub by name; `quantize`: "int8" weights (see `quantize`).
+        """Load a model folder, or a model of the Hub by name, "owner/model" or "owner/model@revision"; `quantize`: "int8"
+        weights (see `quantize`).
+
+        Args:
+            device_map: as in transformers, such as "auto", in the place of `device`: split over devices by accelerate.
 
         Raises:
             CheckpointError: see `loading.load_model`.
             InputError: an unknown quantizer, or torchao is not installed.
             UnsupportedError: see the class.
         """
-        model, tokenizer = load_model(name, dtype, {"revision": revision, "trust_remote_code": trust_remote_code})
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model, tokenizer = load_model(name, dtype, options, device_map)
         if quantize is not None:
             quantize_layers(model, quantize)
-        target = cls(model.to(device), tokenizer, probe, pack)
-        target.name, target.quantized = str(name), quantize
+        target = cls(model.to(device) if device_map is None else model, tokenizer, probe, pack)
+        (target.name, revision), target.quantized = pinned(name, revision), quantize
+        target.commit = commit_of(target.name, revision)
         return target
+
+    @property
+    def pinned_name(self) -> str | None:
+        """Its name, with the commit that was loaded where it is a Hub name: "owner/model@commit"."""
+        return f"{self.name}@{self.commit}" if self.name and self.commit else self.name
 
     @property
     def summary(self) -> str:
@@ -161,6 +179,10 @@ class Target:
         """
         if self.compiled is not None:
             return True
+        if self.placed:
+            if mode == "on":
+                say("the model is not compiled: its layers are on several devices, or its weights are offloaded")
+            return False
         run = compiled(self.program(), mode, say)
         self.compiled = None if run is None else self._tried(CompiledTarget(run), say)
         verdict = None if self.compiled is None else compiled(verdict_program(self.device), mode, say)
@@ -195,11 +217,27 @@ class Target:
     @property
     def weights_digest(self) -> str:
         """`digest_of` the model's weights."""
+        if self._digest is None and self.offloaded:
+            self._digest = digest_of(stored_weights(self.model))  # of a disk, perhaps: once is enough
         return self._digest if self._digest is not None else digest_of(self.model.state_dict())
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Of its input embedding: of token ids, logits, and all that a draft reads and writes."""
+        return runs_on(self.model.get_input_embeddings())
+
+    @property
+    def placed(self) -> bool:
+        """Is it split over several devices, or are its weights offloaded?"""
+        return self.offloaded or self.layer_devices is not None
+
+    def refuse_placed(self, what: str) -> None:
+        """Raises UnsupportedError if it is `placed`; `what` needs a model on one device."""
+        if self.placed:
+            raise UnsupportedError(
+                f"{what} needs a model on one device, and this one is split over several, or its weights are offloaded: load "
+                "it without a device_map"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,7 +285,16 @@ class Target:
     def new_cache(self, batch: int, capacity: int, limit_bytes: int | None = None, hidden: bool = False) -> KVCache:
         """An empty cache; with `hidden` every forward writes its last hidden states there, too."""
         width = self.hidden_size if hidden else 0
-        return KVCache(self.shapes, batch, capacity, self.dtype, self.device, limit_bytes=limit_bytes, hidden=width)
+        return KVCache(
+            self.shapes,
+            batch,
+            capacity,
+            self.dtype,
+            self.device,
+            self.layer_devices,
+            limit_bytes=limit_bytes,
+            hidden=width,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own special tokens.
@@ -308,7 +355,8 @@ class Target:
             LAYOUT.reset(token)
             if watch is not None:
                 watch.remove()
-        return TargetOutput(out.logits)
+        logits = out.logits
+        return TargetOutput(logits if logits.device == tokens.device else logits.to(tokens.device, non_blocking=True))
 
     @property
     def body(self) -> nn.Module:
@@ -373,35 +421,3 @@ def refuse_by_config(config: Any) -> None:
         raise UnsupportedError(f"{name} keeps a compressed (MLA) cache, which GlideCape does not read yet")
     if getattr(config, "alibi", False) or name in {"bloom", "mpt"}:
         raise UnsupportedError(f"{name} takes positions from cache slots (ALiBi): tree nodes would get wrong ones")
-
-
-def _kv_shapes(model: Any, config: Any) -> list[tuple[int, int]]:
-    """`(kv_heads, head_dim)` of each layer, read off a one-token forward (no config field is reliable for all)."""
-    seen: dict[int, tuple[int, int]] = {}
-
-    class Recorder(DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            if key_states.ndim != 4 or key_states.shape != value_states.shape:
-                raise UnsupportedError(f"{config.model_type} caches keys and values of different shapes")
-            seen[layer_idx] = (key_states.shape[1], key_states.shape[3])
-            return key_states, value_states
-
-    device = model.get_input_embeddings().weight.device
-    one = torch.zeros(1, 1, dtype=torch.long, device=device)
-    token = LAYOUT.set(Layout(one[0], one, one, None))
-    try:
-        with torch.no_grad():
-            model(input_ids=one, position_ids=one, use_cache=True, **{cache_argument(model): Recorder()})
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        raise UnsupportedError(
-            f"{config.model_type} does not run on our cache ({type(error).__name__}: {first_line(error)})"
-        ) from None
-    finally:
-        LAYOUT.reset(token)
-    # The last layers of some models have no keys of their own: they read those of an earlier layer.
-    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    if sorted(seen) != list(range(own)):
-        raise UnsupportedError(f"{config.model_type} wrote keys and values for layers {sorted(seen)} of {own}")
-    return [seen[i] for i in sorted(seen)]

@@ -36,7 +36,12 @@ WORTH = 2.0  # acceptance length from which on a draft usually pays
 
 
 def make_draft(target: Target, recipe: DraftRecipe, text: np.ndarray | None = None) -> nn.Module:
-    """The untrained draft network of a recipe, see `DraftTraining.new`."""
+    """The untrained draft network of a recipe, see `DraftTraining.new`.
+
+    Raises:
+        UnsupportedError: see `DraftTraining.new`; also a target that is not on one device.
+    """
+    target.refuse_placed("training a draft")
     target.unpack()  # gradients pass through its head
     torch.manual_seed(recipe.seed)
     return BY_RECIPE[recipe.kind].new(target, recipe, text)
