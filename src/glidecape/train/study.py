@@ -97,7 +97,7 @@ class DraftGroup:
     def losses(self, batch: Tensor, number: int, learned: Tensor | None) -> Iterator[Tensor]:
         """Each draft's loss over `batch (rows, length)`, made when it is asked for."""
         started = self._now()
-        output = self.teacher.run(batch, number, learned)
+        output = self.teacher.run(batch, number, learned, self.draft_losses[0].positions(number))
         self.tokens_seen += batch.numel()
         self.target_s += (learning := self._now()) - started
         for i, draft_loss in enumerate(self.draft_losses):

@@ -17,15 +17,20 @@ class Teacher:
 
     Args:
         hidden: keep its last hidden states in the cache, too.
+
+    Attributes:
+        positions: `(rows, length)` of the tokens that it ran last.
     """
 
     def __init__(self, target: Target, rows: int, length: int, hidden: bool = False) -> None:
         self.target = target.model.requires_grad_(False) and target
         self.cache: KVCache = target.new_cache(rows, length, hidden=hidden)
-        self.positions = torch.arange(length, device=target.device).expand(rows, -1)
+        self.positions = self._from_zero = torch.arange(length, device=target.device).expand(rows, -1)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits `(rows, length, vocab)` of whole windows at these positions; None: from zero."""
+        self.positions = self._from_zero if positions is None else positions
         self.cache.truncate([0] * tokens.shape[0])
         logits = self.target.forward(tokens, self.positions, self.cache).logits
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
@@ -36,11 +41,13 @@ class Teacher:
         assert self.cache.hidden is not None, "this teacher does not keep them"
         return self.cache.hidden[: tokens.shape[0], : tokens.shape[1]]
 
-    def run(self, tokens: Tensor, number: int, learned: Tensor | None = None) -> TeacherOutput:
+    def run(
+        self, tokens: Tensor, number: int, learned: Tensor | None = None, positions: Tensor | None = None
+    ) -> TeacherOutput:
         """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
         next one is output."""
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            return TeacherOutput(tokens, number, learned, self(tokens), self)
+            return TeacherOutput(tokens, number, learned, self(tokens, positions), self)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class TeacherOutput:
         number: of the batch in its run; what is drawn for it follows from it.
         learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
         logits: the target's, `(rows, length, vocab)`.
-        teacher: holds the keys and values of the target's layers.
+        teacher: holds the keys and values of the target's layers, and the positions of the tokens.
     """
 
     tokens: Tensor

@@ -125,7 +125,7 @@ def draft_hidden(
     if not module.config.glimpse:
         return module.hidden(tokens, positions, kv, visible)
     of_root = module.glimpse_projection(cache.hidden_at(visible - 1).to(module.dtype))
-    is_root, glimpse = (visible == positions)[..., None], of_root
+    is_root, glimpse = (visible == torch.arange(tokens.shape[1], device=tokens.device))[..., None], of_root
     for _ in range(passes - 1):
         with torch.no_grad():
             above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse)
@@ -142,13 +142,16 @@ def hidden_by_lag(
     """
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     above: Tensor | None = None
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(
+        tokens
+    )  # where keys lie, whatever their positions
     for lag in range(1, deepest + 1):
         glimpse = None
         if module.config.glimpse and above is None:
-            glimpse = module.glimpse_projection(cache.hidden_at(positions - 1).to(module.dtype))
+            glimpse = module.glimpse_projection(cache.hidden_at(places - 1).to(module.dtype))
         elif above is not None and module.config.glimpse:
             glimpse = module.own_glimpse_projection(previous(above))
-        above = module.hidden(tokens, positions, kv, (positions + 1 - lag).clamp(min=0), glimpse=glimpse)
+        above = module.hidden(tokens, positions, kv, (places + 1 - lag).clamp(min=0), glimpse=glimpse)
         yield above
 
 

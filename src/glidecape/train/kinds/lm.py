@@ -46,11 +46,14 @@ class LmTraining(DraftTraining):
         return LlamaForCausalLM(config).float().to(target.device)
 
     def loss(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
-        tokens = output.tokens
+        tokens, moved = output.tokens, {}
+        if recipe.positions != "zero":
+            # With a mask, or transformers takes the jump in the positions for the beginning of another text.
+            moved = {"position_ids": output.teacher.positions, "attention_mask": torch.ones_like(tokens)}
         drawn = lag_visible(recipe.lags, recipe.seed, output.number, output.rows, tokens.shape[1], self.deepest)
         visible = own_rows(drawn).to(tokens.device)
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            drafted = self.module(input_ids=tokens).logits
+            drafted = self.module(input_ids=tokens, **moved).logits
         counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
         return distillation_loss(drafted, output.logits, tokens, counted, recipe.loss)
 
