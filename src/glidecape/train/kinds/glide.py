@@ -142,9 +142,8 @@ def hidden_by_lag(
     """
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     above: Tensor | None = None
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(
-        tokens
-    )  # where keys lie, whatever their positions
+    # Where keys lie, whatever their positions are.
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     for lag in range(1, deepest + 1):
         glimpse = None
         if module.config.glimpse and above is None:
