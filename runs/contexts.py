@@ -35,14 +35,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glidecape import SamplingParams, Stats, Target, generate, load_draft, make_drafter
+from glidecape import SamplingParams, Stats, Target, load_draft, make_drafter
 from glidecape.core.stats import loops
 from glidecape.drafts.glide.network import GlideModel
+from glidecape.engine.decode import engine_of, new_rows
+from glidecape.engine.round import run_round
 from glidecape.significance import paired_permutation
 from glidecape.tables import TextTable
 
 HELD_OUT = {"flask", "networkx", "rich"}  # as the shipped target's
-TEXT_BYTES = 12e6
+TEXT_BYTES = 3e6
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 NEW, SCORED, LAGS = 64, 128, 4
 
@@ -82,10 +84,19 @@ def places(target: Target, count: int, longest: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def teacher_forced(target: Target, networks: dict[str, GlideModel], prompt: list[int]) -> dict[str, Any]:
-    """Mean negative logarithm of the last tokens' probabilities, and of each draft agreement and overlap by lag there."""
+def read(target: Target, prompt: list[int]) -> Any:
+    """A cache that holds a prompt but for the tokens that are scored."""
     cache = target.new_cache(1, len(prompt))
     target.prefill([prompt[: len(prompt) - SCORED + 1]], cache)
+    return cache
+
+
+@torch.no_grad()
+def teacher_forced(target: Target, networks: dict[str, GlideModel], prompt: list[int], cache: Any) -> dict[str, Any]:
+    """Mean negative logarithm of the last tokens' probabilities, and of each draft agreement and overlap by lag there.
+
+    The cache is that of `read`; it holds the whole prompt afterwards.
+    """
     tail = torch.tensor([prompt[-SCORED:]])
     at = torch.arange(len(prompt) - SCORED, len(prompt))[None]
     logits = target.forward(tail, at, cache).logits[0].float()
@@ -115,19 +126,41 @@ def by_lag(network: GlideModel, prompt: list[int], cache: Any, logits: Tensor) -
     return found
 
 
+@torch.no_grad()
+def decode(target: Target, drafter: Any, prompt: list[int], cache: Any) -> tuple[list[int], Stats]:
+    """The tokens after a prompt and the counts of their rounds; what `cache` holds of the prompt is not read again."""
+    stats, rows = Stats(), new_rows(target, [prompt], SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+    engine = engine_of(target, drafter, rows, 1)
+    batch, known = engine.batch, len(prompt) - SCORED
+    batch.admit(rows[0])
+    batch.use(0, 1)
+    for layer in range(len(target.shapes)):
+        batch.cache.own_keys[layer][:, :, :known] = cache.own_keys[layer][:, :, :known]
+        batch.cache.own_values[layer][:, :, :known] = cache.own_values[layer][:, :, :known]
+    batch.cache.commit([known])
+    while engine.read_prompts():
+        pass
+    tokens: list[int] = []
+    while len(tokens) < NEW:
+        for event in run_round(target, drafter, batch, stats):
+            tokens += event.tokens
+    return tokens, stats
+
+
 def measure(
     target: Target, drafts: dict[str, Any], texts: list[list[int]], context: int, decoded: int
 ) -> list[dict[str, Any]]:
     """What each prompt gives in this context; the first `decoded` are decoded from, too."""
-    params, found = SamplingParams(max_new_tokens=NEW, ignore_eos=True), []
+    found = []
     for number, text in enumerate(texts):
         prompt = text[len(text) - (context - NEW) :]
-        one = teacher_forced(target, {name: draft.module for name, draft in drafts.items()}, prompt)
+        cache = read(target, prompt)
+        one = teacher_forced(target, {name: draft.module for name, draft in drafts.items()}, prompt, cache)
         for name, draft in drafts.items() if number < decoded else ():
-            stats = Stats()
-            (out,) = generate(target, [prompt], make_drafter("glide+chain", draft, length=LAGS), params, stats)
+            drafter = make_drafter("glide+chain", draft, length=LAGS)
+            tokens, stats = decode(target, drafter, prompt, cache)
             one[name] |= {"rounds": stats.rounds, "emitted": stats.emitted}
-            one["loops"] = loops(out.tokens)  # the same for every draft: the output is the target's
+            one["loops"] = loops(tokens)  # the same for every draft: the output is the target's
         found.append(one)
     return found
 
