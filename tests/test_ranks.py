@@ -27,11 +27,13 @@ from glidecape.train.recipe import DraftRecipe
 from processes import Child
 
 ROWS, LENGTH, STEPS = 4, 32, 6
-RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
+RECIPE = DraftRecipe(
+    length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2, positions="anchor-offset"
+)
 BATCH = 2 * ROWS * LENGTH
 KINDS = {
     "glide": RECIPE,
-    "glide, a reduced vocabulary": replace(RECIPE, draft_vocab=40, loss="ce"),
+    "glide, a reduced vocabulary": replace(RECIPE, draft_vocab=40, loss="ce", positions="zero"),
     "eagle": replace(RECIPE, kind="eagle", loss="feature", noise=0.2),
     "medusa": replace(RECIPE, kind="medusa", max_lag=2, loss="kl"),
     "lm": replace(RECIPE, kind="lm"),

@@ -27,7 +27,9 @@ from glidecape.train.stopping import stop_requests
 from processes import Child, glidecape
 
 STEPS, ROWS, LENGTH = 60, 4, 32
-RECIPE = DraftRecipe(length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2)
+RECIPE = DraftRecipe(
+    length=LENGTH, rows=ROWS, rate=1e-2, muon=True, lags="shift", loss="kl+tv", accumulate=2, positions="anchor-offset"
+)
 BUDGET = Budget(tokens=STEPS * 2 * ROWS * LENGTH)
 
 

@@ -18,7 +18,7 @@ from glidecape.train.study_rows import FACTORS, changes_of, study_rows
 from glidecape.train.study_table import summary, table_of
 from test_command_line import run
 
-BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2, max_lag=2)
+BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2, max_lag=2, positions="anchor-offset")
 BUDGET = Budget(tokens=5 * 2 * 64)
 GIVEN = [
     "other=loss:kl+tv,lags:shift,max_lag:3,muon:no,draft_vocab:200",

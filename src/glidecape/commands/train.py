@@ -160,6 +160,6 @@ def _joint_recipe(changes: str, seed: int) -> DraftRecipe:
     from ..train.study_rows import changes_of
 
     wanted: dict[str, Any] = {"muon": True, "seed": seed} | (changes_of(changes) if changes else {})
-    if given := {"length", "rows", "accumulate", "clip", "loss_on", "documents"} & wanted.keys():
+    if given := {"length", "rows", "accumulate", "clip", "loss_on", "documents", "positions"} & wanted.keys():
         raise InputError(f"--draft-recipe cannot set {min(given)}: the draft sees its target's own batches")
     return DraftRecipe(**wanted)

@@ -18,6 +18,12 @@ KV = tuple[Tensor, Tensor]
 MAX_TABLE = 65_536
 
 
+def rotates_by_length(target: Target) -> bool:
+    """Does its rotary embedding depend on how long the longest sequence of a batch is?"""
+    scaling = str(getattr(target.text_config, "rope_parameters", None))
+    return "dynamic" in scaling or "longrope" in scaling
+
+
 class TargetRotary(nn.Module):
     """cos and sin as the target layer makes them, scaled rotary included.
 
@@ -40,10 +46,9 @@ class TargetRotary(nn.Module):
         kinds = getattr(target.text_config, "layer_types", None)
         self.by_kind = {"layer_type": kinds[layer]} if kinds and self._needs_kind(target) else {}
         self.head_dim = target.shapes[layer][1]
-        scaling = str(getattr(target.text_config, "rope_parameters", None))
         # Room past the context: nodes beyond it are drafted at a limit, and clipped.
         self.size = target.context + 256
-        self.fixed = self.size <= MAX_TABLE and "dynamic" not in scaling and "longrope" not in scaling
+        self.fixed = self.size <= MAX_TABLE and not rotates_by_length(target)
         # Buffers, so that compiled programs read them where they lie.
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)

@@ -41,6 +41,7 @@ class TargetOutput:
     logits: Tensor
 
 
+UNLIMITED = 2**31 - 1  # the context of a target that declares none
 ROUNDING = 0.1  # of the largest logit: how far a program's logits may be from the model's, in bfloat16
 
 
@@ -250,7 +251,7 @@ class Target:
     @property
     def context(self) -> int:
         """Longest sequence in tokens, prompt and output together."""
-        return getattr(self.text_config, "max_position_embeddings", None) or 2**31 - 1
+        return getattr(self.text_config, "max_position_embeddings", None) or UNLIMITED
 
     @property
     def layer_kinds(self) -> list[str]:

@@ -25,6 +25,7 @@ from .data import load_streams
 from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
 from .kinds import BY_RECIPE, training_of
 from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .positions import check_offsets, window_positions
 from .ranks import own_rows, ranks, shard
 from .recipe import DraftRecipe
 from .rows import Preview, preview
@@ -67,6 +68,9 @@ class DraftLoss:
     Args:
         length: of the windows, in tokens.
         teacher: shared with other drafts' losses; None: one of its own.
+
+    Raises:
+        InputError, UnsupportedError: windows are too short for the deepest lag, or cannot be moved (`check_offsets`).
     """
 
     def __init__(
@@ -79,13 +83,23 @@ class DraftLoss:
             raise InputError(
                 f"windows of {length} tokens hold no lag of {least - 1}: lower --max-lag, or lengthen --length"
             )
+        self._size = recipe.rows, length, target.context
+        if recipe.positions != "zero":
+            check_offsets(target, length)
 
     def __call__(
         self, batch: Tensor, number: int, learned: Tensor | None = None, begins: Tensor | None = None
     ) -> Tensor:
         """Mean loss over `batch (rows, length)`, this process's rows of the run's batch of that number; `learned` and `begins`
         as in `TeacherOutput`."""
-        return self.of(self.teacher.run(batch, number, learned, begins))
+        return self.of(self.teacher.run(batch, number, learned, begins, self.positions(number)))
+
+    def positions(self, number: int) -> Tensor | None:
+        """Positions of this process's rows of that batch, `(rows, length)`; None: from zero."""
+        if self.recipe.positions == "zero":
+            return None
+        drawn = window_positions(self.recipe.seed, number, *self._size)
+        return own_rows(drawn).to(self.teacher.positions.device)
 
     def of(self, output: TeacherOutput) -> Tensor:
         """Mean loss over a batch that the target has run on; lags and noise are drawn for its number."""

@@ -12,6 +12,7 @@ from ..options import option
 LOSSES = ("kl", "rkl", "tv", "nla", "lk_hybrid", "ce")
 FEATURE = "feature"  # EAGLE's own loss
 LAGS = ("block-random", "block", "balanced", "shift")
+POSITIONS = ("zero", "anchor-offset")
 GLIDE_KINDS = ("glide", "glide-no-cross")
 KINDS = (*GLIDE_KINDS, "eagle", "medusa", "lm")
 OF_GLIDE = ("preset", "layers", "read", "glimpse", "width", "window", "embedding", "norm", "draft_vocab")
@@ -49,6 +50,7 @@ class DraftRecipe:
         max_lag: deepest lag trained; 0 takes the preset's. Of EAGLE the deepest node, of Medusa the number of heads.
         noise: on the features that EAGLE is trained on (`features.noisy`); 0: none.
         length, rows: window in tokens and windows a step.
+        positions: of a window's tokens, one of `POSITIONS`: from zero, or `positions.window_positions`.
         muon: hidden matrices with Muon instead of AdamW.
         loss_on: "all" tokens, or "completion": only what an assistant or a completion column said.
         documents: "joined": those of a window see each other; "apart": none sees another, and positions begin anew with each.
@@ -71,6 +73,11 @@ class DraftRecipe:
     max_lag: int = option(0, "Most tokens drafted a round that it is trained for, or heads of medusa; 0: the preset's.")
     length: int = option(256, "Window in tokens.", least=16)
     rows: int = option(16, "Windows a step.", least=1)
+    positions: str = option(
+        "zero",
+        "Positions of a window: from zero; or anchor-offset: all but its first four tokens stand at a random place of the "
+        "target's context, for long contexts.",
+    )
     rate: float = option(2e-3, "Peak learning rate.")
     muon: bool = option(
         False, "adamw, or muon for the hidden matrices.", flag="optimizer", type=str, read=is_muon, write=_optimizer
@@ -119,10 +126,16 @@ class DraftRecipe:
             raise InputError(f"noise on features must not be negative, as {self.noise} is")
         if self.lags not in LAGS:
             raise InputError(f"unknown lag scheme '{self.lags}': choose from {', '.join(LAGS)}")
+        if self.positions not in POSITIONS:
+            raise InputError(f"unknown positions '{self.positions}': choose zero or anchor-offset")
         if self.loss_on not in ("all", "completion"):
             raise InputError(f"--loss-on takes all or completion, not '{self.loss_on}'")
         if self.documents not in ("joined", "apart"):
             raise InputError(f"--documents takes joined or apart, not '{self.documents}'")
+        if self.documents == "apart" and self.positions != "zero":
+            raise InputError(
+                "positions begin anew with each document under --documents apart: leave --positions out, or train with joined"
+            )
         if self.accumulate < 1 or self.clip < 0:
             raise InputError(f"accumulate {self.accumulate} must be at least 1, clip {self.clip} at least 0")
         if self.embedding not in ("", "shared", "own"):

@@ -95,10 +95,12 @@ class DraftGroup:
         ]
         self.target_s, self.draft_s, self.tokens_seen = 0.0, [0.0] * len(self.modules), 0
 
-    def losses(self, batch: Tensor, number: int, *rest: Tensor | None) -> Iterator[Tensor]:
+    def losses(
+        self, batch: Tensor, number: int, learned: Tensor | None, begins: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Each draft's loss over `batch (rows, length)`, made when it is asked for."""
         started = self._now()
-        output = self.teacher.run(batch, number, *rest)
+        output = self.teacher.run(batch, number, learned, begins, self.draft_losses[0].positions(number))
         self.tokens_seen += batch.numel()
         self.target_s += (learning := self._now()) - started
         for i, draft_loss in enumerate(self.draft_losses):

@@ -10,7 +10,7 @@ from .recipe import DraftRecipe
 
 BASELINE = "baseline"
 # What decides batches and steps, so is every row's.
-SHARED = ("length", "rows", "seed", "loss_on", "documents", "accumulate", "clip")
+SHARED = ("length", "rows", "seed", "loss_on", "documents", "accumulate", "clip", "positions")
 
 # A factor's rows: what each changes in the study's base recipe.
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {

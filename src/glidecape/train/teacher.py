@@ -18,24 +18,32 @@ class Teacher:
 
     Args:
         hidden: keep its last hidden states in the cache, too.
+
+    Attributes:
+        positions: `(rows, length)` of the tokens that it ran last.
     """
 
     def __init__(self, target: Target, rows: int, length: int, hidden: bool = False) -> None:
         self.target = target.model.requires_grad_(False) and target
         self.cache: KVCache = target.new_cache(rows, length, hidden=hidden)
-        self.positions = torch.arange(length, device=target.device).expand(rows, -1)
+        self.positions = self._from_zero = torch.arange(length, device=target.device).expand(rows, -1)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, begins: Tensor | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, begins: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits `(rows, length, vocab)` of whole windows.
+
+        Args:
+            begins: see `TeacherOutput`; None: all is one document.
+            positions: `(rows, length)`; None: from zero, or from the beginning of each document that is kept apart.
+        """
+        if positions is None:
+            positions = self._from_zero if begins is None else self._from_zero - begins
+        self.positions = positions
         self.cache.truncate([0] * tokens.shape[0])
         apart = None if begins is None else documents_mask(begins)
-        logits = self.target.forward(tokens, self.positions_of(begins), self.cache, apart).logits
+        logits = self.target.forward(tokens, positions, self.cache, apart).logits
         self.cache.commit([tokens.shape[1]] * tokens.shape[0])
         return logits
-
-    def positions_of(self, begins: Tensor | None) -> Tensor:
-        """Positions `(rows, length)`: from the beginning of the window, or of each document in it."""
-        return self.positions if begins is None else self.positions - begins
 
     def features(self, tokens: Tensor) -> Tensor:
         """Last hidden states `(rows, length, hidden_size)` of the window that it ran last."""
@@ -43,12 +51,17 @@ class Teacher:
         return self.cache.hidden[: tokens.shape[0], : tokens.shape[1]]
 
     def run(
-        self, tokens: Tensor, number: int, learned: Tensor | None = None, begins: Tensor | None = None
+        self,
+        tokens: Tensor,
+        number: int,
+        learned: Tensor | None = None,
+        begins: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> TeacherOutput:
         """A batch with what the target says of it, in bfloat16 products; any number of drafts may learn from it until the
         next one is output."""
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            return TeacherOutput(tokens, number, learned, self(tokens, begins), self, begins)
+            return TeacherOutput(tokens, number, learned, self(tokens, begins, positions), self, begins)
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class TeacherOutput:
         number: of the batch in its run; what is drawn for it follows from it.
         learned: `(rows, length)` bool, the tokens to be learned, each by the position before it; None: all.
         logits: the target's, `(rows, length, vocab)`.
-        teacher: holds the keys and values of the target's layers.
+        teacher: holds the keys and values of the target's layers, and the positions of the tokens.
         begins: `(rows, length)` int64, the slot at which the document of each token begins, where no document sees another;
             None: all is one.
     """
@@ -80,7 +93,7 @@ class TeacherOutput:
     @property
     def positions(self) -> Tensor:
         """`(rows, length)`; they begin anew with each document that is kept apart."""
-        return self.teacher.positions_of(self.begins)
+        return self.teacher.positions
 
     @property
     def apart(self) -> Tensor | None:

@@ -131,9 +131,10 @@ def draft_hidden(
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     if not module.config.glimpse:
         return module.hidden(tokens, positions, kv, visible, begins=begins)
+    places = torch.arange(tokens.shape[1], device=tokens.device)  # whatever the positions are
     newest = visible - 1 if begins is None else torch.where(visible > 0, begins + visible - 1, -1)
     of_root = module.glimpse_projection(cache.hidden_at(newest).to(module.dtype))
-    is_root, glimpse = (visible == positions)[..., None], of_root
+    is_root, glimpse = (visible == (places if begins is None else places - begins))[..., None], of_root
     for _ in range(passes - 1):
         with torch.no_grad():
             above = module.hidden(tokens, positions, kv, visible, glimpse=glimpse, begins=begins)
@@ -150,13 +151,15 @@ def hidden_by_lag(
     """
     kv = {layer: cache.committed(layer) for layer in module.config.layers_read}
     above: Tensor | None = None
+    # Where keys lie, whatever their positions are.
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     for lag in range(1, deepest + 1):
         glimpse = None
         if module.config.glimpse and above is None:
-            glimpse = module.glimpse_projection(cache.hidden_at(positions - 1).to(module.dtype))
+            glimpse = module.glimpse_projection(cache.hidden_at(places - 1).to(module.dtype))
         elif above is not None and module.config.glimpse:
             glimpse = module.own_glimpse_projection(previous(above))
-        above = module.hidden(tokens, positions, kv, (positions + 1 - lag).clamp(min=0), glimpse=glimpse)
+        above = module.hidden(tokens, positions, kv, (places + 1 - lag).clamp(min=0), glimpse=glimpse)
         yield above
 
 

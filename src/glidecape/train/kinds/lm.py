@@ -47,14 +47,16 @@ class LmTraining(DraftTraining):
         tokens = output.tokens
         visible = self.visible(output, recipe)
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            drafted = self._logits(output)
+            drafted = self._logits(output, recipe)
         counted = (visible > 0) & output.counted()  # every kind of draft learns from the same positions
         return distillation_loss(drafted, output.logits, tokens, counted, recipe.loss)
 
-    def _logits(self, output: TeacherOutput) -> Tensor:
-        if output.apart is None:
+    def _logits(self, output: TeacherOutput, recipe: DraftRecipe) -> Tensor:
+        if output.apart is None and recipe.positions == "zero":
             return self.module(input_ids=output.tokens).logits
-        return self.module(output.tokens, output.apart, output.positions, use_cache=False).logits
+        # With a mask, or transformers takes the jump in moved positions for the beginning of another text.
+        mask = torch.ones_like(output.tokens) if output.apart is None else output.apart
+        return self.module(output.tokens, mask, output.positions, use_cache=False).logits
 
     def logits_by_lag(self, tokens: Tensor, teacher: Teacher) -> Iterator[Tensor]:
         yield self.module(input_ids=tokens).logits
