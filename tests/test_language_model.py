@@ -208,7 +208,7 @@ def test_a_draft_without_its_models_name_and_a_hub_out_of_reach_are_one_sentence
     script = (
         "import sys, glidecape\n"
         f"draft = glidecape.load({str(world['target'])!r}, {str(world['glide'])!r}).draft\n"
-        "try:\n    draft.push_to_hub('me/model-glide')\n"
+        "try:\n    draft.push_to_hub('me/model-glide', 'me/model')\n"
         "except glidecape.GlideCapeError as error:\n    print(error)\n"
     )
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}

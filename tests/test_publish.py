@@ -53,7 +53,7 @@ def write_card(folder: Path, **changes: Any) -> None:
 def test_what_is_published_is_the_draft_and_a_card_that_says_what_it_is(world, folder, tmp_path, capfd, monkeypatch):
     (folder / STATE_FILE).write_bytes(b"a pickle")
     (folder / "notes.txt").write_text("of mine")
-    words = ["publish", folder, "me/model-glide", "--target", "owner/model@abc", "--license", "mit"]
+    words = ["publish", folder, "me/model-glide", "--base-model", "owner/model@abc", "--license", "mit"]
     words += ["--dataset", "owner/texts", "--output", tmp_path / "made"]
     code, out, err = run(capfd, monkeypatch, *words)
     assert (code, out.strip()) == (0, str(tmp_path / "made")), err
@@ -87,7 +87,7 @@ def test_what_is_published_is_the_draft_and_a_card_that_says_what_it_is(world, f
 
 
 def test_a_draft_lm_is_published_with_its_tokenizer(world, tmp_path, capfd, monkeypatch):
-    words = ["publish", world["lm"], "me/model-lm", "--target", "owner/model", "--output", tmp_path / "made"]
+    words = ["publish", world["lm"], "me/model-lm", "--base-model", "owner/model", "--output", tmp_path / "made"]
     assert run(capfd, monkeypatch, *words)[0] == 0
     names = {path.name for path in (tmp_path / "made").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", CARD, "README.md"} <= names
@@ -106,7 +106,7 @@ def test_a_draft_that_nobody_could_use_or_judge_is_refused(world, folder, tmp_pa
         assert (code, out, message in err, err.count("\n")) == (2, "", True, 1), err
         assert not (tmp_path / "made" / "README.md").exists()
 
-    named = ("--target", "owner/model")
+    named = ("--base-model", "owner/model")
     refused("names the folder ../target as its target, where nobody else has it")
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8])
@@ -156,7 +156,7 @@ import glidecape
 from glidecape import AutoDraft, Target, cli
 
 folder, commit = sys.argv[1:3]
-sys.argv = ["glidecape", "publish", folder, "me/model-glide", "--target", f"owner/model@{commit}", "--private"]
+sys.argv = ["glidecape", "publish", folder, "me/model-glide", "--base-model", f"owner/model@{commit}", "--private"]
 cli.main = cli.app  # typer exits
 try:
     cli.main()

@@ -47,7 +47,7 @@ def test_the_files_say_what_the_draft_is(tmp_path: Path) -> None:
 def test_the_command_names_the_target_and_refuses_other_drafts(world, tmp_path: Path, capfd, monkeypatch) -> None:
     from test_command_line import run
 
-    words = ["export", world["glide"], tmp_path / "made", "--target", "owner/model@abc"]
+    words = ["export", world["glide"], tmp_path / "made", "--base-model", "owner/model@abc"]
     assert run(capfd, monkeypatch, *words)[0] == 0
     config = json.loads((tmp_path / "made" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == "owner/model"

@@ -136,12 +136,12 @@ _EXAMPLES: dict[Callable[..., Any], tuple[str, str]] = {
         f"glidecape serve {_PAIR} --port 8080 --max-batch 32 --shadow 0.01",
     ),
     publish: (
-        "glidecape publish draft me/model-glide --target owner/model --license apache-2.0",
-        "glidecape publish draft me/model-glide --target owner/model --output upload",
+        "glidecape publish draft me/model-glide --base-model owner/model --license apache-2.0",
+        "glidecape publish draft me/model-glide --base-model owner/model --output upload",
     ),
     export: (
         "glidecape export draft exported",
-        "glidecape export draft exported --format speculators --target owner/model",
+        "glidecape export draft exported --format speculators --base-model owner/model",
     ),
     report: ("glidecape report run", "glidecape report run-greedy run-sampled --output page"),
 }

@@ -18,7 +18,7 @@ def export(
         str, typer.Option("--format", help="speculators: config.json and model.safetensors.")
     ] = "speculators",
     base: Annotated[
-        str | None, typer.Option("--target", help="Hub name of its model; default: the name in the draft's card.")
+        str | None, typer.Option("--base-model", help="Hub name of its model; default: the name in the draft's card.")
     ] = None,
 ) -> None:
     """Write a GliDe draft in the format of the speculators library."""

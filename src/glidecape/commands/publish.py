@@ -19,7 +19,7 @@ def publish(
     base: Annotated[
         str | None,
         typer.Option(
-            "--target",
+            "--base-model",
             help="Hub name of its model, OWNER/MODEL@REVISION to pin one; default: the name in the draft's card.",
         ),
     ] = None,
