@@ -11,13 +11,14 @@ from statistics import median
 import torch
 
 LEAST = 16  # tokens of a chunk; fewer are hardly faster to read
+ROOM = 1.5  # rounds that a chunk may take: rows that are decoding wait for it between two tokens
 ROUNDS = 9  # that are remembered: as newcomers join, rounds become longer, and their chunks may, too
 
 
 class Pace:
-    """Chooses chunks that take about as long as a round, from the times of the last ones.
+    """Chooses chunks that take about as long as one and a half rounds, from the times of the last ones.
 
-    So the rows that are decoding wait for at most about one round more.
+    So the rows that are decoding wait for hardly ever more than two rounds, and newcomers get more than half of the time.
 
     Args:
         most: tokens of a chunk at most.
@@ -44,7 +45,7 @@ class Pace:
             torch.cuda.synchronize(self.device)
         self._read = True
         if self.rounds:
-            self._learn(tokens, self.clock() - began, median(self.rounds))
+            self._learn(tokens, self.clock() - began, ROOM * median(self.rounds))
 
     @contextmanager
     def round(self) -> Iterator[None]:
@@ -56,7 +57,7 @@ class Pace:
         self.last, self._read = None if self._read else took, False
 
     def _learn(self, tokens: int, seconds: float, limit: float) -> None:
-        if seconds > limit:
-            self.tokens = max(LEAST, int(min(tokens, self.tokens) * max(0.5, limit / seconds)))
-        elif seconds < limit / 2 and tokens > self.tokens / 2:
-            self.tokens = min(self.most, 2 * self.tokens)
+        """The next chunk has as many tokens as fit into the limit at the pace of this one, if it was no smaller than planned."""
+        fits = int(tokens * min(2.0, max(0.5, limit / max(seconds, 1e-9))))
+        if fits < self.tokens or tokens > self.tokens / 2:
+            self.tokens = max(LEAST, min(self.most, fits))
