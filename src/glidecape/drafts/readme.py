@@ -111,7 +111,7 @@ def check_card(card: dict[str, Any], what: str) -> None:
         )
     if not set(FIGURES) & set(card.get("figures") or {}):
         raise CheckpointError(
-            f"the card of {what} has no acceptance figures: give its `glidecape train` command again without --prompts 0, "
+            f"the card of {what} has no acceptance figures: give its `glidecape train` command again without --eval-prompts 0, "
             "which measures them"
         )
     name = card.get("target")
