@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from ..serve.replicas.replica import Recipe
 
 
-def chosen(target: str | None, draft: str | None, method: str) -> tuple[str, str | None, str]:
-    """See `choose`; but a server without a draft decodes plainly."""
-    named, (target, draft, method) = method, choose(target, draft, method)
-    if named == "usual" and draft is None:
+def chosen(target: str | None, draft: str | None, method: str, fixed: bool) -> tuple[str, str | None, str]:
+    """See `choose`; but the usual method of a server is plain decoding without a draft, and with one measured costs decide
+    what is drafted, unless an option of a method is given (`fixed`)."""
+    usual = method == "usual"
+    target, draft, method = choose(target, draft, "auto" if usual and not fixed else method)
+    if usual and draft is None:
         method = "plain"  # copying is for those who know that their prompts repeat
         note("no draft is named: decoding is plain; --draft makes it faster, and --method lookup needs none")
     return target, draft, method
@@ -94,7 +96,7 @@ def read(args: Mapping[str, Any]) -> tuple[Recipe, int]:
         raise InputError(f"'{unknown}' is no option of the server: {did_you_mean(unknown, known, 'leave it out')}")
     if keys := os.environ.get("GLIDECAPE_API_KEY", "").split():
         settings = replace(settings, api_key=tuple(keys))
-    return recipe_of(*chosen(*pair), settings, options, machine), replicas
+    return recipe_of(*chosen(*pair, options != MethodOptions()), settings, options, machine), replicas
 
 
 def _taken(form: Any, given: dict[str, Any]) -> Any:

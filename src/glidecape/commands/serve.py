@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..serve.replicas.settings import ReplicaSettings
 from ..serve.settings import ServeSettings
-from .effects import refuse_unused
+from .effects import names_options, refuse_unused
 from .replicas import chosen, loaded, recipe_of, served_name
 from .shared import Draft, ServingMachine, TargetOrShipped
 
@@ -23,7 +23,7 @@ def serve(
     target: TargetOrShipped = None,
     draft: Draft = None,
     method: Annotated[
-        str, typer.Option(help="As for generate; usual: what suits the draft, or plain without one.")
+        str, typer.Option(help="As for generate; usual: measured costs decide what is drafted; plain without a draft.")
     ] = "usual",
     settings: ServeSettings = ServeSettings(),
     options: MethodOptions = MethodOptions(),
@@ -35,7 +35,7 @@ def serve(
         raise InputError(f"the server needs {', '.join(missing)}: pip install 'glidecape[serve]'")
     if replicas.ray and importlib.util.find_spec("ray") is None:
         raise InputError("--ray needs Ray Serve: pip install 'glidecape[ray]'")
-    target, draft, method = chosen(target, draft, method)
+    target, draft, method = chosen(target, draft, method, names_options(ctx))
     refuse_unused(ctx, [method])
     if replicas.ray:
         from ..drafts.checkpoint import resolve

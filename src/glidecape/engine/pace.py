@@ -57,7 +57,7 @@ class Pace:
         self.last, self._read = None if self._read else took, False
 
     def _learn(self, tokens: int, seconds: float, limit: float) -> None:
-        """The next chunk has as many tokens as fit into the limit at the pace of this one, if it was no smaller than planned."""
+        """The next chunk has as many tokens as fit into the limit at this one's pace, if it was about as large as planned."""
         fits = int(tokens * min(2.0, max(0.5, limit / max(seconds, 1e-9))))
         if fits < self.tokens or tokens > self.tokens / 2:
             self.tokens = max(LEAST, min(self.most, fits))
