@@ -349,7 +349,8 @@ def load_draft(
     """A draft by folder or Hub name: a checkpoint of ours, or any causal LM with the target's vocabulary.
 
     Args:
-        revision, download: see `resolve`.
+        revision: branch, tag or commit of a draft on the Hub.
+        **download: see `resolve`.
 
     Raises:
         CheckpointError, MismatchError, UnsupportedError: missing, torn, of another target, or not decodable.

@@ -35,7 +35,9 @@ class AutoDraft:
         Args:
             target: that it drafts for, whose embedding and head it uses; None: the one that its card names is loaded.
             revision: branch, tag or commit of the draft.
-            token, cache_dir, local_files_only: as in `huggingface_hub`, for the draft.
+            token: as in `huggingface_hub`, for the draft; so are the next two.
+            cache_dir: where downloads are kept.
+            local_files_only: download nothing.
 
         Raises:
             CheckpointError, MismatchError, UnsupportedError: see `load_draft` and `Target.from_pretrained`; also a card that
