@@ -19,9 +19,14 @@ from .target.target import Target
 QUICK = 1e9  # parameters of a target whose rounds are measured in some seconds
 
 
+def kind_of(draft: AnyDraft | None) -> str | None:
+    """The kind of a draft; None: there is none."""
+    return None if draft is None else getattr(draft, "kind", "lm")
+
+
 def auto_drafter(draft: AnyDraft | None) -> tuple[str, AutoDrafter]:
     """The method `auto` of a draft, and its drafter without costs; lookup where there is no draft."""
-    method = method_for("auto", None if draft is None else getattr(draft, "kind", "lm"))
+    method = method_for("auto", kind_of(draft))
     drafter = make_drafter(method, draft)
     assert isinstance(drafter, AutoDrafter)
     return method, drafter
@@ -46,7 +51,7 @@ def usual_drafter(target: Target, draft: AnyDraft | None) -> Drafter:
     _, drafter = auto_drafter(draft)
     if take_prices(target, drafter):
         return drafter
-    return make_drafter(method_for("usual", None if draft is None else getattr(draft, "kind", "lm")), draft)
+    return make_drafter(method_for("usual", kind_of(draft)), draft)
 
 
 def _rows_to_price(target: Target, drafter: AutoDrafter, many: bool) -> tuple[int, ...] | None:

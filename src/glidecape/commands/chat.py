@@ -11,7 +11,7 @@ from ..drafting.options import MethodOptions
 from ..errors import InputError
 from ..progress import note
 from .effects import names_options, note_unused, refuse_local, refuse_unused, typed
-from .shared import Draft, ServingMachine, TargetOrShipped, choose
+from .shared import ApiKey, Draft, ServingMachine, TargetOrShipped, choose
 
 if TYPE_CHECKING:
     from ..chat.session import Model
@@ -28,13 +28,7 @@ def chat(
         str | None,
         typer.Option(help="Talk to a server, such as http://127.0.0.1:8000/v1; MODEL is then its name there."),
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            help="Key for the server. Other users of this machine can see options: set the variable instead.",
-            envvar="GLIDECAPE_API_KEY",
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     system: Annotated[str, typer.Option(help="A first turn that tells the model how to answer.")] = "",
     params: SamplingParams = SamplingParams(max_new_tokens=TOKENS),
     options: MethodOptions = MethodOptions(),

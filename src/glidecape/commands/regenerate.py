@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import only_writer
 from ..progress import note
 from .effects import refuse_local, refuse_unused, typed
-from .shared import Draft, ServingMachine, TargetName, command_line, kind_of, resumable
+from .shared import ApiKey, Draft, ServingMachine, TargetName, command_line, kind_of, resumable
 
 if TYPE_CHECKING:
     from ..train.endpoint import DescribedTarget, Endpoint
@@ -48,13 +48,7 @@ def regenerate(
     model_name: Annotated[
         str | None, typer.Option(help="With --endpoint: the model's name there; default: its first one.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            help="Key for the server. Other users of this machine can see options: set the variable instead.",
-            envvar="GLIDECAPE_API_KEY",
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --endpoint: requests at a time.")] = 16,
     options: MethodOptions = MethodOptions(),
     machine: ServingMachine = ServingMachine(dtype="float32"),

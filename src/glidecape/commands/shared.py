@@ -41,6 +41,13 @@ TargetOrShipped = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 _DRAFT = "GliDe, EAGLE or Medusa draft, or a draft LM for vanilla: folder or Hub name, OWNER/NAME@REVISION to pin one"
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Key for the server. Other users of this machine can see options: set the variable instead.",
+        envvar="GLIDECAPE_API_KEY",
+    ),
+]
 Draft = Annotated[str | None, typer.Option("--draft", help=f"{_DRAFT}.")]
 _SEVERAL = typer.Option("--draft", help=f"{_DRAFT}; repeat for several, NAME=FOLDER where two are of one kind.")
 Drafts = Annotated[list[str] | None, _SEVERAL]

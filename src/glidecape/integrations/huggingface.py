@@ -32,7 +32,7 @@ from ..engine.decode import decode
 from ..errors import InputError, UnsupportedError
 from ..target.attention import ATTENTION
 from ..target.target import Target
-from ..usual import usual_drafter
+from ..usual import kind_of, usual_drafter
 
 _KEPT = "_glidecape"  # attribute of a model: what later calls use again
 _PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHE_ARGUMENTS}
@@ -281,7 +281,7 @@ def _prepare(model: Any, draft: Any, method: str | None, options: MethodOptions 
             kept.usual[named] = usual_drafter(kept.target, _loaded(kept, named))
         return kept.target, kept.usual[named]
     loaded = _loaded(kept, named)
-    chosen = method_for(method or "usual", None if loaded is None else getattr(loaded, "kind", "lm"))
+    chosen = method_for(method or "usual", kind_of(loaded))
     return kept.target, make_drafter(chosen, loaded, options)
 
 

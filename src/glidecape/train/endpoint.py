@@ -17,6 +17,7 @@ from ..asking import Server, model_in, told
 from ..core.params import SamplingParams
 from ..errors import CheckpointError, InputError, first_line
 from ..target.loading import local_folder
+from ..target.target import UNLIMITED
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -53,7 +54,7 @@ class DescribedTarget:
             raise CheckpointError(
                 f"{name} has no tokenizer or configuration to be read ({first_line(error)})"
             ) from None
-        return cls(tokenizer, config.vocab_size, getattr(config, "max_position_embeddings", None) or 2**31 - 1)
+        return cls(tokenizer, config.vocab_size, getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
 class Endpoint:
