@@ -14,6 +14,7 @@ measure() { ! wanted "$1" || "$bin"/glidecape measure "$1" "${common[@]}" "${@:2
 
 measure cape --use glide --temperature 0,1 --limit 8
 measure svip --methods vanilla,glide,glide+cape,eagle@top=4@total=12,eagle+chain --lengths 1-8,10,12,16 --temperature 0,1 --limit 8
+measure auto --use glide --temperature 0,1 --limit 8 --repeats 3
 measure batch --methods vanilla,glide,glide+cape,glide+cape+svip --svip-threshold 0.6 --limit 8
 measure context --methods vanilla,glide,glide+cape,glide+cape+svip --svip-threshold 0.6
 measure long --methods glide,glide+cape,glide+cape+svip --svip-threshold 0.6

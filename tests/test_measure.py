@@ -17,8 +17,9 @@ from glidecape.bench.records import Item
 from glidecape.bench.settings import Settings
 from glidecape.core.params import RESIDUAL, SamplingParams
 from glidecape.core.stats import RoundStats, Stats
-from glidecape.costmodel import RoundCosts
+from glidecape.costmodel import Prices, RoundCosts
 from glidecape.costs import Verification, verification_ratios
+from glidecape.drafting.auto.drafter import AutoDrafter
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
 from glidecape.drafting.expansions.beam import Beam
 from glidecape.drafting.expansions.cape import Cape
@@ -28,7 +29,9 @@ from glidecape.engine.decode import start
 from glidecape.engine.round import run_round
 from glidecape.errors import InputError
 from glidecape.measure import runs as runs_module
+from glidecape.measure.auto import Job, study_auto
 from glidecape.measure.cape import best_of, study_cape
+from glidecape.measure.knowing import Oracle, Place, fastest
 from glidecape.measure.oracle import distance, oracle, rounds_of
 from glidecape.measure.runs import PLAIN, Run, Watched, figures, interleaved, prompts_of, run
 from glidecape.measure.svip import Lengths, study_svip
@@ -209,6 +212,81 @@ def test_study_of_svip_on_a_toy() -> None:
         study_svip(TARGET, DRAFT, Chain(), "toy", [[0]], [[0]], PARAMS, flat)
 
 
+def test_the_fastest_rounds_are_the_best_of_all_sequences() -> None:
+    costs = RoundCosts(0.1, (1, 2, 9), (1.0, 1.05, 1.9), 0.2, 2, 0.25, ((2, 0.3),))
+    places = [Place(1, 2, 0), Place(0, 0, 3), Place(3, 3, 1), Place(0, 1, 0), Place(2, 2, 2), Place(0, 0, 0)]
+
+    @remembered
+    def least(at: int) -> float:
+        left = len(places) - at - 1
+        if left < 0:
+            return 0.0
+        place = places[at]
+        times = [1.0 + least(at + 1), 1.3 + least(at + 1 + min(left, place.chain, 2))]
+        times += [costs.verify(1 + n) + least(at + 1 + min(left, n)) for n in range(1, place.copied + 1)]
+        for depth in range(1, 5):  # drafted; nodes that are wrong are never worth verifying
+            right = min(depth, place.ranked)
+            if right:
+                cost = costs.verify(1 + right) + 0.2 + 0.1 * depth
+                if depth >= 2:
+                    cost = min(cost, costs.verify(1 + right) + 0.25 + 0.1 * (depth - 2))
+                times.append(cost + least(at + 1 + min(left, right)))
+        return min(times)
+
+    at, time = 0, 0.0
+    shapes = fastest(places, costs, 4)
+    while at < len(places):
+        shape, place, left = shapes[at], places[at], len(places) - at - 1
+        if shape.chain:
+            cost, right = 1.3, min(place.chain, 2)
+        elif shape.whole:
+            cost, right = (
+                costs.verify(1 + shape.nodes) + 0.25 + 0.1 * (shape.depths - 2),
+                min(place.ranked, shape.depths),
+            )
+        else:
+            cost = costs.of(shape.depths, shape.nodes)
+            right = place.copied and shape.nodes if not shape.depths else min(place.ranked, shape.depths)
+        at, time = at + 1 + min(left, right), time + cost
+    assert time == pytest.approx(least(0))
+
+
+def test_the_oracle_proposes_what_is_accepted_and_no_more() -> None:
+    """Its text is plain decoding's, every node that it proposes is accepted, and no constant needs fewer rounds."""
+    draft = ModelDrafter(DRAFT, Chain(), FixedLength(4))
+    of = AutoDrafter(draft, [Prices((1,), (1,), (1, 9), (((1.0, 1.16),),), ((0.1,),), ((0.05,),))] * 2)
+    knowing = Oracle(of)
+    prompts = [[7], [9, 3]]
+    for prompt in prompts:
+        knowing.learn_text(TARGET, prompt, PARAMS, run(TARGET, NoDraft(), [prompt], PARAMS).tokens[0])
+    drafters = {PLAIN: NoDraft(), "chain": draft, "oracle": knowing}
+    runs = interleaved(TARGET, drafters, [[prompt] for prompt in prompts], PARAMS)
+    rows = {name: figures(name, runs) for name in drafters}
+    assert all(row["equal"] for row in rows.values())
+    rounds = [one for batch in runs["oracle"][0] for one in batch.rounds]
+    assert all(one.accepted == one.drafted for one in rounds)
+    assert rows["oracle"]["acceptance_length"] >= rows["chain"]["acceptance_length"] > 1.5
+    assert any(one.drafted > one.depth - 1 for one in rounds)
+    for unknown in ([8], [9]):
+        with pytest.raises(KeyError):
+            run(TARGET, knowing, [unknown], PARAMS)
+
+
+def test_study_of_auto_takes_turns_and_compares_with_the_best_constant() -> None:
+    draft = ModelDrafter(DRAFT, Chain(), FixedLength(4))
+    heats = [SamplingParams(heat, seed=3, max_new_tokens=24, ignore_eos=True) for heat in (0.0, 1.0)]
+    jobs = [Job(name, prompt, params) for name, prompt in (("code", (7,)), ("chat", (9, 3))) for params in heats]
+    drafters = {PLAIN: NoDraft(), "chain": draft, "short": ModelDrafter(DRAFT, Chain(), FixedLength(1))}
+    summary, every = study_auto(TARGET, drafters | {"auto": AutoDrafter(draft)}, "auto", jobs)
+    cells = ["code, T=0", "code, T=1", "chat, T=0", "chat, T=1"]
+    assert {row["cell"] for row in summary.rows} == {*cells, "all, T=0", "all, T=1", "all"}
+    assert len(every.rows) == 5 * 7
+    assert all(row["equal"] for row in every.rows)
+    assert all(row["best_constant"] in ("chain", "short") and row["over_constant"] > 0 for row in summary.rows)
+    with pytest.raises(InputError, match="at least one method of a fixed length"):
+        study_auto(TARGET, {PLAIN: NoDraft(), "auto": AutoDrafter(draft)}, "auto", jobs)
+
+
 def test_batches_hold_the_same_prompts() -> None:
     drafters = {PLAIN: NoDraft(), "toy": ModelDrafter(DRAFT, Chain(), Entropy(0.2, 5))}
     table = study_batches(TARGET, drafters, [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0]], PARAMS, (1, 2, 4))
@@ -270,8 +348,9 @@ def test_the_commands_on_a_tiny_world(world, capfd, monkeypatch, tmp_path) -> No
         "batch": ["--sizes", "1,4", "--methods", "glide"],
         "context": ["--lengths", "48,96", "--methods", "glide+cape", "--limit", 2],
         "long": ["--methods", "glide"],
+        "auto": ["--lengths", "1-2", "--copies", 3, "--without", "siblings"],
     }
-    counts = {"cape": [5], "svip": [7, 7], "batch": [4], "context": [4], "long": [2]}
+    counts = {"cape": [5], "svip": [7, 7], "batch": [4], "context": [4], "long": [2], "auto": [3, 21]}
     for name, words in commands.items():
         out = tmp_path / f"{name}.json"
         code, _, err = call(capfd, monkeypatch, name, *some, *words, "--out", out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..drafting.options import CAPPED, SVIP, MethodOptions, bins_from
+from ..drafting.options import AUTO_PARTS, CAPPED, SVIP, MethodOptions, bins_from
 from ..errors import InputError
 from ..files import only_writer
 from ..options import option
@@ -201,9 +201,7 @@ def _chosen(name: str, drafts: Mapping[str, AnyDraft]) -> DraftModel:
         raise InputError(f"no draft named '{name}': give --draft {name}=FOLDER")
     chosen = drafts[name or next(iter(drafts))]
     if isinstance(chosen, DepthModel):
-        raise InputError(
-            "Medusa heads have no confidence at a node, only at a depth: CaPE and beams need another draft"
-        )
+        raise InputError("Medusa heads have no confidence at a node, only at a depth: this study needs another draft")
     return chosen
 
 
@@ -277,6 +275,51 @@ def _calibrated(opened: _Opened, settings: Settings, calibration: str) -> tuple[
     if len(prompts) < 2:
         raise InputError("one prompt is not enough: every fourth is kept for calibration; give more, or --calibration")
     return [p for i, p in enumerate(prompts) if i % 4], prompts[::4]
+
+
+@add_to(
+    app,
+    "glidecape measure auto models/pysource/target --draft glide=models/pysource/glide --limit 8 --compile on",
+    "glidecape measure auto path/to/model --draft draft --suite code.jsonl,chat.jsonl --lengths 1-8 --output auto.json",
+)
+def auto(
+    target: TargetName,
+    draft: SomeDrafts,
+    name: Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")] = "",
+    lengths: Annotated[str, typer.Option(help="Lengths of the draft's chains to compare with, such as 1-8.")] = "1-8",
+    copies: Annotated[str, typer.Option(help="Lengths of copied chains (lookup) to compare with.")] = "3,5,10",
+    without: Annotated[
+        str, typer.Option(help="Parts of auto that are left out, each in a row of its own; empty: none.")
+    ] = ",".join(AUTO_PARTS),
+    prompt_tokens: PromptTokens = 192,
+    limit: Limit = 16,
+    run: StudyOptions = StudyOptions(),
+) -> None:
+    """`auto` against the best constant of each kind of prompt and temperature, and the gap to an oracle that knows the text."""
+    from ..bench.methods import read_methods
+    from ..costs import ALONE_ROWS, prices_of
+    from ..drafting.auto.drafter import AutoDrafter
+    from ..drafting.methods import base_for
+    from ..measure.auto import mixed_jobs, study_auto
+    from ..progress import note
+    from ..usual import kind_of
+
+    sizes, copied = _numbers(lengths, "--lengths"), _numbers(copies, "--copies")
+    opened = _open("auto", target, draft, run, prompt_tokens=prompt_tokens, limit=limit)
+    model = _chosen(name, opened.drafts)
+    base = f"{name or next(iter(opened.drafts))}:{base_for(kind_of(model) or 'lm')}"
+    judged = f"{base}+auto"
+    names = [f"{base}+chain@length={n}" for n in sizes if n <= model.max_lag] + [f"lookup@length={n}" for n in copied]
+    names += [judged, *(f"{judged}@without={part.strip()}" for part in without.split(",") if part.strip())]
+    drafters = {one.name: one.drafter(opened.drafts) for one in read_methods(names, opened.settings.options)}
+    run.machine.compile_models(opened.target, drafters.values(), price=False)
+    autos = [one for one in drafters.values() if isinstance(one, AutoDrafter)]
+    prices = prices_of(opened.target, autos[0], note, rows=ALONE_ROWS)
+    for one in autos:
+        one.set_prices(prices)
+    jobs = mixed_jobs(opened.target, opened.suites, list(opened.each_temperature()))
+    opened.study.tables += study_auto(opened.target, drafters, judged, jobs, run.repeats)
+    opened.finish()
 
 
 @add_to(

@@ -71,26 +71,30 @@ def interleaved(
     target: Target,
     drafters: Mapping[str, Drafter],
     batches: Sequence[Sequence[Sequence[int]]],
-    params: SamplingParams,
+    params: SamplingParams | Sequence[SamplingParams],
     repeats: int = 1,
 ) -> Runs:
     """Run every drafter on every batch, `repeats` times, after a short warm-up of each.
+
+    Args:
+        params: of all batches, or of each.
 
     Raises:
         InputError: no prompt is left.
     """
     if not batches:
         raise InputError("no prompt is left to measure: give more, or shorter ones")
+    own = [params] * len(batches) if isinstance(params, SamplingParams) else params
     for drafter in drafters.values():
-        run(target, drafter, [batches[0][0]], SamplingParams(params.temperature, max_new_tokens=8, ignore_eos=True))
+        run(target, drafter, batches[0][:1], replace(own[0], max_new_tokens=8, ignore_eos=True))
     names = list(drafters)
     runs: Runs = {name: [[] for _ in range(repeats)] for name in names}
     with bar("measuring", repeats * len(batches) * len(names)) as shown:
         for repeat in range(repeats):
-            for turn, batch in enumerate(batches):
+            for turn, (batch, how) in enumerate(zip(batches, own, strict=True)):
                 for k in range(len(names)):
                     name = names[(k + turn) % len(names)]
-                    runs[name][repeat].append(run(target, drafters[name], batch, params))
+                    runs[name][repeat].append(run(target, drafters[name], batch, how))
                     shown.advance(what=f"measuring {name}")
     return runs
 
