@@ -6,7 +6,9 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +93,35 @@ def test_a_hopeless_draft_is_asked_ever_more_rarely(target) -> None:
     assert late.rounds >= 95
     assert len(asked) <= 8
     assert late.drafted <= 12
+
+
+def test_a_settled_choice_is_thought_about_every_fourth_round(target, world, monkeypatch) -> None:
+    """And a hopeless draft is asked in every 24th round all the same."""
+    draft = GlideDraft(GlideModel.new(GlideConfig.for_target(target), target).serve())
+    drafter = make_drafter("glide+auto", draft)
+    assert isinstance(drafter, AutoDrafter)
+    drafter.set_prices([Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((0.25,),), ((0.2,),))] * 2)
+    drafter.copying = False
+    drafted(target, drafter, 120)
+    thoughts, rounds, asked = [0], [0], [0]
+
+    def counting(name: str, times: list[int], of: Any) -> None:
+        whole = getattr(of, name)
+
+        def counted(*args: Any) -> Any:
+            times.append(rounds[0])
+            return whole(*args)
+
+        monkeypatch.setattr(of, name, counted)
+
+    counting("_costs_of", thoughts, drafter)
+    counting("_draft", asked, drafter)
+    commit = drafter.commit
+    monkeypatch.setattr(drafter, "commit", lambda *args: (rounds.append(rounds.pop() + 1), commit(*args)))
+    late = drafted(target, drafter, 120)
+    assert len(thoughts) < late.rounds / 2
+    assert 4 <= len(asked) <= 10
+    assert max(b - a for a, b in pairwise(asked)) <= LONGEST + 1
 
 
 def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:

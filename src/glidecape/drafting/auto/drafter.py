@@ -32,7 +32,7 @@ from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, copies_gain, tree_of, width_of
-from .rate import Depths, Lead, Probes, Rate, Worth
+from .rate import Depths, Lead, Probes, Rate, Settled, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 
@@ -73,6 +73,7 @@ class AutoDrafter:
         self.rate, self.worth = Rate(4), Worth(2)
         self.depths = Depths(2, DEPTH)
         self.lead, self.probes, self._had_chain = Lead(2), Probes(), True
+        self._settled = Settled()
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
@@ -142,6 +143,9 @@ class AutoDrafter:
         own = around.rows[batch.first : batch.last]
         batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
+        if self._settled.rests and self._may_rest(batch, kinds):
+            around.plan = plan = Plan(kinds, [(0, [])] * len(kinds), places=[2 * kind for kind in kinds])
+            return self._again(batch, plan)
         costs, verify = self._costs_of(batch, max(kinds))
         plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
         around.plan = plan
@@ -153,14 +157,38 @@ class AutoDrafter:
         rate = len(rows) * self.rate.of(plan.places)
         missing = [1.0 - p for p in plan.first]
         if self.runner is not None and (chain := self._best_chain(batch, kinds, missing, costs, rate)):
-            self.runner.limit, cost = chain
-            plan.cost, plan.chain = 1.0 + cost, True
-            return self.runner.propose(batch)
+            self._settle(plan, chain)
+            return self._again(batch, plan)
         if self._drafts(kinds, missing):
             self._draft(batch, plan, own, costs, rate)
         elif self._nothing_pays(plan, verify, rate):
-            return self._nothing(batch, plan)
+            self._settle(plan, (0, 0.0))
+            return self._again(batch, plan)
+        self._settle(plan, None)
         return self._chosen(batch, plan, self._chances(plan, own), costs, verify, rate)
+
+    def _settle(self, plan: Plan, choice: tuple[int, float] | None) -> None:
+        self._settled.note(plan.kinds, choice, max(plan.first) > LIKELY)
+
+    def _may_rest(self, batch: Batch, kinds: list[int]) -> bool:
+        """May this round do as those before? Not where rows are of other laws, or the draft is to be asked again."""
+        settled = self._settled
+        if kinds != settled.kinds or not batch.laws.bare:
+            settled.rests = 0
+            return False
+        settled.rests -= 1
+        if settled.length:
+            self.probes.chains += 1
+            return True
+        return self.runner is None or not self.worth.drafts(kinds, [1.0] * len(kinds))
+
+    def _again(self, batch: Batch, plan: Plan) -> TokenTree:
+        """The chain that was chosen last, or nothing."""
+        if not self._settled.length:
+            return self._nothing(batch, plan)
+        assert self.runner is not None
+        self.runner.limit, plan.cost, plan.chain = self._settled.length, 1.0 + self._settled.cost, True
+        return self.runner.propose(batch)
 
     def _nothing_pays(self, plan: Plan, verify: Array, rate: float) -> bool:
         """Do copied tokens bring less than verifying one of them costs, where nothing is drafted?"""

@@ -48,6 +48,10 @@ class FixedRounds(AutoDrafter):
     def _best_chain(self, *_: object) -> tuple[int, float] | None:
         return (self.shape.depths, 0.0) if self.shape.chain else None
 
+    def _settle(self, plan: Plan, choice: tuple[int, float] | None) -> None:
+        super()._settle(plan, choice)
+        self._settled.rests = 0
+
     def _drafts(self, *_: object) -> bool:
         return self.shape.depths > 0
 

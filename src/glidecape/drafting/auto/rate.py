@@ -7,6 +7,7 @@ from collections.abc import Sequence
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
 LONGEST = 24  # rounds between two probes of a draft that does not pay, at most
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
+SETTLED, RESTS = 16, 3  # rounds after which a choice is settled, and rounds that then follow without a thought
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
 
 
@@ -187,3 +188,39 @@ class Probes:
         self.pause = OFTEN if moved and self.gain else min(SELDOM, 2 * self.pause)
         self.chains, self.gain = 0, gain
         return True
+
+
+class Settled:
+    """A choice that stays the same. Thinking takes a few hundredths of a small model's round, so after some rounds the next few
+    do as those before: the same chain, or nothing.
+
+    Attributes:
+        kinds: laws of the rows of the last choice.
+        length, cost: of the chain that was chosen last, over a plain round; 0: nothing was.
+        rests: rounds that may follow without a thought.
+
+    >>> settled = Settled()
+    >>> for _ in range(SETTLED + 1):
+    ...     settled.note([0], (3, 0.4), False)
+    >>> settled.rests, settled.note([0], (3, 0.4), True), settled.rests
+    (3, None, 0)
+    """
+
+    def __init__(self) -> None:
+        self.kinds: list[int] = []
+        self.length, self.cost = 0, 0.0
+        self.rounds = self.rests = 0
+
+    def note(self, kinds: list[int], choice: tuple[int, float] | None, copies: bool) -> None:
+        """What was chosen: a chain's length and cost, zeros for nothing, or None for a proposal node by node. `copies`: was
+        there something likely to be copied, which a rest would miss?"""
+        if choice is None:
+            self.rounds = max(0, self.rounds - 4)  # a probe, perhaps
+        elif copies or kinds != self.kinds or bool(choice[0]) != bool(self.length):
+            self.rounds = 0
+        else:
+            self.rounds = min(self.rounds + 1, SETTLED)
+        if choice is not None:
+            self.length, self.cost = choice
+        self.kinds = kinds
+        self.rests = RESTS if choice is not None and self.rounds == SETTLED else 0
