@@ -1,13 +1,14 @@
 """vLLM's own methods and GliDe inside vLLM, on the same weights: tokens a second, and tokens emitted a round.
 
-    .venv-vllm/bin/python runs/vllm_methods.py [--repeats 5] [--tokens 64] [--threads 1] [--compile] [--output table.md]
+    .venv-vllm/bin/python runs/vllm_methods.py [--repeats 5] [--minutes 8] [--threads 1] [--output table.md]
 
 On the shipped pair in float32, greedily: plain decoding, n-gram lookup, the shipped draft LM as vLLM's draft model, GliDe, and
 GliDe with SVIP. Each has an engine in a process of its own, which stays: it decodes the prompts once to warm up, and then the
 engines are timed in turn, `--repeats` times, with all prompts in one batch, and with one after the other. Only the engine that
 is timed has work. Prompts whose plain answers loop are left out, since any method copies a loop. A method whose tokens are not
-plain decoding's ends the run, and so does one that computes with another number of threads. It needs the environment of
-`make test-vllm`, and a machine that does nothing else: where one of several threads waits for a CPU, all do.
+plain decoding's ends the run, and so does one that computes with another number of threads. No repeat begins that would not
+end within `--minutes`. It needs the environment of `make test-vllm`, and a machine that does nothing else: where one of several
+threads waits for a CPU, all do.
 """
 
 from __future__ import annotations
@@ -154,11 +155,15 @@ def chosen(plain: Engine, count: int) -> tuple[Answers, Answers]:
     return [prompt for prompt, _ in kept], [answer for _, answer in kept]
 
 
-def compare(engines: dict[str, Engine], repeats: int, count: int) -> tuple[Answers, dict[str, list[dict[str, Any]]]]:
+def compare(engines: dict[str, Engine], options: argparse.Namespace) -> tuple[Answers, dict[str, list[dict[str, Any]]]]:
     """The prompts, and what each method's repeats found. The first measurement of each method is its warm-up."""
-    prompts, wanted = chosen(engines["plain"], count)
+    begun, longest = time.perf_counter(), 0.0
+    prompts, wanted = chosen(engines["plain"], options.prompts)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-    for repeat in range(repeats + 1):
+    for repeat in range(options.repeats + 1):
+        start = time.perf_counter()
+        if repeat > 1 and start + longest - begun > 60 * options.minutes:
+            break
         for name in list(engines)[:: -1 if repeat % 2 else 1]:  # back and forth: what drifts meets all of them alike
             one = engines[name](prompts)
             if one.pop("answers") != wanted:
@@ -167,6 +172,7 @@ def compare(engines: dict[str, Engine], repeats: int, count: int) -> tuple[Answe
             print(f"{repeat or 'warm-up'}: {name}: {rates}", file=sys.stderr, flush=True)
             if repeat:
                 found[name].append(one)
+        longest = max(longest, time.perf_counter() - start)
     return prompts, found
 
 
@@ -190,6 +196,9 @@ def table(found: dict[str, list[dict[str, Any]]], rows: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="begin no repeat that would take longer than this in all"
+    )
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--length", type=int, default=5, help="tokens drafted a round, most")
@@ -202,10 +211,9 @@ def main() -> None:
     if options.engine:
         obey(options)
         return
-    begun = time.perf_counter()
     engines = {name: Engine(name, options.threads) for name in METHODS if name in {"plain", *options.methods}}
     try:
-        prompts, found = compare(engines, options.repeats, options.prompts)
+        prompts, found = compare(engines, options)
     finally:
         for engine in engines.values():
             engine.process.kill()
@@ -213,14 +221,13 @@ def main() -> None:
     mode = "compiled" if options.compile else "eager"
     head = (
         f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {options.tokens} new ones, medians of "
-        f"{options.repeats} repeats, threads: {options.threads}, {mode}, commit {commit()}"
+        f"{len(found['plain'])} repeats, threads: {options.threads}, {mode}, commit {commit()}"
     )
     text = f"{head}\n\n{table(found, len(prompts))}\n"
     print(text)
     if options.output:
         options.output.write_text(text)
     print(json.dumps(found))
-    print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
