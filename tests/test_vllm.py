@@ -277,3 +277,10 @@ def test_what_cannot_be_used_is_refused_when_vllm_starts():
         served("glide", MODELS / "eagle")
     with pytest.raises(Exception, match="vLLM verifies chains"):
         served("glide+cape")
+
+
+def test_two_devices_are_refused_with_a_sentence(capfd):
+    """Where vLLM has workers in processes of their own, they log the reason, and its own error is less."""
+    with pytest.raises(Exception, match="initialization failed"):
+        served("glide", tensor_parallel_size=2)
+    assert "tensor_parallel_size must be 1, not 2" in "".join(capfd.readouterr())
