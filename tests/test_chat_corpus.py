@@ -194,6 +194,7 @@ def test_the_command_makes_the_same_corpus(corpus, tmp_path, capfd, monkeypatch)
 def test_answers_are_what_is_learned_of_completions(corpus):
     tokenizer = AutoTokenizer.from_pretrained(corpus[0])
     streams = load_streams(corpus[0], tokenizer, loss_on="completion")
+    assert all(isinstance(one.tokens, np.memmap) for one in streams.values())  # not read into memory
     rows = {name: [] for name in streams}
     for name, stream in streams.items():
         starts = np.flatnonzero(stream.tokens == tokenizer.bos_token_id)

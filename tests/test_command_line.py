@@ -12,7 +12,7 @@ import pytest
 from glidecape import SamplingParams, cli, generate
 from glidecape.core.stats import loops, repetition
 from glidecape.drafting.methods import METHODS
-from glidecape.drafts.card import STATE_FILE
+from glidecape.drafts.card import STATE
 from glidecape.target.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,7 +219,7 @@ def test_what_is_missing_is_noticed_before_a_model_is_loaded(case, world, capfd,
 
 
 def test_a_draft_whose_training_has_not_ended_is_told_from_one_that_is_none(world, capfd, monkeypatch, tmp_path):
-    (tmp_path / STATE_FILE).touch()
+    (tmp_path / STATE).mkdir()
     words = ["generate", world["target"], "--draft", tmp_path, "-p", "def"]
     only_sentence(*run(capfd, monkeypatch, *words)[::2], "has not ended: give its `glidecape train` command again")
     words += ["--method", "glide"]

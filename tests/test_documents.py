@@ -20,6 +20,7 @@ from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.stream import Stream, Windows
 from glidecape.train.teacher import Teacher
+from states import clock_in
 
 FIRST, SECOND = 13, 19  # tokens of two documents
 RECIPES = {
@@ -124,7 +125,7 @@ def test_a_training_with_documents_apart_learns_and_is_another_run(world, target
     begins = Windows(text, 0, apart=True).batch_begins(0, 4, 64)
     assert len(begins.unique()) > 1
     figures = train_draft(target, world["corpus"], tmp_path / "draft", recipe, Budget(tokens=30 * 256), prompts=0)
-    curve = torch.load(tmp_path / "draft" / "training.pt")["clock"]["losses"]
+    curve = clock_in(tmp_path / "draft")["losses"]
     assert figures["steps"] == 30
     assert np.mean(curve[-5:]) < 0.8 * np.mean(curve[:5])
     with pytest.raises(Exception, match="documents apart, not joined"):

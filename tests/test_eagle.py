@@ -27,6 +27,7 @@ from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.teacher import Teacher, previous
+from states import weights_in
 from test_against_transformers import build
 
 PROMPTS = [[(i * 5) % 90 + 3 for i in range(20)], [7, 8, 9], [11]]
@@ -232,7 +233,7 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_one_never_killed(worl
         for count in steps:  # a budget that is prolonged goes on from the state of the shorter one
             budget = Budget(tokens=count * 64, warmup=0, decay=1e-9)
             train_draft(target, world["corpus"], tmp_path / name, recipe, budget, prompts=0)
-    whole, resumed = (torch.load(tmp_path / name / "training.pt")["module"] for name in ("whole", "resumed"))
+    whole, resumed = (weights_in(tmp_path / name) for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -15,12 +15,13 @@ from glidecape.target.target import Target
 from glidecape.train import losses
 from glidecape.train.corpus import build_pysource
 from glidecape.train.draft import make_draft, train_draft
-from glidecape.train.loop import STATE_FILE, Budget, Clock, fit, hidden_matrices
+from glidecape.train.loop import Budget, Clock, fit, hidden_matrices
 from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
 from glidecape.train.rows import pieces_of
 from glidecape.train.study import run_study
 from glidecape.train.study_rows import study_rows
 from glidecape.train.target import new_model, train_target, valid_loss
+from states import STATE
 from test_command_line import run
 from tinyworld import write_packages
 
@@ -107,7 +108,7 @@ def test_too_little_held_out_text_is_said_before_training(target, short, world, 
     beside = DraftRecipe(rows=2, length=32)
     with pytest.raises(DataError, match="200 held-out tokens"):
         train_target(short, tmp_path / "pair", TargetShape(1, 16, 16, 2, 2, 192), budget, WINDOWS, draft=beside)
-    assert not list(tmp_path.rglob(STATE_FILE))
+    assert not list(tmp_path.rglob(STATE))
 
 
 def test_a_target_of_a_short_context_is_evaluated_on_short_prompts(world, tmp_path):
@@ -140,7 +141,7 @@ def test_windows_that_the_text_or_the_model_has_no_room_for_are_refused_at_once(
         train_target(world["corpus"], tmp_path, long, Budget(tokens=10**5), Windowing(32, 2, 100_000))
     with pytest.raises(InputError, match="longer than the model's context of 64"):
         train_target(world["corpus"], tmp_path, SHAPE, Budget(tokens=128), Windowing(128, 2))
-    assert not (tmp_path / STATE_FILE).exists()
+    assert not (tmp_path / STATE).exists()
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 0}, {"width": 6, "heads": 2}, {"layers": 0}])

@@ -138,11 +138,8 @@ def test_our_own_server_says_what_the_model_says_here(world, target, made, tmp_p
     server.close()
     assert (code, "pysource at http" in err) == (0, True)
     assert (refused, told.count("refuses a request")) == (2, 1)
-    here, there = rows_of(made), rows_of(tmp_path / "own.jsonl")
-    texts = [[target.tokenizer.decode(row["tokens"]) for row in rows] for rows in (here, there)]
-    assert texts[0] == texts[1]
-    assert [row["finish"] for row in here] == [row["finish"] for row in there]
-    for row in there:  # learned is what the model said, and the end where it said that
+    assert (tmp_path / "own.jsonl").read_bytes() == made.read_bytes()  # it tells token ids
+    for row in rows_of(tmp_path / "own.jsonl"):  # learned is what the model said, and the end where it said that
         assert row["loss_mask"][:11] == [0] * 11
         assert set(row["loss_mask"][11:-1]) <= {1}
         assert row["loss_mask"][-1] == (row["finish"] == "stop")
@@ -158,6 +155,26 @@ def test_a_server_that_tells_token_ids_makes_the_same_file(fake, world, made, tm
     assert [body["seed"] for body in asked] == list(range(3, 23))
     assert {(body["model"], body["temperature"], body["max_tokens"]) for body in asked} == {("fake", 1.0, 16)}
     assert json.loads((tmp_path / "own.card.json").read_text())["settings"]["target"] == "fake of a server"
+
+
+def test_the_text_of_a_server_that_tells_no_token_ids_is_tokenized_again(fake, world, target, made, tmp_path):
+    tell = fake.answer
+
+    def text_alone(body: dict[str, Any]) -> dict[str, Any]:
+        choice = tell(body)["choices"][0]
+        text = target.tokenizer.decode(choice.pop("token_ids"), skip_special_tokens=True)
+        return {"choices": [choice | {"text": text}]}
+
+    fake.answer = text_alone
+    by(fake, world, tmp_path / "own.jsonl")
+    here, there = rows_of(made), rows_of(tmp_path / "own.jsonl")
+    texts = [[target.tokenizer.decode(row["tokens"]) for row in rows] for rows in (here, there)]
+    assert texts[0] == texts[1]
+    assert [row["finish"] for row in here] == [row["finish"] for row in there]
+    for row in there:  # learned is what the model said, and the end where it said that
+        assert row["loss_mask"][:11] == [0] * 11
+        assert set(row["loss_mask"][11:-1]) <= {1}
+        assert row["loss_mask"][-1] == (row["finish"] == "stop")
 
 
 def test_failures_and_a_full_server_lose_and_double_no_row(fake, world, made, tmp_path):

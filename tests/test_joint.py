@@ -15,9 +15,10 @@ from glidecape.errors import CheckpointError
 from glidecape.target.target import Target
 from glidecape.train import loop
 from glidecape.train.joint import JointDraft
-from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe, TargetShape, Windowing
 from glidecape.train.target import train_target
+from states import clock_in
 from test_command_line import run
 
 SHAPE = TargetShape(layers=2, width=32, ffn=64, heads=2, kv_heads=2, context=192)
@@ -93,7 +94,7 @@ def test_both_are_resumed_together(world, both, tmp_path, monkeypatch):
     with pytest.raises(KilledError):
         train(world, tmp_path, DRAFT, save_every_s=0)
     monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", real)
-    assert torch.load(tmp_path / STATE_FILE)["clock"]["step"] == 6
+    assert clock_in(tmp_path)["step"] == 6
     with pytest.raises(CheckpointError, match="started with draft"):
         train(world, tmp_path, None)
     train(world, tmp_path, DRAFT)

@@ -6,6 +6,7 @@ Two devices are fake here. Offloading and quantizing are real where accelerate a
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fake_cuda import move_to_cuda
 from glidecape import glidecape_generate
+from glidecape.commands.replicas import read
 from glidecape.core.params import SamplingParams
 from glidecape.drafting.methods import make_drafter
 from glidecape.drafts.checkpoint import load_draft
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
 from glidecape.engine.decode import generate
-from glidecape.errors import UnsupportedError
+from glidecape.errors import InputError, UnsupportedError
 from glidecape.target.target import Target
 from glidecape.train.draft import make_draft
 from glidecape.train.recipe import DraftRecipe
+from test_command_line import pair, run
 from test_fake_cuda import RAGGED, waits_of_a_round
 from test_fake_cuda import waits as waits  # a fixture
 
@@ -129,10 +132,8 @@ def test_an_offloaded_target_writes_what_it_writes_otherwise(
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_device_map_with_a_disk_in_it_loads_and_generates(world: dict[str, Path], tmp_path: Path) -> None:
     needs("accelerate")
-    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    where |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
-        world["target"], dtype=torch.float32, device_map=where, offload_folder=tmp_path
+        world["target"], dtype=torch.float32, device_map=MAP, offload_folder=tmp_path
     )
     assert any(one.device.type == "meta" for one in model.parameters())
     inputs = AutoTokenizer.from_pretrained(world["target"])(PROMPTS[0], return_tensors="pt")
@@ -148,6 +149,57 @@ def test_a_device_map_is_taken_at_load(world: dict[str, Path]) -> None:
     needs("accelerate")
     target = Target.from_pretrained(world["target"], dtype=torch.float32, device_map="auto")
     assert plain(target) == plain(Target.from_pretrained(world["target"], dtype=torch.float32))
+
+
+MAP = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+MAP |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("where", ["auto", "cpu", json.dumps(MAP)])
+def test_commands_take_a_device_map(world: dict[str, Path], capfd: Any, monkeypatch: Any, where: str) -> None:
+    needs("accelerate")
+    words = ["generate", *pair(world), "--dtype", "float32", "-p", PROMPTS[0], "--max-new-tokens", 16, "--method"]
+    written = [
+        run(capfd, monkeypatch, *words, *more)[1]
+        for more in (["plain"], ["plain", "--device-map", where], ["glide", "--device-map", where])
+    ]
+    assert len(set(written)) == 1
+    assert written[0].strip()
+    words = ["certify", *pair(world), "--dtype", "float32", "--max-new-tokens", 8, "--methods", "plain,glide"]
+    assert run(capfd, monkeypatch, *words, "--device-map", where)[0] == 0
+
+
+REFUSED = {
+    "everywhere": (
+        ["--device-map", "everywhere"],
+        "--device-map takes auto, balanced, balanced_low_0, sequential, cpu, or",
+    ),
+    "no object": (["--device-map", "[1]"], "or a JSON object from modules to devices such as"),
+    "no device": (["--device-map", '{"model": null}'], "not {"),
+    "a quantizer": (["--device-map", "auto", "--quantize", "int8"], "leave out the map, or the quantization"),
+    "a device": (["--device-map", "auto", "--device", "meta"], "and so does device meta: give one of them"),
+    "no accelerate": (["--device-map", "auto"], "needs accelerate, which is not installed: pip install accelerate"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_device_maps_that_cannot_be_used_are_refused(
+    world: dict[str, Path], capfd: Any, monkeypatch: Any, case: str
+) -> None:
+    words, sentence = REFUSED[case]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "accelerate" else object())
+    code, _, err = run(capfd, monkeypatch, "generate", *pair(world), "-p", "x", *words)
+    assert code == 2
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_what_cannot_be_split_refuses_a_device_map(world: dict[str, Path], capfd: Any, monkeypatch: Any) -> None:
+    words = ["bench", *pair(world), "--device-map", "auto", "--suite", "own:2", "--peers", "transformers"]
+    assert "leave --peers out where --device-map is given" in run(capfd, monkeypatch, *words)[2]
+    with pytest.raises(InputError, match="leave --device-map out with --ray"):
+        read({"target": str(world["target"]), "device_map": "auto"})
 
 
 def test_weights_that_nothing_brings_are_refused(world: dict[str, Path]) -> None:

@@ -15,11 +15,12 @@ from glidecape.errors import InputError, UnsupportedError
 from glidecape.target.target import UNLIMITED, Target
 from glidecape.train.draft import DraftLoss, make_draft, train_draft
 from glidecape.train.kinds.glide import draft_logits, hidden_by_lag
-from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.loop import Budget
 from glidecape.train.positions import anchored, check_offsets, window_positions
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.study_rows import study_rows
 from glidecape.train.teacher import Teacher
+from states import clock_in
 from test_command_line import run
 
 TOKENS = torch.tensor([[(7 * i * i + 3 * r) % 97 for i in range(24)] for r in range(2)])
@@ -187,7 +188,7 @@ def test_the_command_trains_at_moved_positions(world, target, tmp_path, capfd, m
     train_draft(
         target, world["corpus"], tmp_path / "zero", DraftRecipe(length=32, rows=2), Budget(tokens=4 * 64), prompts=0
     )
-    clocks = [torch.load(tmp_path / name / STATE_FILE)["clock"] for name in ("moved", "zero")]
+    clocks = [clock_in(tmp_path / name) for name in ("moved", "zero")]
     assert [clock["step"] for clock in clocks] == [4, 4]
     assert clocks[0]["losses"] != clocks[1]["losses"]
     assert (

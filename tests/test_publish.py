@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from glidecape import AutoDraft
-from glidecape.drafts.card import CARD, STATE_FILE, WEIGHTS
+from glidecape.drafts.card import CARD, STATE, WEIGHTS
 from glidecape.drafts.checkpoint import load_draft, read_card
 from glidecape.errors import CheckpointError
 from glidecape.target.loading import pinned
@@ -51,7 +51,7 @@ def write_card(folder: Path, **changes: Any) -> None:
 
 
 def test_what_is_published_is_the_draft_and_a_card_that_says_what_it_is(world, folder, tmp_path, capfd, monkeypatch):
-    (folder / STATE_FILE).write_bytes(b"a pickle")
+    assert (folder / STATE).is_dir()  # of its training, which stays here
     (folder / "notes.txt").write_text("of mine")
     words = ["publish", folder, "me/model-glide", "--base-model", "owner/model@abc", "--license", "mit"]
     words += ["--dataset", "owner/texts", "--output", tmp_path / "made"]
@@ -59,7 +59,7 @@ def test_what_is_published_is_the_draft_and_a_card_that_says_what_it_is(world, f
     assert (code, out.strip()) == (0, str(tmp_path / "made")), err
     names = {path.name for path in (tmp_path / "made").iterdir()}
     assert {WEIGHTS, CARD, "README.md"} <= names
-    assert not {STATE_FILE, "notes.txt"} & names
+    assert not {STATE, "notes.txt"} & names
     text = (tmp_path / "made" / "README.md").read_text()
     assert front_matter(text) == {
         "base_model": "owner/model",

@@ -13,6 +13,7 @@ from glidecape.drafts.checkpoint import load_draft
 from glidecape.engine.decode import generate
 from glidecape.errors import CheckpointError, DataError, InputError
 from glidecape.target.target import Target
+from glidecape.train import regenerate as module
 from glidecape.train.data import load_streams
 from glidecape.train.draft import train_draft
 from glidecape.train.loop import Budget
@@ -40,7 +41,7 @@ def made(world, target, tmp_path_factory):
 def test_rows_are_what_generate_says_of_the_documents_beginnings(world, target, made):
     out, figures = made
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    prompts = prompts_of(target, world["corpus"], PLAN)
+    prompts = list(prompts_of(target, world["corpus"], PLAN))
     assert len(rows) == len(prompts) == figures["rows"] == 20  # five packages of four modules; one is held out
     start = target.tokenizer.eos_token_id
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -63,6 +64,27 @@ def test_a_draft_and_the_batch_change_the_time_and_not_the_file(method, world, t
     loaded = None if draft is None else load_draft(world[draft], target)
     regenerate(target, world["corpus"], tmp_path / "own.jsonl", PLAN, make_drafter(method, loaded, length=4), batch=7)
     assert (tmp_path / "own.jsonl").read_bytes() == made[0].read_bytes()
+
+
+class Counted(list):
+    """A prompt that tells how many of its kind are in memory."""
+
+    alive = most = 0
+
+    def __init__(self, ids):
+        super().__init__(ids)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+def test_few_prompts_are_in_memory(world, target, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prompts_of", lambda *facts: map(Counted, prompts_of(*facts)))
+    regenerate(target, world["corpus"], tmp_path / "own.jsonl", PLAN, batch=2)
+    assert (tmp_path / "own.jsonl").read_bytes() == made[0].read_bytes()
+    assert 2 <= Counted.most <= 6 < made[1]["rows"]
 
 
 @pytest.mark.parametrize("torn", [True, False])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ from glidecape.files import only_writer, remove_leftovers, write_folder
 from glidecape.target.target import Target
 from glidecape.train import figures, loop
 from glidecape.train.draft import train_draft
-from glidecape.train.loop import STATE_FILE, WRITTEN, Budget
+from glidecape.train.loop import WRITTEN, Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.stopping import stop_requests
 from processes import Child, glidecape
+from states import RUN, STATE, clock_in, weights_in
 
 STEPS, ROWS, LENGTH = 60, 4, 32
 RECIPE = DraftRecipe(
@@ -37,12 +39,12 @@ def train(target, data, out, dies_at_save):
     """In a process of its own, which kills itself before a save is renamed; 0: never."""
     left, rename = dies_at_save, os.replace
 
-    def replace(*paths):
+    def replace(source, place):
         nonlocal left
-        left -= 1
+        left -= Path(place).name == STATE
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
+        rename(source, place)
 
     os.replace = replace
     model = Target.from_pretrained(target, dtype=torch.float32)
@@ -58,7 +60,7 @@ def wait_for_saves(child, path, count):
     seen = set()
     while len(seen) < count:
         assert child.poll() is None, child.stderr.read()
-        if path.exists():
+        with suppress(FileNotFoundError):
             seen.add(path.stat().st_mtime_ns)
         time.sleep(0.001)
 
@@ -66,29 +68,29 @@ def wait_for_saves(child, path, count):
 def test_sigkill_at_any_moment_costs_nothing_but_time(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     child = start(world, killed)
-    wait_for_saves(child, killed / STATE_FILE, 6)
+    wait_for_saves(child, killed / STATE / RUN, 6)
     time.sleep(random.Random(1).random() / 50)  # anywhere: in a forward, in a save
     child.kill()
     assert child.wait() == -signal.SIGKILL
     child.stderr.close()
-    first = torch.load(killed / STATE_FILE)["clock"]["step"]
+    first = clock_in(killed)["step"]
     assert 6 <= first < STEPS
     # The second time in the middle of a save: the new state is written, not yet renamed.
     child = start(world, killed, dies_at_save=4)
     assert child.wait() == -signal.SIGKILL, child.stderr.read()
     child.stderr.close()
-    assert torch.load(killed / STATE_FILE)["clock"]["step"] == first + 3
-    assert [p for p in killed.iterdir() if p.name.startswith(f".{STATE_FILE}.")]
+    assert clock_in(killed)["step"] == first + 3
+    assert [p for p in killed.iterdir() if p.name.startswith(f".{STATE}.")]
 
     for out in (killed, whole):
         child = start(world, out)
         assert child.wait() == 0, child.stderr.read()
         child.stderr.close()
-    states = [torch.load(out / STATE_FILE) for out in (whole, killed)]
-    assert [s["clock"]["step"] for s in states] == [STEPS, STEPS]
-    assert states[0]["clock"]["losses"] == states[1]["clock"]["losses"]
-    for name, weight in states[0]["module"].items():
-        assert torch.equal(weight, states[1]["module"][name]), name
+    clocks, weights = ([of(out) for out in (whole, killed)] for of in (clock_in, weights_in))
+    assert [one["step"] for one in clocks] == [STEPS, STEPS]
+    assert clocks[0]["losses"] == clocks[1]["losses"]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
     drafts = [load_file(out / "draft.safetensors") for out in (whole, killed)]
     assert all(torch.equal(t, drafts[1][name]) for name, t in drafts[0].items())
     assert not [p.name for p in killed.iterdir() if p.name.startswith(".")]
@@ -116,11 +118,11 @@ def test_a_signal_lets_a_training_finish_its_step_and_save(world, tmp_path, numb
     assert child.wait() == code
     assert f"stopped; give the same command again to resume from {out}" in child.stderr.read()
     child.stderr.close()
-    assert torch.load(out / STATE_FILE)["clock"]["step"] == 2
+    assert clock_in(out)["step"] == 2
     child = Child(glidecape, *words)
     assert child.wait() == 0, child.stderr.read()
     child.stderr.close()
-    assert torch.load(out / STATE_FILE)["clock"]["step"] == 4
+    assert clock_in(out)["step"] == 4
 
 
 def test_a_signal_after_the_last_step_says_how_to_go_on(capfd, tmp_path):
@@ -185,7 +187,7 @@ def test_sigkill_in_evaluation_or_export_costs_nothing_but_time(world, tmp_path)
     for (kind, moment), (out, child) in zip(moments, children.items(), strict=True):
         assert child.wait() == -signal.SIGKILL, child.stderr.read()
         child.stderr.close()
-        assert (CARD in os.listdir(out), STATE_FILE in os.listdir(out)) == (False, True)
+        assert (CARD in os.listdir(out), STATE in os.listdir(out)) == (False, True)
         assert moment == "evaluation" or any(name.startswith(".") for name in os.listdir(out))
         train_draft(target, world["corpus"], out, short_recipe(kind), SHORT, "test", prompts=1)
         assert read_all(out) == whole[kind], moment
@@ -195,7 +197,7 @@ def test_sigkill_in_evaluation_or_export_costs_nothing_but_time(world, tmp_path)
 def read_all(folder):
     """Every file's content but the training state's and the times in the card; fails on a file that is no result."""
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != STATE_FILE}
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != STATE}
     for name in (CARD, WEIGHTS):
         if name in found:
             found[name] = re.sub(rb'\\?"seconds\\?": [0-9.]+', b"", found[name])
@@ -236,12 +238,12 @@ def test_a_full_disk_leaves_the_older_model_folder_whole(tmp_path, monkeypatch):
 def test_leftovers_of_the_living_are_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = {f".{STATE_FILE}.{pid}" for pid in (os.getpid(), os.getppid(), dead.pid)}
-    names |= {".gitignore", f".notes.{dead.pid}", STATE_FILE, f"{STATE_FILE}.{dead.pid}"}
+    names = {f".{STATE}.{pid}" for pid in (os.getpid(), os.getppid(), dead.pid)}
+    names |= {".gitignore", f".notes.{dead.pid}", STATE, f"{STATE}.{dead.pid}"}
     for name in names:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, WRITTEN)
-    assert {p.name for p in tmp_path.iterdir()} == names - {f".{STATE_FILE}.{dead.pid}"}
+    assert {p.name for p in tmp_path.iterdir()} == names - {f".{STATE}.{dead.pid}"}
 
 
 def test_another_recipe_or_other_data_is_refused_and_a_larger_budget_is_not(world, tmp_path):

@@ -107,7 +107,7 @@ def test_an_interrupted_command_ends_with_130_and_no_traceback(world, tmp_path: 
     words += ["--length", "32", "--rows", "2", "--save-every", "0"]
     with subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as running:
         began = time.monotonic()
-        while not (tmp_path / "o" / "training.pt").exists() and time.monotonic() - began < 60:
+        while not (tmp_path / "o" / "training").exists() and time.monotonic() - began < 60:
             time.sleep(0.1)
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=30)

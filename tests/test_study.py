@@ -11,11 +11,12 @@ from glidecape.errors import CheckpointError, InputError
 from glidecape.target.target import Target
 from glidecape.train import study
 from glidecape.train.draft import train_draft
-from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.study import Trial, run_study
 from glidecape.train.study_rows import FACTORS, changes_of, study_rows
 from glidecape.train.study_table import summary, table_of
+from states import STATE
 from test_command_line import run
 
 BASE = DraftRecipe(length=32, rows=2, rate=1e-2, muon=True, accumulate=2, max_lag=2, positions="anchor-offset")
@@ -99,14 +100,14 @@ def test_a_killed_study_goes_on_and_ends_as_one_never_killed(moment, whole, neve
     with pytest.raises(KilledError):
         whole(tmp_path / "killed")
     monkeypatch.setattr(place, name, real)
-    assert (tmp_path / "killed" / "seed-0" / STATE_FILE).exists()
+    assert (tmp_path / "killed" / "seed-0" / STATE).exists()
     done = (tmp_path / "killed" / "seed-0" / "baseline" / "row.json").exists()
     assert done == (moment != "training")
     killed = whole(tmp_path / "killed")
     for row in ("baseline", "tv"):
         ours, theirs = (dict(r["rows"][row]["seeds"]["0"]) for r in (killed, never_killed))
         assert {**ours, "tokens_per_s": 0} == {**theirs, "tokens_per_s": 0}  # that is a time
-    assert not (tmp_path / "killed" / "seed-0" / STATE_FILE).exists()
+    assert not (tmp_path / "killed" / "seed-0" / STATE).exists()
 
 
 def test_rows_and_seeds_are_added_without_training_the_others_again(world, target, tmp_path, monkeypatch):

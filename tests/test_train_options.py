@@ -17,9 +17,10 @@ from glidecape.train import figures
 from glidecape.train.data import load_streams
 from glidecape.train.draft import train_draft
 from glidecape.train.kinds.glide import draft_logits
-from glidecape.train.loop import STATE_FILE, Budget
+from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.teacher import Teacher
+from states import clock_in, weights_in
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def target(world):
 def weights(world, target, out, recipe, steps=4, **options):
     tokens = steps * recipe.rows * recipe.accumulate * recipe.length
     train_draft(target, world["corpus"], out, recipe, Budget(tokens=tokens), prompts=0, **options)
-    return torch.load(out / STATE_FILE)["module"]
+    return weights_in(out)
 
 
 def test_two_batches_accumulated_are_one_of_twice_the_rows(world, target, tmp_path):
@@ -42,7 +43,7 @@ def test_two_batches_accumulated_are_one_of_twice_the_rows(world, target, tmp_pa
     far = sum((whole[n] - single[n]).abs().sum() for n in whole)
     near = sum((whole[n] - halves[n]).abs().sum() for n in whole)
     assert near < far / 10
-    clocks = [torch.load(tmp_path / name / STATE_FILE)["clock"] for name in ("whole", "halves")]
+    clocks = [clock_in(tmp_path / name) for name in ("whole", "halves")]
     assert [(c["step"], c["tokens"]) for c in clocks] == [(4, 512), (4, 512)]
     np.testing.assert_allclose(clocks[0]["losses"], clocks[1]["losses"], rtol=1e-2)
 

@@ -30,6 +30,7 @@ from glidecape.train.loop import Budget
 from glidecape.train.losses import distillation_loss
 from glidecape.train.recipe import DraftRecipe
 from glidecape.train.stream import Stream, Windows
+from states import BEFORE, RUN, STATE, clock_in, weights_in
 from test_against_transformers import build
 
 
@@ -107,28 +108,47 @@ def test_a_run_that_was_killed_and_resumed_gives_the_same_weights(world, tmp_pat
 
 
 def test_a_torn_training_state_is_refused(world, tmp_path):
-    (tmp_path / loop.STATE_FILE).write_bytes(b"not a checkpoint")
+    (tmp_path / STATE).mkdir()
+    (tmp_path / STATE / RUN).write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="cannot resume"):
         train_draft(load(world), world["corpus"], tmp_path, DraftRecipe(), Budget(tokens=1), prompts=0)
 
 
-def test_a_state_that_the_disk_damaged_is_left_for_the_save_before_it(world, tmp_path, capfd, monkeypatch):
-    """Cut off in its middle, after the last step: the run goes on from the save before, to the same weights."""
+def cut(state):
+    file = next(state.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(state):
+    file = next(state.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def lose_a_file(state):
+    next(state.glob("*.safetensors")).unlink()
+
+
+def cut_the_clock(state):
+    (state / RUN).write_text((state / RUN).read_text()[:40])
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lose_a_file, cut_the_clock])
+def test_a_state_that_the_disk_damaged_is_left_for_the_save_before_it(world, tmp_path, capfd, monkeypatch, damage):
+    """After the last step: the run goes on from the save before, to the same weights."""
     recipe, budget = DraftRecipe(length=32, rows=2), Budget(tokens=4 * 64)
     with monkeypatch.context() as patch:
         patch.setattr("glidecape.train.draft.finish_draft", killed)
         with pytest.raises(KilledError):
             train_draft(load(world), world["corpus"], tmp_path, recipe, budget, prompts=0, save_every_s=0)
-    whole = torch.load(tmp_path / loop.STATE_FILE)
-    content = (tmp_path / loop.STATE_FILE).read_bytes()
-    (tmp_path / loop.STATE_FILE).unlink()  # the save before it may be the same file
-    (tmp_path / loop.STATE_FILE).write_bytes(content[: len(content) // 2])
+    losses, weights = clock_in(tmp_path)["losses"], weights_in(tmp_path)
+    damage(tmp_path / STATE)
     train_draft(load(world), world["corpus"], tmp_path, recipe, budget, prompts=0, save_every_s=0)
-    assert "is damaged (RuntimeError): resuming from the save before it, step" in capfd.readouterr().err
-    again = torch.load(tmp_path / loop.STATE_FILE)
-    assert again["clock"]["losses"] == whole["clock"]["losses"]
-    assert all(torch.equal(again["module"][name], weight) for name, weight in whole["module"].items())
-    assert not (tmp_path / loop.BEFORE).exists()  # nothing is left of a run that has ended but its last state
+    assert "Error): resuming from the save before it, step" in capfd.readouterr().err
+    assert clock_in(tmp_path)["losses"] == losses
+    assert all(torch.equal(weights_in(tmp_path)[name], weight) for name, weight in weights.items())
+    assert not (tmp_path / BEFORE).exists()  # nothing is left of a run that has ended but its last state
 
 
 def killed(*_, **__):

@@ -39,7 +39,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _settle(temporary, path)
     except WRITING as error:
-        raise _not_written(path, error) from None
+        raise not_written(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -59,7 +59,7 @@ def write_folder(folder: Path, write: Callable[[Path], object], last: str) -> No
         for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
             _settle(path, folder / path.name)
     except WRITING as error:
-        raise _not_written(folder, error) from None
+        raise not_written(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -127,7 +127,8 @@ def _settle(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _not_written(path: Path, error: Exception) -> CheckpointError:
+def not_written(path: Path, error: Exception) -> CheckpointError:
+    """What is said of a file or folder that could not be replaced."""
     reason = error.strerror if isinstance(error, OSError) else None
     return CheckpointError(f"could not write {path} ({reason or first_line(error)}); the last good one is kept")
 

@@ -69,7 +69,7 @@ def bench(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized."
+            help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized, not split."
         ),
     ] = None,
     out: Annotated[
@@ -121,12 +121,15 @@ def _peer_names(names: str | None, settings: Settings, machine: ServingMachine) 
     """The other libraries of `--peers`.
 
     Raises:
-        InputError: an unknown one, or the target is quantized.
+        InputError: an unknown one, or the target is quantized or split over devices.
     """
     from ..bench.peers.registry import check_peers
 
     if names is None:
-        names = "transformers" if settings.batch == 1 and machine.quantize is None else ""
+        whole = machine.quantize is None and machine.device_map is None
+        names = "transformers" if settings.batch == 1 and whole else ""
+    elif machine.device_map is not None and names:
+        raise InputError("other libraries would run on one device: leave --peers out where --device-map is given")
     elif machine.quantize is not None and names:
         raise InputError("other libraries would run the full weights: leave --peers out where --quantize is given")
     found = [name.strip() for name in names.split(",") if name.strip()]

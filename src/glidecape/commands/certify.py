@@ -101,7 +101,9 @@ def _reference(target: str, dtype: Any, machine: ServingMachine) -> Any:
     from ..target.quantize import quantize
 
     options = {"revision": machine.revision, "trust_remote_code": machine.trust_remote_code}
-    model, _ = load_model(target, dtype, options)
+    model, _ = load_model(target, dtype, options, machine.device_map)
+    if machine.device_map is not None:
+        return model.eval()
     if machine.quantize is not None:
         quantize(model, machine.quantize)
     return model.eval().to(machine.device)

@@ -55,7 +55,13 @@ def recipe_of(
     options: MethodOptions,
     machine: ServingMachine,
 ) -> Recipe:
-    """What each replica is made of; the arguments as those of `loaded`."""
+    """What each replica is made of; the arguments as those of `loaded`.
+
+    Raises:
+        InputError: a device map: Ray gives a replica one device.
+    """
+    if machine.device_map is not None:
+        raise InputError("replicas run on one device each: leave --device-map out with --ray")
     from ..serve.replicas.replica import Recipe
 
     name, target, draft = served_name(target, settings), _whole(target), None if draft is None else _whole(draft)

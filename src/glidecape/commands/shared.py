@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -54,6 +55,32 @@ Drafts = Annotated[list[str] | None, _SEVERAL]
 SomeDrafts = Annotated[list[str], _SEVERAL]  # one at least
 
 
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
+
+
+def device_map_from(typed: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """A device map as transformers takes it.
+
+    Raises:
+        InputError: it is none.
+
+    >>> device_map_from('{"model": "cpu", "lm_head": 0}')
+    {'model': 'cpu', 'lm_head': 0}
+    """
+    if typed is None or typed in MAPS:
+        return typed
+    try:
+        found = json.loads(typed) if isinstance(typed, str) else typed
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found and all(type(where) in (str, int) for where in found.values()):
+        return found
+    raise InputError(
+        f"--device-map takes {', '.join(MAPS)}, or a JSON object from modules to devices such as "
+        f'\'{{"model.embed_tokens": 0, "model.layers": "disk"}}\', not {typed}'
+    )
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where a target runs, and how it is loaded."""
@@ -85,7 +112,13 @@ class Machine:
                 quantize=quantize,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
+                device_map=self.where,
             )
+
+    @property
+    def where(self) -> str | dict[str, Any] | None:
+        """The device map, where there is one."""
+        return None
 
     def check(self) -> None:
         """See `use_device`."""
@@ -96,9 +129,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class ServingMachine(Machine):
-    """Where a target that is only decoded runs: its weights may be quantized, and its forward compiled."""
+    """Where a target that is only decoded runs: it may be split over devices, its weights quantized, and its forward
+    compiled."""
 
     quantize: str | None = option(None, "int8: the target's weights in 8 bits, by torchao.")
+    device_map: str | dict[str, Any] | None = option(
+        None,
+        "In the place of --device: let accelerate split the model over devices. auto, balanced, balanced_low_0, sequential, "
+        'cpu, or a JSON object such as {"model.embed_tokens": 0, "model.layers": "disk"}.',
+        type=str | None,
+        read=device_map_from,
+    )
     compile: str = option(
         "auto",
         "Decode with compiled programs: on, off, or auto: those that are there, and new ones for 20,000 tokens or more; bench "
@@ -109,6 +150,10 @@ class ServingMachine(Machine):
     def __post_init__(self) -> None:
         if self.compile not in ("auto", "on", "off"):
             raise InputError(f"--compile takes auto, on or off, not '{self.compile}'")
+
+    @property
+    def where(self) -> str | dict[str, Any] | None:
+        return self.device_map
 
     def load(self, name: str, pack: bool = True, quantize: str | None = None) -> Target:
         return super().load(name, pack, quantize or self.quantize)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 FORMAT = 4
 WEIGHTS, CARD = "draft.safetensors", "card.json"
-STATE_FILE = "training.pt"  # of a training; beside no weights: it has not ended
+STATE = "training"  # folder of a training's state; beside no weights: it has not ended
 
 # Every field of a configuration must be known, of its own type and in range: a draft file is somebody else's.
 STRICT = ConfigDict(extra="forbid", strict=True)

@@ -23,7 +23,7 @@ from ..files import write_atomic
 from ..target.loading import may_be_on_hub, pinned
 from ..target.packed import draft_products
 from ..target.target import Target
-from .card import CARD, FORMAT, STATE_FILE, WEIGHTS, Card, checked, read_card_text
+from .card import CARD, FORMAT, STATE, WEIGHTS, Card, checked, read_card_text
 from .causal_lm import StandaloneDraft
 from .eagle.adapter import EagleDraft
 from .eagle.config import EagleConfig
@@ -336,7 +336,7 @@ def resolve(name: str | Path, revision: str | None = None, **download: Any) -> P
 
 
 def _no_draft(folder: Path, lacks: str) -> CheckpointError:
-    if (folder / STATE_FILE).is_file():
+    if (folder / STATE).is_dir():
         return CheckpointError(
             f"the training in {folder} has not ended: give its `glidecape train` command again, which resumes it"
         )

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError, InputError, first_line
 from ..files import write_folder
 from ..tables import millions
-from .card import CARD, FORMAT, STATE_FILE, WEIGHTS
+from .card import CARD, FORMAT, WEIGHTS
 from .formats import tensors_of
 from .readme import Details, card_in, readme
 
@@ -149,8 +149,8 @@ def copy_draft(source: Path, goal: Path, target: str | None, config: Any = None)
     """
     is_network = (source / WEIGHTS).is_file()
     for path in source.iterdir():
-        # Beside a network, descriptions alone: the state of its training is a pickle, and as large as three drafts.
-        wanted = path.suffix == ".json" if is_network else path.name != STATE_FILE
+        # Beside a network, descriptions alone. The state of a training is a folder: it stays where it is.
+        wanted = path.suffix == ".json" or not is_network
         if path.is_file() and wanted and not path.name.startswith("."):
             shutil.copyfile(path, goal / path.name)
     card = _lm_card(source)

@@ -21,6 +21,7 @@ from ..drafts.sharing import target_named_by, target_of_lm
 from ..errors import InputError, first_line
 from ..progress import note
 from ..target.loading import pinned
+from ..target.placement import check_map
 from ..target.target import Target
 from ..usual import auto_drafter, take_prices
 from .language_model import LanguageModel
@@ -144,9 +145,10 @@ def load_target(
     """A target by what a user types; `pack=False`: to be trained on.
 
     Raises:
-        InputError: an unknown dtype, or a device that is not there.
+        InputError: an unknown dtype, a device that is not there, or see `check_map`.
         CheckpointError, UnsupportedError: see `Target.from_pretrained`.
     """
+    check_map(device_map, device, quantize)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': choose float32, bfloat16, float16 or auto")
     use_device(device, threads)

@@ -29,6 +29,10 @@ from .replies import (
 )
 from .service import Service
 
+TOLD = ("token_ids", "prompt_token_ids")
+# What is left out of an answer whose client asked for no token ids.
+IDS: Any = {"prompt_token_ids": True, "choices": {"__all__": set(TOLD)}}
+
 
 class Form(Protocol):
     """How one of the two interfaces writes answers."""
@@ -36,14 +40,14 @@ class Form(Protocol):
     def whole(self, reply: Reply, choices: list[tuple[Choice, list[Entry]]], usage: Usage) -> BaseModel:
         """The whole answer."""
 
-    def opening(self, number: int) -> BaseModel | None:
+    def opening(self, choice: Choice) -> BaseModel | None:
         """The first chunk of a choice, before any text."""
 
     def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
         """The chunks of an update."""
 
-    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
-        """An event of the stream."""
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None, prompt: list[int] | None) -> BaseModel:
+        """An event of the stream; `prompt`: token ids that it tells."""
 
 
 class ChatForm:
@@ -54,25 +58,27 @@ class ChatForm:
                 message=AssistantMessage(content=one.text),
                 logprobs=one.chat_logprobs(entries),
                 finish_reason=one.finish or "length",
+                token_ids=one.told_ids(),
             )
             for one, entries in choices
         ]
-        return ChatCompletion(**reply.model_dump(), choices=made, usage=usage)
+        prompt = choices[0][0].told_prompt()
+        return ChatCompletion(**reply.model_dump(), choices=made, usage=usage, prompt_token_ids=prompt)
 
-    def opening(self, number: int) -> BaseModel | None:
-        return ChunkChoice(index=number, delta=Delta(role="assistant", content=""))
+    def opening(self, choice: Choice) -> BaseModel | None:
+        return ChunkChoice(index=choice.job.number, delta=Delta(role="assistant", content=""))
 
     def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
         number, made = choice.job.number, []
-        if new or entries:
-            logprobs = choice.chat_logprobs(entries)
-            made.append(ChunkChoice(index=number, delta=Delta(content=new), logprobs=logprobs))
+        if new or entries or choice.untold:
+            logprobs, ids = choice.chat_logprobs(entries), choice.told_ids()
+            made.append(ChunkChoice(index=number, delta=Delta(content=new), logprobs=logprobs, token_ids=ids))
         if last:
             made.append(ChunkChoice(index=number, delta=Delta(), finish_reason=choice.finish))
         return list(made)
 
-    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
-        return ChatChunk(**reply.model_dump(), choices=choices, usage=usage)
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None, prompt: list[int] | None) -> BaseModel:
+        return ChatChunk(**reply.model_dump(), choices=choices, usage=usage, prompt_token_ids=prompt)
 
 
 class CompletionForm:
@@ -83,37 +89,44 @@ class CompletionForm:
                 text=one.text,
                 logprobs=one.completion_logprobs(entries, 0),
                 finish_reason=one.finish,
+                token_ids=one.told_ids(),
+                prompt_token_ids=one.told_prompt(),
             )
             for one, entries in choices
         ]
         return Completion(**reply.model_dump(), choices=made, usage=usage)
 
-    def opening(self, number: int) -> BaseModel | None:
+    def opening(self, choice: Choice) -> BaseModel | None:
         return None
 
     def piece(self, choice: Choice, new: str, entries: list[Entry], last: bool) -> list[BaseModel]:
-        if not (new or entries or last):
+        if not (new or entries or choice.untold or last):
             return []
         logprobs = choice.completion_logprobs(entries, len(choice.text) - len(new)) if entries else None
         return [
             CompletionChoice(
-                index=choice.job.number, text=new, logprobs=logprobs, finish_reason=choice.finish if last else None
+                index=choice.job.number,
+                text=new,
+                logprobs=logprobs,
+                finish_reason=choice.finish if last else None,
+                token_ids=choice.told_ids(),
+                prompt_token_ids=choice.told_prompt(),
             )
         ]
 
-    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None) -> BaseModel:
+    def chunk(self, reply: Reply, choices: list[Any], usage: Usage | None, prompt: list[int] | None) -> BaseModel:
         return Completion(**reply.model_dump(), choices=choices, usage=usage)
 
 
 async def whole_answer(
-    http: HttpRequest, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int
+    http: HttpRequest, service: Service, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_ids: bool
 ) -> str | None:
     """The answer as JSON when all jobs have ended; None where the client went away before.
 
     Raises:
         ApiError: one of the jobs failed, or there is no room.
     """
-    choices = [Choice(job, service.target.tokenizer) for job in jobs]
+    choices = [Choice(job, service.target.tokenizer, with_ids) for job in jobs]
     entries: list[list[Entry]] = [[] for _ in jobs]
 
     async def collect(updates: asyncio.Queue[Any]) -> None:
@@ -139,7 +152,9 @@ async def whole_answer(
         service.worker.abort(jobs)  # of jobs that have ended this does nothing
     made = list(zip(choices, entries, strict=True))
     # On another thread: with log-probabilities it is long, and other requests do not wait for it.
-    return await asyncio.to_thread(lambda: form.whole(reply, made, usage_of(jobs, prompts)).model_dump_json())
+    return await asyncio.to_thread(
+        lambda: form.whole(reply, made, usage_of(jobs, prompts)).model_dump_json(exclude=None if with_ids else IDS)
+    )
 
 
 async def _disconnect(http: HttpRequest) -> None:
@@ -167,26 +182,27 @@ class Stream(StreamingResponse):
 
 
 async def stream_events(
-    tokenizer: Any, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool
+    tokenizer: Any, form: Form, reply: Reply, jobs: list[Job], prompts: int, with_usage: bool, with_ids: bool
 ) -> AsyncIterator[str]:
     """The events of the stream; an error is the last one."""
-    choices, open_jobs, updates = [Choice(job, tokenizer) for job in jobs], len(jobs), jobs[0].updates
+    choices, open_jobs, updates = [Choice(job, tokenizer, with_ids) for job in jobs], len(jobs), jobs[0].updates
 
-    def event(made: list[Any], usage: Usage | None = None) -> str:
-        body = form.chunk(reply, made, usage).model_dump(exclude_unset=False)
+    def event(made: list[Any], usage: Usage | None = None, prompt: list[int] | None = None) -> str:
+        body = form.chunk(reply, made, usage, prompt).model_dump(exclude_unset=False)
         if not with_usage:
             del body["usage"]
         return f"data: {json.dumps(_without_nothing(body))}\n\n"
 
     # The openings come with the first tokens: as long as nothing was sent, another replica can answer (replicas/front.py).
-    openings = [first for job in jobs if (first := form.opening(job.number)) is not None]
+    openings = [(first, one) for one in choices if (first := form.opening(one)) is not None]
     while open_jobs:
         job, item = await updates.get()
         if isinstance(item, ApiError):
             yield item.event
             return
         while openings:
-            yield event([openings.pop(0)])
+            first, one = openings.pop(0)
+            yield event([first], prompt=one.told_prompt())
         ended = item.finish is not None
         open_jobs -= ended
         choice = choices[job.number]
@@ -198,7 +214,11 @@ async def stream_events(
 
 
 def _without_nothing(body: dict[str, Any]) -> dict[str, Any]:
-    """A chunk whose deltas name only what changes."""
+    """A chunk whose deltas name only what changes, with the token ids that it has."""
+    for part in (body, *body["choices"]):
+        for name in TOLD:
+            if part.get(name, 0) is None:
+                del part[name]
     for choice in body["choices"]:
         if "delta" in choice:
             choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}

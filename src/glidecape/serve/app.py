@@ -115,10 +115,13 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def answer(http: HttpRequest, body: Request, kind: str, prompts: list[list[int]]) -> Response:
         form, reply = FORMS[kind](), service.reply(kind, http.state.request_id)
         jobs = await service.jobs(body, prompts, http)
+        with_ids = bool(body.return_token_ids)
         if body.stream:
-            events = stream_events(service.target.tokenizer, form, reply, jobs, len(prompts), body.wants_usage)
+            events = stream_events(
+                service.target.tokenizer, form, reply, jobs, len(prompts), body.wants_usage, with_ids
+            )
             return Stream(service, jobs, events)
-        whole = await whole_answer(http, service, form, reply, jobs, len(prompts))
+        whole = await whole_answer(http, service, form, reply, jobs, len(prompts), with_ids)
         return Response(status_code=CLIENT_CLOSED) if whole is None else Response(whole, media_type="application/json")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)

@@ -34,8 +34,9 @@ class Choice:
         finish: how it ended; None while it has not.
     """
 
-    def __init__(self, job: Job, tokenizer: Any) -> None:
+    def __init__(self, job: Job, tokenizer: Any, wants_ids: bool = False) -> None:
         params = job.row.params
+        self.wants_ids, self.untold, self.prompt_told = wants_ids, list[int](), False
         self.job, self.tokenizer, self.text = job, tokenizer, ""
         self.finish: FinishReason | None = None
         self.stream = TextStream(tokenizer, params.stop, job.prompt)
@@ -49,11 +50,26 @@ class Choice:
             self.finish = "length" if event.finish == "length" else "stop"
         new = self.stream.push(event.tokens, ended, event.text)
         self.text += new
+        self.untold += event.tokens if self.wants_ids else ()
         self.pending += zip(event.tokens, event.logprobs, strict=False)
         if not (ended or self.stream.settled):
             return new, []
         entries, self.pending = self.pending[: len(self.pending) - event.cut], []
         return new, entries
+
+    def told_ids(self) -> list[int] | None:
+        """The tokens that came since this was last asked; None where nobody wants them."""
+        if not self.wants_ids:
+            return None
+        told, self.untold = self.untold, []
+        return told
+
+    def told_prompt(self) -> list[int] | None:
+        """The prompt's tokens, at the first time; None after it, or where nobody wants them."""
+        if not self.wants_ids or self.prompt_told:
+            return None
+        self.prompt_told = True
+        return self.job.prompt
 
     def named(self, token: int) -> str:
         """The text of a token alone."""

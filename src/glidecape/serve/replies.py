@@ -1,4 +1,7 @@
-"""The bodies of answers, in the fields that OpenAI's clients of today and of a year ago both read."""
+"""The bodies of answers, in the fields that OpenAI's clients of today and of a year ago both read.
+
+`token_ids` and `prompt_token_ids` are vLLM's. An answer has them where they were asked for (`answers`).
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
+    token_ids: list[int] | None = None
 
 
 class Delta(BaseModel):
@@ -72,6 +76,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -79,6 +84,8 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Reply(BaseModel):
@@ -94,12 +101,14 @@ class ChatCompletion(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(Reply):

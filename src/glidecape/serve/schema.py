@@ -115,6 +115,7 @@ class Request(Strict):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1024), First] | None = None
     structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = Field(None, description="vLLM's: the answer tells token ids, and the prompt's.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same one share prefixes."
     )

@@ -6,6 +6,7 @@ offloaded weights, to the device that the module runs on. Otherwise an offloaded
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import DynamicCache, cache_argument
-from ..errors import UnsupportedError, first_line
+from ..errors import InputError, UnsupportedError, first_line
 from .attention import LAYOUT, Layout
+
+
+def check_map(device_map: str | dict[str, Any] | None, device: str, quantize: str | None) -> None:
+    """
+    Raises:
+        InputError: a device map beside what it cannot stand beside, or without accelerate.
+    """
+    if device_map is None:
+        return
+    if device != "cpu":
+        raise InputError(f"a device map says where the model is, and so does device {device}: give one of them")
+    if quantize is not None:
+        raise InputError("a model with a device map is not quantized here: leave out the map, or the quantization")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("a device map needs accelerate, which is not installed: pip install accelerate")
 
 
 def runs_on(module: Any) -> torch.device:

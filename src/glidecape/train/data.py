@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import DataError, first_line
 from .corpus import MARKS
 from .ranks import from_first
-from .stream import Stream
+from .stream import Stream, places_of
 from .tokenized import forget_empty, tokenized
 
 
@@ -80,14 +80,14 @@ def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) ->
         raise DataError(
             f"{path} was tokenized for another vocabulary than the target's: pass the text itself as --data"
         )
-    found = {name: np.fromfile(path / f"{name}.bin", dtype=np.uint16) for name in ("train", "valid")}
+    found = {name: _mapped(path / f"{name}.bin") for name in ("train", "valid")}
     for name, tokens in found.items():
         if vocab_size is not None and len(tokens) and int(tokens.max()) >= vocab_size:
             raise DataError(
                 f"{path}/{name}.bin holds token {tokens.max()}, outside the target's vocabulary of {vocab_size}"
             )
     first = tokenizer.get_vocab().get(MARKS[0], -1)
-    begins = {name: np.flatnonzero(tokens == first) for name, tokens in found.items()}
+    begins = {name: places_of(tokens, [first]) for name, tokens in found.items()}
     if loss_on == "all":
         return {name: Stream(tokens, None, begins[name]) for name, tokens in found.items()}
     if not set(MARKS) <= tokenizer.get_vocab().keys():
@@ -97,7 +97,17 @@ def _corpus(path: Path, tokenizer: Any, vocab_size: int | None, loss_on: str) ->
 
 def answered(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Which tokens of a corpus of chats an assistant said, the end of its turn among them; bool, same length."""
-    marks = np.flatnonzero(np.isin(tokens, tokenizer.convert_tokens_to_ids(list(MARKS))))
-    last = np.searchsorted(marks, np.arange(len(tokens))) - 1  # the mark before each token
-    assistant = tokenizer.convert_tokens_to_ids(MARKS[-1])
-    return np.asarray((last >= 0) & (tokens[marks[last]] == assistant))
+    marks = places_of(tokens, tokenizer.convert_tokens_to_ids(list(MARKS)))
+    said = tokens[marks] == tokenizer.convert_tokens_to_ids(MARKS[-1])
+    found = np.zeros(len(tokens), dtype=np.bool_)
+    ends = np.append(marks[1:], len(tokens) - 1)[: len(marks)]
+    for mark, end, by_assistant in zip(marks, ends, said, strict=True):
+        found[mark + 1 : end + 1] = by_assistant
+    return found
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A corpus's tokens where they lie on the disk; an empty file cannot be mapped."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype=np.uint16)
+    return np.memmap(path, dtype=np.uint16, mode="r")

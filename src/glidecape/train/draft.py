@@ -24,11 +24,12 @@ from ..target.target import Target
 from .data import load_streams
 from .figures import evaluate_draft, figures_by_lag, trained_on, trial_prompts, write_curve
 from .kinds import BY_RECIPE, training_of
-from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_state
+from .loop import Budget, Clock, fit, optimizers, recent_mean
 from .positions import check_offsets, window_positions
 from .ranks import own_rows, ranks, shard
 from .recipe import DraftRecipe
 from .rows import Preview, preview
+from .state import forget_before, load_state, save_state
 from .stream import Windows
 from .teacher import Teacher, TeacherOutput
 
@@ -169,7 +170,8 @@ def train_draft(
         "parameters": sum(p.numel() for p in module.parameters()),
     }
     figures = finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
-    (out / BEFORE).unlink(missing_ok=True)
+    if ranks().first:
+        forget_before(out)
     return figures
 
 

@@ -1,4 +1,4 @@
-"""What every training here shares: the schedule, the loop with its progress bar, and resuming.
+"""What every training here shares: the schedule, the loop with its progress bar.
 
 The schedule is warmup-stable-decay over *progress* in [0, 1], which is the larger of "share of the tokens" and "share
 of the minutes". So a run can be given either budget, and any checkpoint of the stable phase can be decayed later.
@@ -12,7 +12,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..compat import without_weight_bars
-from ..drafts.card import CARD, STATE_FILE, WEIGHTS
-from ..errors import CheckpointError, InputError
-from ..files import remove_leftovers, write_atomic, write_folder
-from ..progress import bar, note
-from .ranks import average_gradients, from_first, largest_of, mean_of, ranks
+from ..drafts.card import CARD, STATE, WEIGHTS
+from ..errors import InputError
+from ..files import write_folder
+from ..progress import bar
+from .ranks import average_gradients, largest_of, mean_of
 from .stopping import Stopped, stop_requests
 
 CURVE, PICTURE = "curve.json", "curve.png"
-BEFORE = "training-before.pt"  # the state that STATE_FILE replaced, in case the disk damages that one
-WRITTEN = (STATE_FILE, CURVE, PICTURE, WEIGHTS, CARD)
+WRITTEN = (STATE, CURVE, PICTURE, WEIGHTS, CARD)
 
 
 @dataclass
@@ -157,88 +155,6 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], within: str = "")
         elif there != value:
             found.append(f"{within}{name} {there}, not {value}")
     return found
-
-
-def load_state(
-    folder: Path, module: torch.nn.Module, made: list[torch.optim.Optimizer], identity: dict[str, Any] | None = None
-) -> Clock:
-    """Take up the run saved in `folder` by `save_state`, or begin one; returns its clock.
-
-    `identity` is what makes a run the one it is (recipe, data). A budget is no part of it: a run may be prolonged.
-
-    Raises:
-        CheckpointError: the file is torn, belongs to another module, or to a run with another identity.
-    """
-    path = folder / STATE_FILE
-    # The folder may lie on the first process's machine alone.
-    state = from_first(_read_state(path) if ranks().first else None)
-    if state is None:
-        return Clock()
-    saved = state.get("identity", {})
-    if other := differences(saved, identity or {}):
-        raise CheckpointError(
-            f"the run in {folder} was started with {'; '.join(other)}: give the same options, or name another --output"
-        )
-    try:
-        module.load_state_dict(state["module"])
-        for optimizer, moments in zip(made, state["optimizers"], strict=True):
-            optimizer.load_state_dict(moments)
-        return Clock(**state["clock"])
-    except Exception as error:
-        raise _cannot_resume(path, error) from None
-
-
-def _read_state(path: Path) -> dict[str, Any] | None:
-    """What `save_state` wrote, or the save before it, where that one is damaged; None where it wrote nothing."""
-    remove_leftovers(path.parent, WRITTEN)
-    if not path.exists():
-        return None
-    try:
-        return _state_in(path)
-    except Exception as error:
-        reason = error
-    try:
-        state = _state_in(path.with_name(BEFORE))
-    except Exception:
-        raise _cannot_resume(path, reason) from None
-    note(
-        f"{path} is damaged ({type(reason).__name__}): resuming from the save before it, step {state['clock']['step']}"
-    )
-    return state
-
-
-def _state_in(path: Path) -> dict[str, Any]:
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _cannot_resume(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --output"
-    )
-
-
-def save_state(
-    folder: Path,
-    module: torch.nn.Module,
-    made: list[torch.optim.Optimizer],
-    clock: Clock,
-    identity: dict[str, Any] | None = None,
-) -> None:
-    """Write weights, optimizer moments and clock: all that a resumed run needs to go on bit for bit. Of several processes the
-    first one writes: all have the same."""
-    if not ranks().first:
-        return
-    state = {
-        "module": module.state_dict(),
-        "optimizers": [o.state_dict() for o in made],
-        "clock": vars(clock),
-        "identity": identity or {},
-    }
-    path, before = folder / STATE_FILE, folder / BEFORE
-    with suppress(OSError):  # a file system without links keeps one state
-        before.unlink(missing_ok=True)
-        before.hardlink_to(path)
-    write_atomic(path, lambda p: torch.save(state, p))
 
 
 def save_lm(model: Any, tokenizer: Any, out: Path, card: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        first_machine.cache_clear()
         be_quiet(not ranks().first)
         yield
     except RuntimeError as error:
@@ -99,6 +101,7 @@ def process_group() -> Iterator[None]:
             "again to resume"
         ) from None
     finally:
+        first_machine.cache_clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -164,6 +167,39 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The processes that share the writing and reading of a state: those of the first machine, which has its folder.
+
+    Attributes:
+        member: is this process one of them?
+        group: None: there is one alone.
+    """
+
+    member: bool = True
+    group: dist.ProcessGroup | None = None
+
+
+@cache
+def first_machine() -> Writers:
+    """All processes ask for it at the same time: making a group takes all of them."""
+    here, count = ranks(), of_machine().count
+    member = here.number < count
+    if count == 1:
+        return Writers(member)
+    return Writers(member, dist.group.WORLD if count == here.count else dist.new_group(range(count)))
+
+
+def to_other_machines(tensors: Iterable[Tensor]) -> None:
+    """Fill them on all machines but the first with what the first process has."""
+    if of_machine().count == ranks().count:
+        return
+    for tensor in tensors:
+        moved = tensor.to(_device())
+        dist.broadcast(moved, 0)
+        tensor.copy_(moved)
 
 
 def shard(target: Target) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from .endpoint import Answer, DescribedTarget, Endpoint
 from .loop import differences
 from .rows import pieces_of, prompt_of
 from .sources import read_rows
+from .stream import places_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class Known(Protocol):
     def context(self) -> int: ...
 
 
-def prompts_of(target: Known, data: Path, plan: Regeneration) -> list[list[int]]:
-    """The token ids to continue, one list a document or row of `data`.
+def prompts_of(target: Known, data: Path, plan: Regeneration) -> Iterator[list[int]]:
+    """The token ids to continue, one list a document or row of `data`, read as they are asked for.
 
     A document begins with the end-of-text token, as in training.
 
@@ -87,7 +89,6 @@ def prompts_of(target: Known, data: Path, plan: Regeneration) -> list[list[int]]
         DataError: unreadable data, or a row that cannot be continued: no known column, nothing in it, ids outside the
             vocabulary, or longer with its continuation than the target's context; with its number.
     """
-    found: list[list[int]] = []
     for place, ids in islice(_prompts(target, data, plan.prompt_tokens), plan.limit or None):
         if not ids:
             raise DataError(f"{place} is empty: there is nothing to continue")
@@ -98,10 +99,7 @@ def prompts_of(target: Known, data: Path, plan: Regeneration) -> list[list[int]]
                 f"{place}: its prompt of {len(ids)} tokens and {plan.new_tokens} new ones don't fit in the target's context "
                 f"of {target.context}: leave it out, or ask for fewer"
             )
-        found.append(ids)
-    if not found:
-        raise DataError(f"{data} holds no row to continue")
-    return found
+        yield ids
 
 
 def _prompts(target: Known, data: Path, length: int) -> Iterator[tuple[str, list[int]]]:
@@ -110,8 +108,8 @@ def _prompts(target: Known, data: Path, length: int) -> Iterator[tuple[str, list
         tokens = load_streams(data, target.tokenizer, target.vocab_size)["train"].tokens
         chat = set(MARKS) <= target.tokenizer.get_vocab().keys()
         first, assistant = target.tokenizer.convert_tokens_to_ids([MARKS[0], MARKS[-1]]) if chat else (start, None)
-        begins = np.flatnonzero(tokens == first)
-        for number, (at, end) in enumerate(zip(begins, [*begins[1:], len(tokens)], strict=True), 1):
+        begins = places_of(tokens, [first])
+        for number, (at, end) in enumerate(zip(begins, np.append(begins[1:], len(tokens)), strict=True), 1):
             document = tokens[at:end].astype(int)
             if chat:  # a talk up to where its last answer begins; one without an answer has nothing to continue
                 answers = np.flatnonzero(document == assistant)
@@ -174,10 +172,10 @@ def regenerate(
         CheckpointError: `out` was started with another target, data or plan, or cannot be written.
     """
 
-    def answers(prompts: list[list[int]], done: int) -> Iterator[Answer]:
-        for first in range(done, len(prompts), batch):
-            part = prompts[first : first + batch]
-            params = [plan.params(first + i) for i in range(len(part))]
+    def answers(prompts: Iterator[list[int]], done: int) -> Iterator[Answer]:
+        while part := list(islice(prompts, batch)):
+            params = [plan.params(done + i) for i in range(len(part))]
+            done += len(part)
             new: list[list[int]] = [[] for _ in part]
             finish: dict[int, str] = {}
             given = 0
@@ -208,8 +206,8 @@ def regenerate_by(
         InputError: see `Endpoint.answers`. The rows before are written.
     """
 
-    def answers(prompts: list[list[int]], done: int) -> Iterator[Answer]:
-        asked = ((prompts[row], plan.params(row)) for row in range(done, len(prompts)))
+    def answers(prompts: Iterator[list[int]], done: int) -> Iterator[Answer]:
+        asked = ((prompt, plan.params(row)) for row, prompt in enumerate(prompts, done))
         return endpoint.answers(asked, side_by_side)
 
     return _write_rows(target, data, out, plan, {"target": f"{endpoint.model} of a server"}, answers, command)
@@ -221,24 +219,36 @@ def _write_rows(
     out: Path,
     plan: Regeneration,
     maker: dict[str, str],
-    answers: Callable[[list[list[int]], int], Iterator[Answer]],
+    answers: Callable[[Iterator[list[int]], int], Iterator[Answer]],
     command: str,
 ) -> dict[str, Any]:
-    """Write a row for each prompt of `data`; `answers` gives those of the prompts from a number on, in order."""
-    prompts = prompts_of(target, data, plan)
-    identity = asdict(plan) | {"data": _digest(prompts)} | maker
+    """Write a row for each prompt of `data`; `answers` gives those of prompts, in order, the first of which has that number.
+
+    The data is read twice, to be checked and to be continued, so that few prompts are in memory.
+    """
+    count, digest = _counted(prompts_of(target, data, plan))
+    if not count:
+        raise DataError(f"{data} holds no row to continue")
+    identity = asdict(plan) | {"data": digest} | maker
     done = _begin(out, out.with_name(out.stem + ".card.json"), identity, command)
-    if done > len(prompts):
-        raise CheckpointError(f"{out} holds {done} rows, more than the {len(prompts)} of {data}: name another --output")
+    if done > count:
+        raise CheckpointError(f"{out} holds {done} rows, more than the {count} of {data}: name another --output")
     emitted, start = 0, target.tokenizer.eos_token_id
-    with out.open("a", encoding="utf-8") as file, bar("regenerating", len(prompts), start=done) as shown:
-        with closing(answers(prompts, done)) as made:  # type: ignore[type-var]
+    waiting: deque[list[int]] = deque()  # prompts whose answers have not come
+
+    def asked() -> Iterator[list[int]]:
+        for prompt in islice(prompts_of(target, data, plan), done, None):
+            waiting.append(prompt)
+            yield prompt
+
+    with out.open("a", encoding="utf-8") as file, bar("regenerating", count, start=done) as shown:
+        with closing(answers(asked(), done)) as made:  # type: ignore[type-var]
             for row, (new, finish) in enumerate(made, done):
-                _append(file, row_of(prompts[row], new, finish, start))  # in order: a resumed run counts lines
+                _append(file, row_of(waiting.popleft(), new, finish, start))  # in order: a resumed run counts lines
                 emitted += len(new)
                 pace = f"{emitted / shown.elapsed:,.0f} tokens/s"
-                shown.at(row + 1, f"row {row + 1:,} of {len(prompts):,}, {pace}")
-        figures = {"rows": len(prompts), "tokens": emitted, "tokens_per_s": round(emitted / shown.elapsed, 1)}
+                shown.at(row + 1, f"row {row + 1:,} of {count:,}, {pace}")
+        figures = {"rows": count, "tokens": emitted, "tokens_per_s": round(emitted / shown.elapsed, 1)}
     say(f"wrote {out}: {figures}")
     return figures
 
@@ -253,8 +263,13 @@ def _append(file: Any, row: dict[str, Any]) -> None:
         ) from None
 
 
-def _digest(prompts: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+def _counted(prompts: Iterator[list[int]]) -> tuple[int, str]:
+    """How many there are, and a digest of them all as one JSON list; each is let go once it was looked at."""
+    hashed, count = hashlib.sha256(b"["), 0
+    for count, ids in enumerate(prompts, 1):
+        hashed.update((", " * (count > 1) + json.dumps(ids)).encode())
+    hashed.update(b"]")
+    return count, hashed.hexdigest()[:16]
 
 
 def _begin(out: Path, card: Path, identity: dict[str, Any], command: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,17 @@ PIECE = 2**24  # tokens that are in memory at once
 def first_held_out(count: int) -> int:
     """Of a text of so many tokens the last 2 % are held out, or 512 tokens, where that is no more than half."""
     return count - min(max(512, count // 50), count // 2)
+
+
+def places_of(tokens: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """Where these tokens stand in a stream, ascending, int64; a piece of it is in memory at a time.
+
+    >>> places_of(np.array([0, 5, 7, 0, 9]), [0, 7])
+    array([0, 2, 3])
+    """
+    pieces = range(0, len(tokens), PIECE)
+    found = [np.flatnonzero(np.isin(tokens[first : first + PIECE], wanted)) + first for first in pieces]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.params import SamplingParams
 from ..core.stats import Stats, merged
 from ..drafting.methods import make_drafter
+from ..drafts.card import STATE
 from ..errors import CheckpointError
 from ..files import remove_leftovers, write_atomic
 from ..progress import bar
@@ -35,20 +36,9 @@ from .figures import (
     write_curve,
 )
 from .kinds import training_of
-from .loop import (
-    BEFORE,
-    STATE_FILE,
-    WRITTEN,
-    Budget,
-    Clock,
-    differences,
-    fit,
-    load_state,
-    optimizers,
-    recent_mean,
-    save_state,
-)
+from .loop import WRITTEN, Budget, Clock, differences, fit, optimizers, recent_mean
 from .recipe import DraftRecipe
+from .state import forget, identity_in, load_state, save_state
 from .stream import Stream, Windows
 from .study_table import summary, table_of
 from .teacher import Teacher
@@ -160,8 +150,7 @@ def run_study(
                 if _finished(folder, name, group[name]) is None:
                     figures = _figures(target, trained, i, clock, streams["valid"], prompts, trial)
                     write_row(folder / name, trained.modules[i], target, command, figures, group[name])
-            for name in (STATE_FILE, BEFORE):
-                (folder / name).unlink(missing_ok=True)  # rows that come later begin a group of their own
+            forget(folder)  # rows that come later begin a group of their own
         for name in recipes:
             results[name][str(seed)] = _finished(folder, name, identities[name]) or {}
     result: dict[str, Any] = {
@@ -201,20 +190,15 @@ def _finished(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, An
 
 def _begun(folder: Path, asked: Mapping[str, Any]) -> list[str] | None:
     """Names of the rows whose training was interrupted in `folder`; None: there is no such training."""
-    path = folder / STATE_FILE
-    if not path.exists():
+    names = identity_in(folder)
+    if names is None:
         return None
-    try:
-        names = list(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot resume from {path} ({type(error).__name__}): delete it to start again, or name another --output"
-        ) from None
     if missing := [name for name in names if name not in asked]:
         raise CheckpointError(
-            f"the training in {folder} was interrupted with row {missing[0]} in it: ask for the same rows, or delete {path}"
+            f"the training in {folder} was interrupted with row {missing[0]} in it: ask for the same rows, or delete "
+            f"{folder / STATE}"
         )
-    return names
+    return list(names)
 
 
 def _trained(

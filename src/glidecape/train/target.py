@@ -19,8 +19,9 @@ from ..target.target import digest_of
 from .data import corpus_tokenizer, load_streams
 from .figures import trial_prompts
 from .joint import JointDraft
-from .loop import BEFORE, Budget, Clock, fit, load_state, optimizers, recent_mean, save_lm, save_state
+from .loop import Budget, Clock, fit, optimizers, recent_mean, save_lm
 from .recipe import DraftRecipe, TargetShape, Windowing
+from .state import forget_before, load_state, save_state
 from .stream import Windows
 
 
@@ -138,7 +139,7 @@ def train_target(
 ) -> dict[str, Any]:
     """Train on a corpus folder (`glidecape data`) and write a Hugging Face model folder to `out`.
 
-    An interrupted run resumes from `out/training.pt`. Weights are written in bfloat16.
+    An interrupted run resumes from the state in `out/training`. Weights are written in bfloat16.
 
     Args:
         draft: of a draft that is trained beside it on the same batches, and written to `draft_out` (default: `out/draft`),
@@ -169,7 +170,7 @@ def train_target(
     if joint is not None:
         options = {"length": run.windowing.length, "prompts": prompts, "seed": seed, "command": command}
         figures["draft"] = joint.finish(draft_out or out / "draft", out, run.valid, counts, clock.each[1], **options)
-    (out / BEFORE).unlink(missing_ok=True)
+    forget_before(out)
     return figures
 
 
