@@ -74,6 +74,15 @@ def test_one_idea_a_file():
         assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_a_function_has_sixty_lines_at_most():
+    """With its decorators and its signature."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min(line.lineno for line in (node, *node.decorator_list))
+                assert node.end_lineno - first < 60, f"{path.name}: {node.name}"
+
+
 def test_a_greedy_round_is_short_enough_to_be_read(world) -> None:
     """docs/design.md, "A token's way": the lines of this package that a round of the longest method runs."""
     from glidecape import SamplingParams, Target, load_draft, make_drafter

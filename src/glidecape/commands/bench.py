@@ -46,6 +46,16 @@ SuiteNames = Annotated[
         ":A-B to take a part.",
     ),
 ]
+SvipFit = Annotated[
+    str,
+    typer.Option(help="Fit svip methods' thresholds (not those with @threshold) on these prompts: a file or suite."),
+]
+Peers = Annotated[
+    str | None,
+    typer.Option(
+        help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized."
+    ),
+]
 
 
 def bench(
@@ -60,18 +70,8 @@ def bench(
     ] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Download the suites that are not in the folder yet.")] = False,
     settings: Settings = Settings(),
-    svip_fit: Annotated[
-        str,
-        typer.Option(
-            help="Fit svip methods' thresholds (not those with @threshold) on these prompts: a file or suite."
-        ),
-    ] = "",
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized."
-        ),
-    ] = None,
+    svip_fit: SvipFit = "",
+    peers: Peers = None,
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the records; an interrupted run resumes from it."),

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from ..certify import Finding
     from ..drafting.drafter import Drafter
 
+Batch = Annotated[
+    int, typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone.")
+]
+
 
 def certify(
     target: TargetOrShipped = None,
@@ -44,10 +48,7 @@ def certify(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
-    batch: Annotated[
-        int,
-        typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone."),
-    ] = 1,
+    batch: Batch = 1,
     constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
     output: Output = None,

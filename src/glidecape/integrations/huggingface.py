@@ -99,7 +99,6 @@ def glidecape_generate(
     streamer.put(input_ids.cpu())
     with _our_attention(model, draft):
         emitted = _emitted(*_prepare(model, draft, method, options), prompts, params, glide_stats, streamer)
-    streamer.end()
     sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
@@ -107,12 +106,13 @@ def glidecape_generate(
 def _emitted(
     target: Target, drafter: Drafter, prompts: list[list[int]], params: Any, stats: Stats | None, streamer: Any
 ) -> list[list[int]]:
-    """The tokens of each row, which the streamer gets as they come."""
+    """The tokens of each row; the streamer gets them as they come, and the end."""
     emitted: list[list[int]] = [[] for _ in prompts]
     for event in decode(target, drafter, prompts, params, stats):
         emitted[event.row] += event.tokens
         if event.tokens:
             streamer.put(torch.tensor(event.tokens))
+    streamer.end()
     return emitted
 
 
