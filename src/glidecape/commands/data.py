@@ -73,8 +73,8 @@ def chat(
 
 
 def _chat_source(text: str, max_bytes: int | None) -> ChatSource:
+    from ..sources import on_hub
     from ..train.chat import ChatSource
-    from ..train.sources import on_hub
 
     path, colon, size = text.rpartition(":")
     if not colon or Path(text).exists() or on_hub(Path(text)):

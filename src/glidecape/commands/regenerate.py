@@ -61,9 +61,9 @@ def regenerate(
     """
     from ..drafting.methods import make_drafter, method_for, parse_method
     from ..interface.load import fitting_draft
+    from ..sources import check_exists
     from ..train.regenerate import Regeneration, regenerate_by
     from ..train.regenerate import regenerate as run
-    from ..train.sources import check_exists
 
     if out.suffix != ".jsonl":
         raise InputError(f"--output takes a .jsonl file, not {out}")

@@ -26,13 +26,13 @@ from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
 from ..progress import bar, say
+from ..sources import read_rows
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams
 from .endpoint import Answer, DescribedTarget, Endpoint
 from .loop import differences
 from .rows import pieces_of, prompt_of
-from .sources import read_rows
 
 
 @dataclass(frozen=True)
