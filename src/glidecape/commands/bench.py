@@ -14,7 +14,7 @@ from ..bench.settings import Settings
 from ..drafting.options import FIXED
 from ..errors import InputError, OutputError
 from ..files import only_writer
-from .effects import refuse_unused
+from .effects import note_greedy, refuse_unused
 from .shared import (
     AsJson,
     Drafts,
@@ -96,6 +96,7 @@ def bench(
     methods = methods or ("plain,glide,glide+auto" if draft or target is None else "plain,lookup,lookup+auto")
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
+    note_greedy(ctx, settings.temperature)
     peer_names = _peer_names(peers, settings, machine)
     names = [name for name in (*suite.split(","), *prompts.split(",")) if name.strip()]
     if target is None and not names:
