@@ -83,6 +83,17 @@ def test_a_function_has_sixty_lines_at_most():
                 assert node.end_lineno - first < 60, f"{path.name}: {node.name}"
 
 
+def test_protocols_say_what_each_method_does():
+    """Whoever writes a plug-in reads them."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
+                for method in node.body:
+                    assert not isinstance(method, ast.FunctionDef) or ast.get_docstring(method), (
+                        f"{node.name}: {method.name}"
+                    )
+
+
 def test_private_names_of_libraries_are_read_in_one_module():
     """A release may rename them: compat.py alone reads attributes with a leading underscore that are not this package's own."""
     ours, read = {"_replace", "_make"}, set()  # a named tuple's, which are public

@@ -69,13 +69,16 @@ class Known(Protocol):
     """What a prompt is made by, and must fit."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
 
     @property
-    def context(self) -> int: ...
+    def context(self) -> int:
+        """Most tokens of a prompt and its continuation."""
 
 
 def prompts_of(target: Known, data: Path, plan: Regeneration) -> list[list[int]]:
