@@ -325,3 +325,11 @@ def test_a_corpus_of_chats_is_continued_where_its_last_answers_begin(corpus):
     for prompt, talk in zip(prompts, talks, strict=True):
         before, mark, _ = talk.rpartition("<|assistant|>")
         assert prompt == "<|endoftext|>" + before + mark
+
+
+@pytest.mark.parametrize("words", [("pysource",), ("chat", "--source", "nowhere.jsonl")], ids=lambda words: words[0])
+def test_a_corpus_that_cannot_be_written_is_refused_before_anything_is_read(words, tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    code, _, err = run(capfd, monkeypatch, "data", *words, "--output", tmp_path / "file")
+    assert code == 2
+    assert "is a file, and a folder is to be written: name another --output" in err

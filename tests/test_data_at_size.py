@@ -15,12 +15,12 @@ import pytest
 from glidecape.commands.data import _chat_source
 from glidecape.commands.shared import read_prompts
 from glidecape.errors import DataError, InputError
+from glidecape.sources import read_rows
 from glidecape.target.target import Target
 from glidecape.train import tokenized
 from glidecape.train.chat import ChatSource
 from glidecape.train.data import load_streams
 from glidecape.train.ranks import process_group
-from glidecape.train.sources import read_rows
 from glidecape.train.stream import Stream
 from processes import Child
 from test_command_line import run

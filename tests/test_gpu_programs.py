@@ -82,7 +82,7 @@ def test_a_graph_is_captured_at_the_second_run_and_reads_new_inputs(captured: li
 
 
 def test_an_input_that_did_not_change_is_not_copied_again(captured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_version", lambda tensor: tensor._version)
+    monkeypatch.setattr(graphs, "writes_of", lambda tensor: tensor._version)
     program, store, x = lookup(), torch.zeros(600, 3), torch.ones(3)
     for _ in range(2):
         program([x, torch.arange(5), store])

@@ -74,6 +74,48 @@ def test_one_idea_a_file():
         assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_a_function_has_sixty_lines_at_most():
+    """With its decorators and its signature."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min(line.lineno for line in (node, *node.decorator_list))
+                assert node.end_lineno - first < 60, f"{path.name}: {node.name}"
+
+
+def test_protocols_say_what_each_method_does():
+    """Whoever writes a plug-in reads them."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
+                for method in node.body:
+                    assert not isinstance(method, ast.FunctionDef) or ast.get_docstring(method), (
+                        f"{node.name}: {method.name}"
+                    )
+
+
+def test_private_names_of_libraries_are_read_in_one_module():
+    """A release may rename them: compat.py alone reads attributes with a leading underscore that are not this package's own."""
+    ours, read = {"_replace", "_make"}, set()  # a named tuple's, which are public
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                ours.add(node.attr)
+            elif path.name == "compat.py":
+                continue
+            elif isinstance(node, ast.Attribute):
+                read.add((path.name, node.attr))
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                read |= {(path.name, part) for part in (node.module or "").split(".")}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+                read.add((path.name, str(getattr(node.args[1], "value", ""))))
+    assert not {(file, name) for file, name in read if name[:1] == "_" and name[:2] != "__" and name not in ours}
+
+
 def test_a_greedy_round_is_short_enough_to_be_read(world) -> None:
     """docs/design.md, "A token's way": the lines of this package that a round of the longest method runs."""
     from glidecape import SamplingParams, Target, load_draft, make_drafter

@@ -14,8 +14,7 @@ from glidecape.train.data import load_streams
 from glidecape.train.draft import DraftLoss, make_draft, train_draft
 from glidecape.train.loop import Budget
 from glidecape.train.recipe import DraftRecipe
-from glidecape.train.rows import preview
-from glidecape.train.sources import read_prompts
+from glidecape.train.rows import preview, read_prompts
 from glidecape.train.stream import Stream, Windows
 from test_command_line import run
 

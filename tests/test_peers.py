@@ -375,7 +375,7 @@ def test_a_run_in_which_something_was_compiled_is_made_again(folder: Path, targe
     (peer,) = make_peers(["transformers+compile"], PeerSource(str(folder), target))
     runs, counts = iter([([1], 9.0), ([1], 0.5)]), iter([1, 2, 2, 2])
     monkeypatch.setattr(transformers_peers.TransformersPeer, "run", lambda *_: next(runs))
-    monkeypatch.setattr(transformers_peers, "_graphs", lambda: next(counts))
+    monkeypatch.setattr(transformers_peers, "graphs_compiled", lambda: next(counts))
     assert peer.run([5, 9], GREEDY) == ([1], 0.5)
 
 

@@ -201,6 +201,14 @@ def test_options_of_sampling_are_noted_when_decoding_is_greedy(world, monkeypatc
     assert "note: --top-k, --seed: no effect at temperature 0" in err
     assert "no effect" not in run(capfd, monkeypatch, *words, "--top-k", 5, "--temperature", 1)[2]
     assert "so --draft is not loaded" in run(capfd, monkeypatch, *words, "--draft", world["glide"])[2]
+    assert "so revision main has no effect" in run(capfd, monkeypatch, *words, "--revision", "main")[2]
+
+
+def test_certify_notes_what_has_no_effect(world, monkeypatch, capfd) -> None:
+    words = ["certify", world["target"], "--methods", "plain", "--max-new-tokens", 2, "--draft", world["glide"]]
+    err = run(capfd, monkeypatch, *words, "--seed", 3)[2]
+    assert "method plain needs no draft model, so --draft is not loaded" in err
+    assert "note: --seed: no effect at temperature 0" in err
 
 
 def test_a_draft_length_beyond_the_drafts_lag_is_noted(world, monkeypatch, capfd) -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from glidecape import cli
-from glidecape.engine.logprobs import TokenLogprobs
+from glidecape.batch.row import TokenLogprobs
 from glidecape.options import option_of
 from glidecape.serve.choice import Choice
 from glidecape.serve.replicas.settings import ReplicaSettings

@@ -85,6 +85,18 @@ def test_rows_of_every_shape(tmp_path: Path) -> None:
     assert names == ["mixed", "one", "stdlib", "own"]
 
 
+def test_a_file_of_prompts_is_read_as_every_other_command_reads_it(tmp_path: Path) -> None:
+    """A byte-order mark and a line separator inside a text are no damage; a list in .json is rows, and a table is refused."""
+    row = json.dumps({"prompt": "one\u2028line"}, ensure_ascii=False)
+    (tmp_path / "marked.jsonl").write_text("\ufeff" + row + "\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text(f"[{row}]", encoding="utf-8")
+    for name in ("marked.jsonl", "list.json"):
+        assert [prompt.turns for prompt in read_prompt_file(tmp_path / name)] == [("one\u2028line",)]
+    (tmp_path / "table.csv").write_text("prompt\none\n")
+    with pytest.raises(DataError, match="is a table"):
+        read_suites([str(tmp_path / "table.csv")])
+
+
 def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
     for names, message in (
@@ -107,9 +119,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError, match="holds no prompt"):
         read_suites(["spec_bench/poetry"], tmp_path)
     for line, message in (
-        ('{"x": 1}', "line 2: no text"),
-        ('{"prompt": ', "line 2 is not JSON"),
-        ("[1]", "line 2: no text"),
+        ('{"x": 1}', "row 2: no text"),
+        ('{"prompt": ', "row 2 is not readable as UTF-8 text or JSON lines"),
+        ("[1]", "row 2: no text"),
     ):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):

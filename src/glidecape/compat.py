@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.masking_utils import (
@@ -37,24 +37,32 @@ __all__ = [
     "DynamicCache",
     "GenerateDecoderOnlyOutput",
     "attend_without_plans",
+    "attention_of",
     "build_library",
     "cache_argument",
     "cache_of",
     "causal_mask_function",
     "chunked_causal_mask_function",
+    "compile_anywhere",
     "compile_for_gpu",
     "compile_to",
     "cpu_has_bfloat16",
     "export_program",
     "free_threads",
+    "graphs_compiled",
+    "hooks_of",
     "int8_parts",
+    "is_the_callers",
     "load_for_gpu",
     "load_package",
     "pack_weight",
     "packed_linear",
     "register_attention",
+    "set_attention",
     "sliding_window_causal_mask_function",
+    "token_ids",
     "without_weight_bars",
+    "writes_of",
 ]
 
 # A causal LM's argument for its keys and values. transformers 5.24 renamed it, and warns about the old name.
@@ -104,6 +112,52 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
     """Make an attention function and its mask function known to transformers under a name of ours."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+
+
+def attention_of(config: Any) -> str:
+    """The name of the attention that a model with this configuration uses."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let a model with this configuration use that attention; unlike `set_attn_implementation`, unchecked."""
+    config._attn_implementation = name
+
+
+def token_ids(generation_config: Any, kind: str) -> Tensor | None:
+    """The token ids that `generate` made ready of a configuration; `kind` is "eos" or "pad"."""
+    return getattr(generation_config, f"_{kind}_token_tensor")
+
+
+def is_the_callers(cache: Any) -> bool:
+    """Is this a cache that the caller of `generate` passed? It prepares an empty one of its own where there is none."""
+    return cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
+
+
+def hooks_of(module: Any) -> Iterator[Any]:
+    """accelerate's hooks of a module."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def compile_anywhere() -> CompileConfig:
+    """How `generate` compiles; without it, it does so on a GPU only."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile made so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def writes_of(tensor: Tensor) -> int | None:
+    """How often it was written; None where PyTorch does not count: in inference mode, and on a CPU, where numpy writes, too."""
+    return tensor._version if tensor.is_cuda and not tensor.is_inference() else None
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ paths of a tree, forth and back; each path is asked about once a round, first by
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from ..core.constraint import JSON_OBJECT, REGEX, Constraint
 from ..core.params import SamplingParams
 from ..errors import InputError, UnsupportedError, first_line
+
+if TYPE_CHECKING:
+    from ..target.target import Target
 
 # Bytes of UTF-8. A vocabulary that has each of them as a token can write every text, so that no path is a dead end.
 UTF8 = frozenset(range(0xF5)) - {0xC0, 0xC1}
@@ -205,7 +208,7 @@ class Grammar:
         return made
 
 
-def new_grammar(params: SamplingParams, stop_ids: Iterable[int], target: Any) -> Grammar | None:
+def new_grammar(params: SamplingParams, stop_ids: Iterable[int], target: Target) -> Grammar | None:
     """The state of a row at its beginning; None for a row without a constraint.
 
     Raises:

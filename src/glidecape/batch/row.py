@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,9 @@ from ..core.verify import Chance, RandomChance
 from ..errors import InputError
 from .grammar import Grammar, new_grammar
 from .text import Cut, StopStrings
+
+if TYPE_CHECKING:
+    from ..target.target import Target
 
 
 @dataclass
@@ -150,6 +153,14 @@ class Proposal:
     path: list[int]
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one emitted token: its log-probability, and the most probable tokens there with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass
 class Emitted:
     """What one row got from one round: tokens with their origins ("chain", "sibling", "bonus"), and the round's counts.
@@ -167,11 +178,11 @@ class Emitted:
     finish: str | None
     text: str | None = None
     cut: int = 0
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     proposal: Proposal | None = None
 
 
-def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) -> Row:
+def new_row(index: int, prompt: list[int], params: SamplingParams, target: Target) -> Row:
     """A row at its beginning.
 
     Raises:
@@ -205,7 +216,7 @@ def new_row(index: int, prompt: list[int], params: SamplingParams, target: Any) 
     return row
 
 
-def _check_prompt(index: int, prompt: list[int], params: SamplingParams, target: Any) -> None:
+def _check_prompt(index: int, prompt: list[int], params: SamplingParams, target: Target) -> None:
     if not prompt:
         raise InputError(f"prompt {index} is empty: give at least one token to continue")
     if bad := [t for t in prompt if not 0 <= t < target.vocab_size]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..target.target import Target
 
 CONTEXT = 4  # tokens of a prompt that are decoded with what follows
 HALF = "\ufffd"  # what a decoder makes of the first bytes of a character
@@ -43,7 +46,7 @@ class Prompt:
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
 
-    def ids(self, target: Any, chat: bool = False) -> list[int]:
+    def ids(self, target: Target, chat: bool = False) -> list[int]:
         """Token ids for a target; with `chat` through its tokenizer's chat template, up to where the assistant's answer
         begins, each turn in its own role. Text is then one turn of the user's.
 

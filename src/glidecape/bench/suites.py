@@ -7,7 +7,6 @@ category; a path to a .jsonl or text file may stand for the name. Names are look
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, InputError
+from ..sources import read_rows
 from .prompts import stdlib_prompts
 
 FOLDER = "GLIDECAPE_SUITES"  # environment variable that names the folder of suites
@@ -175,32 +175,22 @@ def _of_file(name: str, path: Path, known: Known, category: str | None, each: sl
 
 
 def read_prompt_file(path: Path) -> Iterator[Prompt]:
-    """The prompts of a .jsonl file, with their own category or ""; any other file is one text to be continued.
+    """The prompts of a file of rows, with their own category or ""; a text file is one text to be continued.
 
     A row has `turns` or `messages` (a conversation), `question` or `instruction` (one turn), or `prompt` or `text` (text to
     be continued; a list of prompts: turns).
 
     Raises:
-        DataError: a row without any of them, or not JSON, with its number.
+        DataError: a row without any of them, with its number; or see `sources.read_rows`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not text in UTF-8: give a text file or .jsonl") from None
-    if path.suffix != ".jsonl":
-        if any(line.strip() for line in lines):
-            yield Prompt("0", "", ("".join(lines),), False)
-        return
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise DataError(f"{path}, line {number} is not JSON: is the file torn?") from None
+    for number, (place, row) in enumerate(read_rows(path), 1):
+        if place == str(path):
+            if row["text"].strip():
+                yield Prompt("0", "", (row["text"],), False)
+            return
         turns, conversation = _turns_of(row)
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise DataError(f"{path}, line {number}: no text in 'turns', 'messages', 'question' or 'prompt'")
+            raise DataError(f"{place}: no text in 'turns', 'messages', 'question' or 'prompt'")
         own = row.get("id", row.get("question_id", row.get("task_id", number)))
         yield Prompt(str(own).removeprefix(f"{path.stem}/"), str(row.get("category", "")), tuple(turns), conversation)
 

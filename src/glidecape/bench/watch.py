@@ -48,7 +48,7 @@ class Watched:
 class _LogitsRecorder:
     """A target that remembers the logits of its last forward."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
         self.logits = torch.empty(0)
 

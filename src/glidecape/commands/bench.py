@@ -14,7 +14,7 @@ from ..bench.settings import Settings
 from ..drafting.options import FIXED
 from ..errors import InputError, OutputError
 from ..files import only_writer
-from .effects import refuse_unused
+from .effects import note_greedy, refuse_unused
 from .shared import (
     AsJson,
     Drafts,
@@ -46,6 +46,16 @@ SuiteNames = Annotated[
         ":A-B to take a part.",
     ),
 ]
+SvipFit = Annotated[
+    str,
+    typer.Option(help="Fit svip methods' thresholds (not those with @threshold) on these prompts: a file or suite."),
+]
+Peers = Annotated[
+    str | None,
+    typer.Option(
+        help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized, not split."
+    ),
+]
 
 
 def bench(
@@ -60,18 +70,8 @@ def bench(
     ] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Download the suites that are not in the folder yet.")] = False,
     settings: Settings = Settings(),
-    svip_fit: Annotated[
-        str,
-        typer.Option(
-            help="Fit svip methods' thresholds (not those with @threshold) on these prompts: a file or suite."
-        ),
-    ] = "",
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help="Other libraries, joined by commas; '' for none. Default: transformers, at batch 1, not quantized, not split."
-        ),
-    ] = None,
+    svip_fit: SvipFit = "",
+    peers: Peers = None,
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the records; an interrupted run resumes from it."),
@@ -96,6 +96,7 @@ def bench(
     methods = methods or ("plain,glide,glide+auto" if draft or target is None else "plain,lookup,lookup+auto")
     chosen = read_methods(methods.split(","), settings.options)
     refuse_unused(ctx, [one.method for one in chosen], also=[FIXED] if peers else [])
+    note_greedy(ctx, settings.temperature)
     peer_names = _peer_names(peers, settings, machine)
     names = [name for name in (*suite.split(","), *prompts.split(",")) if name.strip()]
     if target is None and not names:

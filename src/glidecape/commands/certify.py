@@ -12,6 +12,7 @@ import typer
 from ..core.params import SamplingParams
 from ..errors import InputError
 from ..progress import bar
+from .effects import need_draft, note_unused
 from .shared import (
     AsJson,
     ConstraintOptions,
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
     from ..certify import Finding
     from ..drafting.drafter import Drafter
 
+Batch = Annotated[
+    int, typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone.")
+]
+
 
 def certify(
+    ctx: typer.Context,
     target: TargetOrShipped = None,
     draft: Drafts = None,
     methods: Annotated[
@@ -44,10 +50,7 @@ def certify(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each output.")] = 64,
     seed: Annotated[int, typer.Option(help="Prompt i uses seed + i.")] = 0,
-    batch: Annotated[
-        int,
-        typer.Option(min=1, help="Prompts decoded side by side; each is compared with the same prompt decoded alone."),
-    ] = 1,
+    batch: Batch = 1,
     constraint: ConstraintOptions = ConstraintOptions(),
     as_json: AsJson = False,
     output: Output = None,
@@ -60,12 +63,13 @@ def certify(
     from ..certify import BUG, PROMPTS
     from ..certify import certify as run
 
-    check_methods(methods)
+    asked = _asked(methods)
+    note_unused(ctx, asked, temperature)
     params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens, constraint=constraint.read())
     texts = list(PROMPTS) if prompts is None else [prompt.text for prompt in read_prompts(None, prompts)]
     target, drafts = pair_or_shipped(target, draft or [])
     with opened(output) as out:
-        folders = named_folders(drafts)
+        folders = named_folders(drafts if need_draft(asked) else [])
         model = machine.load(target)
         drafters = make_drafters(methods, load_drafts(folders, model))
         # What a round costs decides what auto drafts, never what is written: a guess will do.
@@ -121,6 +125,17 @@ def check_methods(methods: str) -> list[str]:
     for item in named:
         parse_method(item.rpartition(":")[2])
     return named
+
+
+def _asked(methods: str) -> list[str]:
+    """The methods in `--methods`, without the names of drafts.
+
+    Raises:
+        InputError: see `check_methods`.
+    """
+    from ..drafting.methods import METHODS
+
+    return [item.rpartition(":")[2] for item in check_methods(methods)] or list(METHODS)
 
 
 def make_drafters(methods: str, drafts: dict[str, Any]) -> dict[str, Drafter]:

@@ -64,7 +64,7 @@ def _local_model(
 
     named, (target, draft, method) = method, choose(target, draft, method)
     refuse_unused(ctx, [method])
-    note_unused(ctx, method, params.temperature)
+    note_unused(ctx, [method], params.temperature)
     lm = machine.load_pair(target, draft, method, options)
     lm = machine.prepared(lm, tokens=0, may_choose=named == "usual" and not names_options(ctx))
     if not getattr(lm.target.tokenizer, "chat_template", None):

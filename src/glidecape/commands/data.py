@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..files import only_writer
 from .parsing import add_to
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def pysource(
     from ..train.corpus import build_pysource
 
     held = tuple(name for name in hold_out.split(",") if name)
-    counts = build_pysource(out, root, held, vocab_size, int(max_bytes) if max_bytes else None)
+    with only_writer(out):
+        counts = build_pysource(out, root, held, vocab_size, int(max_bytes) if max_bytes else None)
     print(json.dumps(counts))
 
 
@@ -68,13 +70,14 @@ def chat(
 
     known = _licences(licences) if licences else {}
     sources = [_chat_source(text, int(max_bytes) if max_bytes else None) for text in source]
-    counts = build_chat(out, sources, vocab_size, known, max_row_tokens, valid_share)
+    with only_writer(out):
+        counts = build_chat(out, sources, vocab_size, known, max_row_tokens, valid_share)
     print(json.dumps(counts))
 
 
 def _chat_source(text: str, max_bytes: int | None) -> ChatSource:
+    from ..sources import on_hub
     from ..train.chat import ChatSource
-    from ..train.sources import on_hub
 
     path, colon, size = text.rpartition(":")
     if not colon or Path(text).exists() or on_hub(Path(text)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 import typer
@@ -80,12 +80,22 @@ def names_options(ctx: typer.Context) -> bool:
     return any(typed(ctx, name) for name in USES)
 
 
-def note_unused(ctx: typer.Context, method: str, temperature: float) -> None:
-    """Say on standard error that a method needs no draft, and which sampling options greedy decoding leaves unused."""
+def need_draft(methods: Iterable[str]) -> bool:
+    """Does one of the methods need a draft model?"""
     from ..drafting.methods import DRAFTLESS, parse_method
 
-    if typed(ctx, "draft") and parse_method(method)[0] in DRAFTLESS:
-        note(f"method {method} needs no draft model, so --draft is not loaded")
+    return any(parse_method(one)[0] not in DRAFTLESS for one in methods)
+
+
+def note_unused(ctx: typer.Context, methods: Sequence[str], temperature: float) -> None:
+    """Say on standard error that no method needs a draft, and which sampling options greedy decoding leaves unused."""
+    if typed(ctx, "draft") and not need_draft(methods):
+        note(f"method {', '.join(methods)} needs no draft model, so --draft is not loaded")
+    note_greedy(ctx, temperature)
+
+
+def note_greedy(ctx: typer.Context, temperature: float) -> None:
+    """Say on standard error which sampling options greedy decoding leaves unused."""
     unused = [f"--{name.replace('_', '-')}" for name in SAMPLES if temperature == 0 and typed(ctx, name)]
     if unused:
         note(f"{', '.join(unused)}: no effect at temperature 0")

@@ -67,7 +67,7 @@ def generate(
 
     named, (target, draft, method) = method, choose(target, draft, method)
     refuse_unused(ctx, [method])
-    note_unused(ctx, method, params.temperature)
+    note_unused(ctx, [method], params.temperature)
     params = replace(params, constraint=constraint.read())
     prompts = read_prompts(prompt, file)
     calibration = [] if svip_fit is None else read_prompts(None, svip_fit)

@@ -213,7 +213,7 @@ def plan(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """What training a draft will take on this machine: parameters, disk, memory, and hours. Writes nothing."""
-    from ..train.sources import check_exists
+    from ..sources import check_exists
 
     if data is not None:
         check_exists(data)

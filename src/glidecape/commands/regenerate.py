@@ -17,6 +17,15 @@ from .shared import ApiKey, Draft, ServingMachine, TargetName, command_line, kin
 if TYPE_CHECKING:
     from ..train.endpoint import DescribedTarget, Endpoint
 
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        help="Let a server continue them, such as http://127.0.0.1:8000/v1; MODEL gives the tokenizer alone.",
+    ),
+]
+ModelName = Annotated[str | None, typer.Option(help="With --endpoint: the model's name there; default: its first one.")]
+
 
 def regenerate(
     ctx: typer.Context,
@@ -39,15 +48,8 @@ def regenerate(
     limit: Annotated[int, typer.Option(min=0, help="Most rows to make; 0: one for each row of the data.")] = 0,
     seed: Annotated[int, typer.Option(help="Row i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded side by side.")] = 16,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Let a server continue them, such as http://127.0.0.1:8000/v1; MODEL gives the tokenizer alone."
-        ),
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="With --endpoint: the model's name there; default: its first one.")
-    ] = None,
+    endpoint: EndpointUrl = None,
+    model_name: ModelName = None,
     api_key: ApiKey = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --endpoint: requests at a time.")] = 16,
     options: MethodOptions = MethodOptions(),
@@ -59,9 +61,9 @@ def regenerate(
     """
     from ..drafting.methods import make_drafter, method_for, parse_method
     from ..interface.load import fitting_draft
+    from ..sources import check_exists
     from ..train.regenerate import Regeneration, regenerate_by
     from ..train.regenerate import regenerate as run
-    from ..train.sources import check_exists
 
     if out.suffix != ".jsonl":
         raise InputError(f"--output takes a .jsonl file, not {out}")
@@ -73,9 +75,7 @@ def regenerate(
             known, there = _of_server(target, endpoint, model_name, api_key, machine)
             regenerate_by(there, known, data, out, plan, concurrency, command_line())
         return
-    for name in ("model_name", "api_key", "concurrency"):
-        if typed(ctx, name):
-            raise InputError(f"--{name.replace('_', '-')} is for a server: name it with --endpoint, or leave it out")
+    _refuse_for_a_server(ctx)
     method = method or ("plain" if draft is None else method_for("usual", kind_of(draft)))
     parse_method(method)
     refuse_unused(ctx, [method])
@@ -86,6 +86,17 @@ def regenerate(
         machine.compile_models(model, [drafter], (limit or 10**9) * max_new_tokens)
         with resumable(out):
             run(model, data, out, plan, drafter, batch, command_line())
+
+
+def _refuse_for_a_server(ctx: typer.Context) -> None:
+    """Refuse options that say how a server is asked.
+
+    Raises:
+        InputError: one was typed.
+    """
+    for name in ("model_name", "api_key", "concurrency"):
+        if typed(ctx, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a server: name it with --endpoint, or leave it out")
 
 
 def _of_server(

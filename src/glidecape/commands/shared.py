@@ -360,7 +360,7 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[Prompt]:
 
     prompts = [Prompt(text) for text in given or []]
     if file is not None:
-        from ..train.sources import read_prompts as of_file
+        from ..train.rows import read_prompts as of_file
 
         prompts += list(of_file(file))
         if not prompts:

@@ -49,8 +49,8 @@ def study(
     machine: Machine = Machine(dtype="float32"),
 ) -> None:
     """Train several draft recipes on the same batches, the target's forward paid once, and compare them in a table."""
+    from ..sources import check_exists
     from ..train.ranks import refuse_several
-    from ..train.sources import check_exists
     from ..train.study import Trial, run_study
     from ..train.study_rows import changes_of, study_rows
     from ..train.study_table import table_of

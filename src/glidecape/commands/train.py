@@ -52,9 +52,9 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node GPUS -m glidecape train …
     """
+    from ..sources import check_exists
     from ..train.draft import preview_data, train_draft
     from ..train.ranks import process_group, ranks
-    from ..train.sources import check_exists
 
     budget = None if preview else budget_of(tokens, minutes)
     check_exists(data)  # before the model is loaded

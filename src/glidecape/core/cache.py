@@ -12,7 +12,7 @@ are admitted and forgotten without copying anything.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ class _Slots:
     is_initialized = True
 
 
+Stores = Sequence[Tensor] | Mapping[int, Tensor]  # of each layer, by its number
+
+
 class SlotCache(Cache, ABC):
     """What a cache in row slots is to transformers and to drafts, whoever made its tensors.
 
@@ -50,8 +53,8 @@ class SlotCache(Cache, ABC):
         longest: most committed tokens of a row.
     """
 
-    own_keys: Any
-    own_values: Any
+    own_keys: Stores
+    own_values: Stores
     own_hidden: Tensor
     longest: int
 

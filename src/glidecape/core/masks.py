@@ -16,7 +16,8 @@ class Rows(Protocol):
     """Where the rows of a cache stand; what `tree_mask` needs to know of a `KVCache`."""
 
     @property
-    def lengths(self) -> Tensor: ...
+    def lengths(self) -> Tensor:
+        """Committed tokens of each row, `(rows,)`."""
 
     longest: int
     ragged: bool

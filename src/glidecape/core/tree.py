@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -70,7 +70,9 @@ class TokenTree:
         return made
 
     @classmethod
-    def of_host(cls, roots: Tensor, numbers: Any, valid: Any, score: Any) -> TokenTree:
+    def of_host(
+        cls, roots: Tensor, numbers: NDArray[np.int64], valid: NDArray[np.bool_], score: NDArray[np.float32]
+    ) -> TokenTree:
         """A tree of numbers on the host, all nodes chosen deterministically: tokens, parents, depths `(3, batch, nodes)`, and
         `valid` and `score` `(batch, nodes)`, arrays of numpy; the roots' tokens may be anything."""
         device, ancestors = roots.device, np.stack([_ancestors(tuple(row)) for row in numbers[1].tolist()])
@@ -302,7 +304,7 @@ def _comb(batch: int, depths: int, width: int, device: torch.device) -> tuple[Te
 
 
 @lru_cache(maxsize=4096)
-def _ancestors(parents: tuple[int, ...]) -> Any:
+def _ancestors(parents: tuple[int, ...]) -> NDArray[np.bool_]:
     """Who is whose ancestor, `(nodes, nodes)` of numpy; a node is its own, the root's parent is -1."""
     found = np.eye(len(parents), dtype=bool)
     for node in range(1, len(parents)):

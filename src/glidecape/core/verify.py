@@ -30,7 +30,8 @@ ROUNDING = 1e-14
 class Chance(Protocol):
     """Where randomness comes from; the exactness test enumerates it."""
 
-    def bernoulli(self, probability: float) -> bool: ...
+    def bernoulli(self, probability: float) -> bool:
+        """True with this probability."""
 
     def categorical(self, law: Tensor) -> int:
         """An index drawn with probabilities `law (vocab,)`, which sum to 1."""
@@ -39,12 +40,14 @@ class Chance(Protocol):
 class Law(Protocol):
     """The target's law at one node, as verify consumes it."""
 
-    def of(self, token: int) -> float: ...
+    def of(self, token: int) -> float:
+        """The probability of a token."""
 
     def without(self, drawn_from: Tensor | None, token: int) -> Law:
         """The residual after `token` was rejected: normalised relu(p - d), d a point mass if `drawn_from` is None."""
 
-    def draw(self, chance: Chance) -> int: ...
+    def draw(self, chance: Chance) -> int:
+        """A token drawn from the law."""
 
 
 class PointLaw:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -49,7 +48,7 @@ def acceptance_of(
     Raises:
         InputError: a prompt that does not fit the context.
     """
-    kind: Any = getattr(draft, "kind", "")
+    kind: str = getattr(draft, "kind", "")
     drafter = make_drafter(f"{base_for(kind)}+chain", draft, length=min(DEEPEST, draft.max_lag))
     written: list[tuple[list[int], list[int]]] = []
     rounds = []

@@ -22,7 +22,7 @@ from .expansions.base import Expansion
 from .expansions.cape import Cape
 from .expansions.chain import Chain
 from .law import draft_law
-from .stop import FixedLength, StopPolicy
+from .stop import AdaptiveStop, FixedLength, StopPolicy
 
 LAG = 32  # tokens that the first step of a draft catches up with, most
 
@@ -336,7 +336,7 @@ class ModelDrafter:
         self._trust(batch.draft, outcomes)
         lengths = batch.draft.lengths
         if lengths is not None:
-            stop: Any = self.stop
+            stop = cast("AdaptiveStop", self.stop)
             for slot, one in enumerate(outcomes, batch.first):
                 lengths[slot] = min(self.cap, stop.next_length(lengths[slot], len(one.path) - 1 == one.depth))
 

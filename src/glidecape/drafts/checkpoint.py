@@ -57,7 +57,7 @@ class TargetFacts(Protocol):
     """What a draft's description is compared with: facts of a `Target`, or of a model that another engine has loaded.
 
     Attributes:
-        tokenizer: None where there is none; weights_digest: None where the weights are not known as they were stored.
+        tokenizer: None where there is none.
         shapes: `(kv_heads, head_dim)` of each layer.
     """
 
@@ -66,16 +66,20 @@ class TargetFacts(Protocol):
     shapes: list[tuple[int, int]]
 
     @property
-    def weights_digest(self) -> str | None: ...
+    def weights_digest(self) -> str | None:
+        """Of the weights as they were stored; None where they are not known so."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
 
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
 
     @property
-    def embed_width(self) -> int: ...
+    def embed_width(self) -> int:
+        """Width of the embeddings, which in some models is not that of the hidden states."""
 
 
 def fingerprint(target: TargetFacts) -> dict[str, str | None]:

@@ -160,14 +160,11 @@ class TargetParts:
 
 
 class LentParts(Protocol):
-    """What a draft takes from its target; `TargetParts`, or what another engine lends of its own model.
-
-    Attributes:
-        rotary: `(cos, sin)` for the draft's own heads and for its cross-attention by positions; see `TargetRotary`.
-    """
+    """What a draft takes from its target; `TargetParts`, or what another engine lends of its own model."""
 
     @property
-    def rotary(self) -> Any: ...
+    def rotary(self) -> Any:
+        """`(cos, sin)` for the draft's own heads and for its cross-attention by positions; see `TargetRotary`."""
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings `(batch, queries, embed_width)` of tokens `(batch, queries)`."""

@@ -19,6 +19,8 @@ from ..target.program import EXAMPLE, KEPT, KEYS, NODES, ROWS, SCRATCH, SLOTS, T
 from .base import Queries, Ranked, Step
 from .sharing import SharedDraft
 
+DraftCache = KVCache | TracedCache  # what a step runs on: eagerly, or in an export
+
 if TYPE_CHECKING:
     from ..target.target import Target
 
@@ -51,10 +53,10 @@ class NetworkDraft(SharedDraft, ABC):
         """See `DraftModel`."""
 
     @abstractmethod
-    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
-        """Last hidden states `(batch, queries, width)`, on a `KVCache` or a `TracedCache`; keys and values are written."""
+    def hidden(self, queries: Queries, own: DraftCache, target_cache: DraftCache) -> Tensor:
+        """Last hidden states `(batch, queries, width)`; keys and values are written."""
 
-    def run(self, queries: Queries, own: Any, target_cache: Any, kept: Tensor | None = None) -> Tensor:
+    def run(self, queries: Queries, own: DraftCache, target_cache: DraftCache, kept: Tensor | None = None) -> Tensor:
         """Logits `(batch, kept, vocab)`, eagerly or in an export; `kept (batch, kept)`: of these queries, None: of all."""
         hidden = self.hidden(queries, own, target_cache)
         if kept is not None:

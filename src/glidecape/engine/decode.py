@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -205,7 +205,7 @@ def generate(
     if batch < 1:
         raise InputError(f"at least 1 prompt is decoded at a time, not {batch}")
     one_prompt = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-    every: Any = [prompts] if one_prompt else prompts
+    every = cast("Sequence[str | Sequence[int]]", [prompts] if one_prompt else prompts)
     ids = [target.encode(p) if isinstance(p, str) else list(p) for p in every]
     found = Completions(target.tokenizer, ids)
     for event in decode(target, drafter or NoDraft(), ids, params, stats, batch=batch):

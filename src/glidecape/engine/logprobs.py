@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..batch.row import TokenLogprobs
 from ..core.sampling import widen
 from ..core.transfer import to_host
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Of one emitted token: its log-probability, and the most probable tokens there with theirs."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 def token_logprobs(logits: Tensor, path: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:

@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import CACHE_ARGUMENTS, GenerateDecoderOnlyOutput
+from ..compat import (
+    CACHE_ARGUMENTS,
+    GenerateDecoderOnlyOutput,
+    attention_of,
+    is_the_callers,
+    set_attention,
+    token_ids,
+)
 from ..core.params import NOISE, SamplingParams
 from ..core.stats import Stats
 from ..drafting.drafter import Drafter
@@ -99,20 +106,20 @@ def glidecape_generate(
     streamer.put(input_ids.cpu())
     with _our_attention(model, draft):
         emitted = _emitted(*_prepare(model, draft, method, options), prompts, params, glide_stats, streamer)
-    streamer.end()
-    sequences = _join(input_ids, emitted, _token_ids(generation_config._pad_token_tensor))
+    sequences = _join(input_ids, emitted, _token_ids(token_ids(generation_config, "pad")))
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 
 def _emitted(
     target: Target, drafter: Drafter, prompts: list[list[int]], params: Any, stats: Stats | None, streamer: Any
 ) -> list[list[int]]:
-    """The tokens of each row, which the streamer gets as they come."""
+    """The tokens of each row; the streamer gets them as they come, and the end."""
     emitted: list[list[int]] = [[] for _ in prompts]
     for event in decode(target, drafter, prompts, params, stats):
         emitted[event.row] += event.tokens
         if event.tokens:
             streamer.put(torch.tensor(event.tokens))
+    streamer.end()
     return emitted
 
 
@@ -132,7 +139,7 @@ def _params(
     sampling: str,
 ) -> list[SamplingParams]:
     """How each row is sampled: processors and criteria see the row's own padding before its tokens."""
-    ends = _token_ids(generation_config._eos_token_tensor)
+    ends = _token_ids(token_ids(generation_config, "eos"))
     criteria = [c for c in stopping_criteria or [] if not _ours(c, ends, generation_config.max_length)]
     common = SamplingParams(
         # transformers' list of processors ends with its own temperature, top-k and so on.
@@ -167,7 +174,7 @@ def _refuse(config: Any, processors: Any, model_kwargs: dict[str, Any], streamer
         raise UnsupportedError("a quantized cache changes the output: glidecape_generate keeps the cache in full")
     refuse_stateful(processors)
     for name in CACHE_ARGUMENTS:
-        if _is_the_callers(model_kwargs.get(name)):
+        if is_the_callers(model_kwargs.get(name)):
             raise InputError(f"glidecape_generate keeps a cache of its own: leave {name} out")
     for name, value in model_kwargs.items():
         harmless = value is None or (name == "token_type_ids" and not value.any())
@@ -185,11 +192,6 @@ def refuse_stateful(processors: Any) -> None:
                 f"{type(processor).__name__} keeps a state from token to token, and a tree asks about tokens that are never "
                 "emitted: leave it out"
             )
-
-
-def _is_the_callers(cache: Any) -> bool:
-    """`generate` prepares an empty cache of its own when the caller passes none."""
-    return cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
 
 
 def _unpad(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[list[int]], list[Tensor]]:
@@ -307,7 +309,7 @@ def _loaded(kept: _Kept, draft: Any) -> Any:
 def _our_attention(*models: Any) -> Iterator[None]:
     """Our attention on these models, dropout off; all of it as it was when done. What is no model is left alone."""
     models = tuple(m for m in models if isinstance(m, torch.nn.Module) and hasattr(m, "set_attn_implementation"))
-    attention = [(config, config._attn_implementation) for model in models for config in _configs(model)]
+    attention = [(config, attention_of(config)) for model in models for config in _configs(model)]
     training = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -317,7 +319,7 @@ def _our_attention(*models: Any) -> Iterator[None]:
         yield
     finally:
         for config, name in attention:  # outer configs first: setting one sets those inside it
-            config._attn_implementation = name
+            set_attention(config, name)
         for module, was in training:
             module.training = was
 

@@ -77,12 +77,7 @@ def load(
     >>> glidecape.load("path/to/draft").target.vocab_size == lm.target.vocab_size  # its card names the model
     True
     """
-    base = None if method in BY_DRAFT else parse_method(method)[0]  # before anything is loaded
-    if compile not in COMPILE:
-        raise InputError(f"compile takes {', '.join(COMPILE)}, not '{compile}'")
-    model, draft = pair_of(model, draft)
-    if draft is None and base is not None and base not in DRAFTLESS:
-        make_drafter(method)  # says what is missing
+    model, draft = _checked_pair(model, draft, method, compile)  # before anything is loaded
     target = load_target(
         model,
         dtype,
@@ -95,6 +90,24 @@ def load(
     )
     lm = with_draft(target, draft, method, options)
     return prepared(lm, compile, tokens=0, may_choose=method == "usual" and options is None)
+
+
+def _checked_pair(
+    model: str | Path, draft: str | Path | None, method: str, compile: str
+) -> tuple[str | Path, str | Path | None]:
+    """`pair_of`, once method and `compile` are known to exist, and the method to have the draft that it needs.
+
+    Raises:
+        InputError: one of them does not.
+        CheckpointError: see `pair_of`.
+    """
+    base = None if method in BY_DRAFT else parse_method(method)[0]
+    if compile not in COMPILE:
+        raise InputError(f"compile takes {', '.join(COMPILE)}, not '{compile}'")
+    model, draft = pair_of(model, draft)
+    if draft is None and base is not None and base not in DRAFTLESS:
+        make_drafter(method)  # says what is missing
+    return model, draft
 
 
 def pair_of(model: str | Path, draft: str | Path | None = None) -> tuple[str | Path, str | Path | None]:

@@ -6,9 +6,8 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..batch.row import Emitted
+from ..batch.row import Emitted, TokenLogprobs
 from ..batch.text import HALF, TextStream
-from ..engine.logprobs import TokenLogprobs
 from .job import Job
 from .replies import (
     ChatLogprobs,

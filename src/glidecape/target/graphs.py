@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import writes_of
 from ..errors import first_line
 
 MOST = 64  # graphs of a program that are kept
@@ -37,7 +38,7 @@ class Graphs:
 
     def __init__(self, run: Run, sizes: Any, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
-        self.kept: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once
+        self.kept: OrderedDict[tuple[object, ...], _Graph | None] = OrderedDict()  # None: seen once
         self.eager = False
         named = [{axis: size.__name__ for axis, size in one.items()} for one in _leaves(sizes)]
         self.stores = {i for i, one in enumerate(named) if STORES & set(one.values())}
@@ -80,23 +81,18 @@ class _Graph:
             fixed[i] = torch.arange(slots[i], device=inputs[i].device) if i in slots else inputs[i].clone()
         # Its tensor of each input that is copied, and what was copied last, as it was then.
         copied = set(range(len(inputs))) - stores - set(slots)
-        self.copied = [(i, fixed[i], inputs[i], _version(inputs[i])) for i in copied]
+        self.copied = [(i, fixed[i], inputs[i], writes_of(inputs[i])) for i in copied]
         self.numbers = [fixed[i] for i in slots]  # the graph reads them: they must not be freed
         self.replay, self.outputs = capture_graph(lambda: run(fixed))
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         for number, (i, own, last, version) in enumerate(self.copied):
-            given, now = inputs[i], _version(inputs[i])
+            given, now = inputs[i], writes_of(inputs[i])
             if given is not last or now != version or now is None:
                 own.copy_(given, non_blocking=True)
                 self.copied[number] = i, own, given, now
         self.replay()
         return [one.clone() for one in self.outputs]
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often it was written; None where PyTorch does not count: in inference mode, and on a CPU, where numpy writes, too."""
-    return tensor._version if tensor.is_cuda and not tensor.is_inference() else None
 
 
 def capture_graph(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:

@@ -12,6 +12,7 @@ import torch
 
 from ..compat import without_weight_bars
 from ..errors import CheckpointError, first_line
+from ..progress import note
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -87,6 +88,8 @@ def load_model(
     folder = local_folder(name, options.get("revision"))
     if folder is not None:
         _check_files(folder)
+        if options.get("revision") is not None:
+            note(f"{name} is a folder, so revision {options['revision']} has no effect")
     try:
         # transformers answers weights of another shape with advice for its own callers, so `_check_report` answers them.
         with without_weight_bars():

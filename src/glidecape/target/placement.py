@@ -7,13 +7,12 @@ offloaded weights, to the device that the module runs on. Otherwise an offloaded
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compat import DynamicCache, cache_argument
+from ..compat import DynamicCache, cache_argument, hooks_of
 from ..errors import InputError, UnsupportedError, first_line
 from .attention import LAYOUT, Layout
 
@@ -38,7 +37,7 @@ def runs_on(module: Any) -> torch.device:
     found: torch.device = module.weight.device
     if found.type != "meta":
         return found
-    for hook in _hooks(module):
+    for hook in hooks_of(module):
         where = getattr(hook, "execution_device", None)
         if where is not None:
             return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
@@ -60,7 +59,7 @@ def stored_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     state = dict(model.state_dict())
     for name, module in model.named_modules():
-        for own in (*module._parameters, *module._buffers):
+        for own, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             key = f"{name}.{own}" if name else own
             if key in state and state[key].device.type == "meta":
                 state[key] = _kept(module, own, key)
@@ -101,7 +100,7 @@ def layers_of(model: Any, config: Any, device: torch.device) -> tuple[list[tuple
 
 
 def _kept(module: nn.Module, own: str, key: str) -> Tensor:
-    for hook in _hooks(module):
+    for hook in hooks_of(module):
         if (kept := getattr(hook, "weights_map", None)) is not None:
             try:
                 found: Tensor = kept[own]
@@ -111,10 +110,3 @@ def _kept(module: nn.Module, own: str, key: str) -> Tensor:
     raise UnsupportedError(
         f"the weights of this model are offloaded, and {key} is not found: load the model without offloading"
     )
-
-
-def _hooks(module: Any) -> Iterator[Any]:
-    """accelerate's hooks of a module."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        yield from getattr(hook, "hooks", (hook,))

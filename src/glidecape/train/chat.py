@@ -17,8 +17,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..progress import bar
+from ..sources import read_rows, reading
 from .corpus import END_OF_TEXT, END_OF_TURN, MARKS, ROLES, encoded, rank
-from .sources import read_rows, reading
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"

@@ -147,13 +147,10 @@ def train_draft(
 
     def losses_of(number: int) -> tuple[list[Tensor], int]:
         # Windows and lags depend on the batch's number alone: a resumed run repeats nothing and skips nothing.
-        wanted = (number, recipe.rows, length)
-        batch = windows.batch(*wanted)
-        rest = (own(windows.batch_learned(*wanted)), own(windows.batch_begins(*wanted)))
-        return [draft_loss(own_rows(batch).to(target.device), number, *rest)], batch.numel()
-
-    def own(whole: Tensor | None) -> Tensor | None:
-        return None if whole is None else own_rows(whole).to(target.device)
+        batch, *marks = windows.marked_batch(
+            number, recipe.rows, length, lambda whole: own_rows(whole).to(target.device)
+        )
+        return [draft_loss(batch, number, *marks)], recipe.rows * length
 
     def save(now: Clock) -> None:
         save_state(out, module, made, now, identity)
@@ -162,13 +159,8 @@ def train_draft(
         clock = fit(
             [module], made, budget, losses_of, clock, save, save_every_s, recipe.clip, accumulate=recipe.accumulate
         )
-    figures: dict[str, Any] = {
-        "steps": clock.step,
-        "tokens": clock.tokens,
-        "seconds": round(clock.seconds, 1),
-        "train_loss": recent_mean(clock.losses),
-        "parameters": sum(p.numel() for p in module.parameters()),
-    }
+    parameters = sum(p.numel() for p in module.parameters())
+    figures = clock.counts | {"train_loss": recent_mean(clock.losses), "parameters": parameters}
     figures = finish_draft(out, module, target, held_out, figures, clock.losses, length, prompts, recipe.seed, command)
     if ranks().first:
         forget_before(out)

@@ -77,6 +77,11 @@ class Clock:
     losses: list[float] = field(default_factory=list)
     each: list[list[float]] = field(default_factory=list)
 
+    @property
+    def counts(self) -> dict[str, int | float]:
+        """How long was trained, as a draft's or target's figures say it."""
+        return {"steps": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
+
     def log(self, losses: list[float]) -> None:
         """Append a step's losses, one a module."""
         self.losses.append(losses[0])

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from ..errors import GlideCapeError, InputError, first_line
 from ..progress import be_quiet
 from ..target.target import Target
+
+T = TypeVar("T")
 
 
 class RankError(GlideCapeError):
@@ -160,7 +162,7 @@ def average_gradients(module: nn.Module) -> None:
         one.copy_(mean.view_as(one))
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """What the first process has, such as a checkpoint that it read; tensors come on the CPU."""
     if ranks().count == 1:
         return value

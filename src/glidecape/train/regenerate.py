@@ -27,13 +27,13 @@ from ..engine.decode import decode
 from ..errors import CheckpointError, DataError, InputError
 from ..files import write_atomic
 from ..progress import bar, say
+from ..sources import read_rows
 from ..target.target import Target
 from .corpus import MARKS
 from .data import load_streams
 from .endpoint import Answer, DescribedTarget, Endpoint
 from .loop import differences
 from .rows import pieces_of, prompt_of
-from .sources import read_rows
 from .stream import places_of
 
 
@@ -71,13 +71,16 @@ class Known(Protocol):
     """What a prompt is made by, and must fit."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
 
     @property
-    def context(self) -> int: ...
+    def context(self) -> int:
+        """Most tokens of a prompt and its continuation."""
 
 
 def prompts_of(target: Known, data: Path, plan: Regeneration) -> Iterator[list[int]]:

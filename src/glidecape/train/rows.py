@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from ..batch.text import Prompt
 from ..errors import DataError
+from ..sources import read_rows
 
 Piece = tuple[str | list[int], bool]  # text or token ids, and whether it is a completion
 
@@ -201,3 +205,21 @@ def preview(tokenizer: Any, tokens: list[int], learned: list[bool] | None) -> Pr
             pieces.append((tokenizer.decode(tokens[first:end]), marks[first]))
             first = end
     return Preview(len(tokens), sum(marks), pieces)
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """What there is to continue in a file, folder or data set: the text of a document, a row's prompt without its completion, a
+    talk without the assistant's turn that ends it.
+
+    Raises:
+        DataError: see `read_rows`; or a row without a known column, or with token ids (with its number).
+    """
+    for place, row in read_rows(path):
+        prompt = prompt_of(row, place, None)
+        if prompt is None:
+            texts = [text for text, _ in pieces_of(row, place, None)]
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{place} holds token ids, where text is wanted")
+            prompt = "".join(map(str, texts))
+        turns = turns_before_the_answer(row, place)
+        yield Prompt(prompt, None if turns is None else tuple(turns))

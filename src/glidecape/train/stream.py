@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +112,18 @@ class Windows:
             inside = self.text.documents[some] - at
             row[inside] = inside
         return torch.from_numpy(np.maximum.accumulate(found, axis=1))
+
+    def marked_batch(
+        self, step: int, rows: int, length: int, place: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`batch`, `batch_learned` and `batch_begins`; `place` brings each tensor to where it is needed."""
+        wanted = (step, rows, length)
+        learned, begins = self.batch_learned(*wanted), self.batch_begins(*wanted)
+        return (
+            place(self.batch(*wanted)),
+            None if learned is None else place(learned),
+            None if begins is None else place(begins),
+        )
 
     def _cut(self, values: np.ndarray, dtype: Any, step: int, rows: int, length: int) -> torch.Tensor:
         picked = [values[at : at + length].astype(dtype) for at in self._places(step, rows, length)]

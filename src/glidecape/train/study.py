@@ -221,11 +221,8 @@ def _trained(
     output.state.train()
 
     def losses_of(number: int) -> tuple[Iterator[Tensor], int]:
-        wanted = (number, first.rows, length)
-        batch = windows.batch(*wanted).to(target.device)
-        rest = (windows.batch_learned(*wanted), windows.batch_begins(*wanted))
-        there = [None if one is None else one.to(target.device) for one in rest]
-        return output.losses(batch, number, *there), batch.numel()
+        batch, *marks = windows.marked_batch(number, first.rows, length, lambda one: one.to(target.device))
+        return output.losses(batch, number, *marks), batch.numel()
 
     def save(now: Clock) -> None:
         save_state(folder, output.state, output.made, now, group)

@@ -162,7 +162,7 @@ def train_target(
     identity = about | {"rate": rate, "draft": draft and asdict(draft), "compile": compile_model, "data": run.digest}
     identity["start_from"] = start_from and [str(start_from), digest_of(model.state_dict())[:16]]
     clock = _fit(run, joint, out, identity, budget, rate, save_every_s)
-    counts = {"steps": clock.step, "tokens": clock.tokens, "seconds": round(clock.seconds, 1)}
+    counts = clock.counts
     began: Any = asdict(shape) if start_from is None else {"start_from": str(start_from)}
     figures = _write(out, run, clock, counts, about | {"command": command, "shape": began})
     if (data / "sources.json").exists():

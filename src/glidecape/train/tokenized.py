@@ -24,9 +24,9 @@ import numpy as np
 
 from ..errors import CheckpointError, DataError
 from ..files import write_atomic
+from ..sources import on_hub, parts_of, reading
 from .ranks import machine_number, of_machine, together
 from .rows import check_completion, pieces_of
-from .sources import on_hub, parts_of, reading
 from .stream import PIECE, Stream, first_held_out
 
 TOKENS, LEARNED, DOCUMENTS, CARD = "tokens.bin", "learned.bin", "documents.bin", "tokens.json"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch._dynamo.utils import counters
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ...compat import compile_anywhere, graphs_compiled
 from ...core.params import SamplingParams
 from ...errors import InputError
 from ...target.loading import load_model
@@ -110,9 +110,7 @@ class CompiledPeer(TransformersPeer):
 
     def __init__(self, source: PeerSource) -> None:
         super().__init__(source)
-        compiled = CompileConfig()
-        compiled._compile_all_devices = True  # without it, `generate` compiles on a GPU only
-        self.options = {"cache_implementation": "static", "compile_config": compiled}
+        self.options = {"cache_implementation": "static", "compile_config": compile_anywhere()}
         self.room = 0
         try:
             self._compile([0], 1)
@@ -138,16 +136,11 @@ class CompiledPeer(TransformersPeer):
         if len(prompt) + params.max_new_tokens > self.room:
             self._compile(prompt, params.max_new_tokens)
         for _ in range(RETRIES):
-            before = _graphs()
+            before = graphs_compiled()
             made = super().run(prompt, params)
-            if _graphs() == before:
+            if graphs_compiled() == before:
                 break
         return made
-
-
-def _graphs() -> int:
-    """Graphs that torch.compile made so far in this process."""
-    return int(counters["stats"]["unique_graphs"])
 
 
 class SpeculativePeer:

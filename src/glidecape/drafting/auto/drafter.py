@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +123,7 @@ class AutoDrafter:
     def budget(self, tokens: int) -> int:
         return max(1 + NODES, 0 if self.runner is None else self.runner.budget(tokens))
 
-    def begin(self, rows: int, capacity: int) -> Any:
+    def begin(self, rows: int, capacity: int) -> DraftState:
         state = DraftState(KVCache([], rows, 0)) if self.runner is None else self.runner.begin(rows, capacity)
         state.around = AutoRows(rows)
         return state

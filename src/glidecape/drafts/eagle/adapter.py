@@ -9,7 +9,7 @@ from torch import Tensor
 from ...core.cache import KVCache
 from ..base import Queries
 from ..layers import decoding_attention
-from ..program import NetworkDraft
+from ..program import DraftCache, NetworkDraft
 from .network import EagleModel
 
 
@@ -34,7 +34,7 @@ class EagleDraft(NetworkDraft):
     def catch_up(self, tokens: Tensor, positions: Tensor, own: KVCache, target_cache: KVCache) -> None:
         own.write(0, *self.module.keys_values(tokens, positions, target_cache.hidden_at(positions - 1)))
 
-    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+    def hidden(self, queries: Queries, own: DraftCache, target_cache: DraftCache) -> Tensor:
         """See `NetworkDraft`. The first step of a round reads true features, later ones the draft's own."""
         q = queries
         if q.parents is None:

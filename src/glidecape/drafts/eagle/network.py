@@ -11,7 +11,7 @@ differences only), and the first token of a text has a feature of zeros before i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class EagleModel(DraftNetwork):
 
     @property
     def dtype(self) -> torch.dtype:
-        layer: Any = self.layers[0]
+        layer = cast("EagleLayer", self.layers[0])
         return layer.ffn_norm.weight.dtype
 
     def serve(self) -> EagleModel:
@@ -112,7 +112,7 @@ class EagleModel(DraftNetwork):
 
     def keys_values(self, tokens: Tensor, positions: Tensor, features: Tensor) -> KV:
         """All that it needs of committed tokens, `(batch, kv_heads, tokens, head_dim)`: they depend on no other token."""
-        layer: Any = self.layers[0]
+        layer = cast("EagleLayer", self.layers[0])
         return layer.keys_values(self._joined(self.embeddings(tokens), features), self.rotary(positions)[0])
 
     def forward(self, embeddings: Tensor, rotary: KV, features: Tensor, self_attention: SelfAttention) -> Tensor:

@@ -11,7 +11,7 @@ from ...core.cache import KVCache
 from ...core.masks import lag_one_visible
 from ..base import Queries
 from ..layers import decoding_attention
-from ..program import NetworkDraft
+from ..program import DraftCache, NetworkDraft
 from .network import GlideModel
 
 
@@ -47,7 +47,7 @@ class GlideDraft(NetworkDraft):
         else:
             self.hidden(Queries(tokens, positions, positions), own, target_cache)
 
-    def hidden(self, queries: Queries, own: Any, target_cache: Any) -> Tensor:
+    def hidden(self, queries: Queries, own: DraftCache, target_cache: DraftCache) -> Tensor:
         """See `NetworkDraft`. Every node of a round reads the keys that were committed at its start."""
         tokens, positions = queries.tokens, queries.positions
         hidden = self.module.hidden(

@@ -19,7 +19,7 @@ the keys and values, so that those of a first layer stay functions of token and 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ class GlideModel(DraftNetwork):
 
         Keys and values `(batch, heads, tokens, head_dim)` of the first layer.
         """
-        layer: Any = self.layers[0]
+        layer = cast("GlideLayer", self.layers[0])
         return layer.keys_values(layer.self_norm(self.embeddings(tokens)), *self.rotary(positions)[0])
 
     def forward(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...compat import set_attention
 from ...drafting.methods import AnyDraft, base_for
 from ...drafts.causal_lm import StandaloneDraft
 from ...drafts.sharing import name_from
@@ -70,7 +71,7 @@ class LmTraining(DraftTraining):
         return base_for(StandaloneDraft.kind), StandaloneDraft(Target(self.module))
 
     def save(self, out: Path, target: Target, command: str, figures: dict[str, Any]) -> None:
-        self.module.config._attn_implementation = "sdpa"
+        set_attention(self.module.config, "sdpa")
         named = name_from(out, target.name)
         card = {"command": command, "kind": StandaloneDraft.kind, "figures": figures, "target": named}
         save_lm(self.module.to(torch.bfloat16), target.tokenizer, out, card)

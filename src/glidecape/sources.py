@@ -1,4 +1,4 @@
-"""Rows of training data, one after the other, from wherever a user keeps them; nothing is held in memory but the row.
+"""Rows of data, one after the other, from wherever a user keeps them; nothing is held in memory but the row.
 
     a .jsonl or .jsonl.gz file, a .json file with a list, a text file (one row), a .parquet file, or a folder of these
     a folder that the `datasets` library saved
@@ -19,10 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..batch.text import Prompt
-from ..errors import DataError, InputError, first_line
-from ..progress import bar
-from .rows import pieces_of, prompt_of, turns_before_the_answer
+from .errors import DataError, InputError, first_line
+from .progress import bar
 
 Row = tuple[str, Any]  # its place in words, and what it holds
 TEXT_SUFFIXES = {".txt", ".md", ".py", ".rst"}
@@ -198,21 +196,3 @@ def reading(path: Path) -> Iterator[Callable[[Any], None]]:
     unknown = not files or any(one.suffix in (".gz", ".parquet", ".arrow") for one in files)
     with bar(f"reading {path}", None if unknown else sum(one.stat().st_size for one in files)) as shown:
         yield lambda row: shown.advance(len(str(row)))  # about as long as its line
-
-
-def read_prompts(path: Path) -> Iterator[Prompt]:
-    """What there is to continue in a file, folder or data set: the text of a document, a row's prompt without its completion, a
-    talk without the assistant's turn that ends it.
-
-    Raises:
-        DataError: see `read_rows`; or a row without a known column, or with token ids (with its number).
-    """
-    for place, row in read_rows(path):
-        prompt = prompt_of(row, place, None)
-        if prompt is None:
-            texts = [text for text, _ in pieces_of(row, place, None)]
-            if not all(isinstance(text, str) for text in texts):
-                raise DataError(f"{place} holds token ids, where text is wanted")
-            prompt = "".join(map(str, texts))
-        turns = turns_before_the_answer(row, place)
-        yield Prompt(prompt, None if turns is None else tuple(turns))
