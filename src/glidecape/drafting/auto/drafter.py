@@ -38,7 +38,7 @@ from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
 CHAIN = 4  # of which one program drafts so many
-CHAINS = (3, CHAIN)  # that are drafted and verified without a look at them: the longer ones pay greedily
+CHAINS = (2, 3, CHAIN)  # that are drafted and verified without a look at them
 RANKED = 5  # tokens after a node that are looked at
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
