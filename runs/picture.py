@@ -15,12 +15,16 @@ LEFT, TOP, ROW, SPAN = 150, 58, 30, 190
 OTHERS = ("OpenVINO GenAI", "llama.cpp", "transformers")
 
 
+def table_of(page: Path) -> list[list[str]]:
+    """The cells of a page's table of figures, without its head."""
+    table = re.search(r"<!-- figures.*?-->\n(.*?)<!-- end of figures -->", page.read_text(), re.S)
+    assert table, f"{page} has no table of figures"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].strip().splitlines()[2:]]
+
+
 def figures(readme: Path) -> list[tuple[str, list[float], list[str]]]:
     """Of each row its method, tokens a second (greedily, at T=1), and how many times plain decoding that is."""
-    table = re.search(r"<!-- figures.*?-->\n(.*?)<!-- end of figures -->", readme.read_text(), re.S)
-    assert table, f"{readme} has no table of figures"
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].strip().splitlines()[2:]]
-    return [(row[0], [float(row[1]), float(row[3])], [row[2], row[4]]) for row in rows]
+    return [(row[0], [float(row[1]), float(row[3])], [row[2], row[4]]) for row in table_of(readme)]
 
 
 def draw(rows: list[tuple[str, list[float], list[str]]]) -> Picture:

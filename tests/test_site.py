@@ -29,10 +29,14 @@ def test_the_drawings_are_those_that_the_script_makes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (IMAGES / name).read_bytes(), f"run runs/drawings.py: {name} is old"
 
 
-def test_the_picture_of_the_readme_shows_its_table(tmp_path: Path) -> None:
-    made = tmp_path / "speed.svg"
-    subprocess.run([sys.executable, ROOT / "runs" / "picture.py", ROOT / "README.md", made], check=True)
-    assert made.read_bytes() == (IMAGES / "speed.svg").read_bytes(), "run runs/picture.py: the table has changed"
+@pytest.mark.parametrize(
+    ("script", "page", "picture"),
+    [("picture.py", "README.md", "speed.svg"), ("auto_picture.py", "docs/auto.md", "auto.svg")],
+)
+def test_a_picture_shows_the_table_of_its_page(script: str, page: str, picture: str, tmp_path: Path) -> None:
+    made = tmp_path / picture
+    subprocess.run([sys.executable, ROOT / "runs" / script, ROOT / page, made], check=True)
+    assert made.read_bytes() == (IMAGES / picture).read_bytes(), f"run runs/{script}: the table has changed"
 
 
 def pages_of(entries: list) -> Iterator[str]:
