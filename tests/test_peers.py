@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from glidecape import compat
 from glidecape.bench.peers.base import PeerSource, draft_lm
 from glidecape.bench.peers.gguf import interleaved, write_gguf
 from glidecape.bench.peers.llama_cpp import NGRAMS, LlamaCppPeer, LlamaServer, find_program
@@ -341,9 +342,7 @@ def test_transformers_speculates_and_emits_the_same_tokens(folder: Path, target:
 
 def compiled_by(monkeypatch, backend) -> None:
     """Dynamo traces as always; a backend that is quicker than Inductor takes the graphs."""
-    from glidecape.bench.peers import transformers as transformers_peers
-
-    monkeypatch.setattr(transformers_peers, "CompileConfig", partial(CompileConfig, backend=backend))
+    monkeypatch.setattr(compat, "CompileConfig", partial(CompileConfig, backend=backend))
 
 
 def test_transformers_compiles_outside_the_timing(folder: Path, target: Target, monkeypatch) -> None:
