@@ -35,6 +35,7 @@ Limit = Annotated[
         "--limit", help="Prompts in each category; with greedy decoding, only those whose output does not loop."
     ),
 ]
+UsedDraft = Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")]
 Methods = Annotated[str, typer.Option("--methods", help="Methods, joined by commas, as for `glidecape bench`.")]
 Length = Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted in each round.")]
 
@@ -155,7 +156,7 @@ def _numbers(text: str, name: str, read: type = int) -> list[Any]:
 def cape(
     target: TargetName,
     draft: SomeDrafts,
-    name: Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")] = "",
+    name: UsedDraft = "",
     siblings: Annotated[str, typer.Option(help="Fixed numbers of siblings, joined by commas.")] = "2,4,8",
     beams: Annotated[str, typer.Option(help="Numbers of beams, joined by commas.")] = "4,8",
     bins: Annotated[
@@ -285,7 +286,7 @@ def _calibrated(opened: _Opened, settings: Settings, calibration: str) -> tuple[
 def auto(
     target: TargetName,
     draft: SomeDrafts,
-    name: Annotated[str, typer.Option("--use", help="Name of the draft to use; default: the first.")] = "",
+    name: UsedDraft = "",
     lengths: Annotated[str, typer.Option(help="Lengths of the draft's chains to compare with, such as 1-8.")] = "1-8",
     copies: Annotated[str, typer.Option(help="Lengths of copied chains (lookup) to compare with.")] = "3,5,10",
     without: Annotated[
