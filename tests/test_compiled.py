@@ -89,6 +89,38 @@ def test_what_the_compiler_makes_on_the_way_is_removed_and_so_are_packages_that_
     assert recent.with_suffix(".pt2").exists()
 
 
+@COMPILER
+def test_no_package_holds_weights_and_programs_share_them(cache: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(PackedLinear(torch.randn(1024, 1024)) for _ in range(4)))
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = 2 * x
+            return torch.stack([part(x) for part in self.parts]).sum(0)
+
+    rows = ({0: Dim("rows", min=1, max=64)},)
+    program = Program("a sum", {"kind": "sum"}, (module,), lambda: (Sum(), (torch.ones(3, 1024),), rows))
+    first = compiled(program, "on", print)
+    again = compiled(program, "kept", print)
+    assert first is not None
+    assert again is not None
+    held = [{name: one.data_ptr() for name, one in run.weights.items() if one.numel()} for run in (first, again)]
+    assert held[0] == held[1]
+    assert [len(one) for one in held] == [1, 1]  # the four layers, one after another: not these and their joint
+    (path,) = [one for one in (cache / "packages").glob("*.pt2") if "a sum" in one.with_suffix(".json").read_text()]
+    assert path.stat().st_size < 4 * 1024**2 < sum(one.nbytes for one in first.weights.values()) / 3
+    x = torch.randn(2, 1024)
+    assert torch.equal(first([x])[0], again([x])[0])
+    torch.testing.assert_close(first([x])[0], sum(part(2 * x) for part in module), atol=1e-3, rtol=1e-4)
+    del first
+    assert torch.equal(again([x[:1]])[0], again([x])[0][:1])
+
+
 def test_other_weights_are_another_program() -> None:
     said: list[str] = []
     program = doubler()
@@ -139,7 +171,7 @@ def test_a_full_disk_and_a_program_that_cannot_be_exported_are_said(tmp_path: Pa
     ):
         said: list[str] = []
 
-        def broken(path, exported, functions, folder, error=error):
+        def broken(path, *_, error=error):
             Path(path).write_bytes(b"half")
             raise error
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -222,15 +222,22 @@ class _OuterProducts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def compile_to(path: str, exported: Any, functions: dict[str, str], folder: Path) -> None:
-    """Compile an exported program to a package at `path`.
+def compile_to(path: str, exported: Any, functions: dict[str, str], joined: dict[str, list[str]], folder: Path) -> None:
+    """Compile an exported program to a package at `path`, without its weights: `load_package` is given them.
 
     Args:
         functions: by operator of ours, the declaration of the C function that the program calls for it.
-        folder: for what the compiler makes on the way: a second copy of the weights, and headers that it reads once.
+        joined: by buffer of the program's own, the weights that it is made of, one after another.
+        folder: for what the compiler makes on the way, and headers that it reads once.
     """
+    numbers = {
+        one.target: _as_json(exported.constants[one.target])  # that its code names
+        for one in exported.graph_signature.input_specs
+        if one.kind.name == "CONSTANT_TENSOR"
+    }
     options: dict[str, Any] = {
-        "freezing": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.metadata": {"joined": json.dumps(joined), "numbers": json.dumps(numbers)},
         "cpp.dynamic_threads": True,  # as many threads as PyTorch has when it runs
     }
     options["aot_inductor.custom_ops_to_c_shims"] = {
@@ -263,15 +270,40 @@ def build_library(sources: Path, path: Path, folder: Path) -> None:
         os.replace(builder.get_target_file_path(), path)
 
 
-def load_package(path: str) -> Callable[[list[Tensor]], list[Tensor]]:
+def load_package(
+    path: str, weights: dict[str, Tensor], join: Callable[[list[str]], Tensor]
+) -> Callable[[list[Tensor]], list[Tensor]]:
     """The program of a package: flat inputs to flat outputs.
 
+    Args:
+        weights: which it reads where they are.
+        join: gives the weights of these names one after another.
+
     Raises:
-        RuntimeError: it cannot be loaded.
+        RuntimeError: it cannot be loaded, or reads weights that are not there.
     """
     with _inductor() as inductor:
         # The loader itself: the public wrapper flattens its arguments in Python at each call.
-        return inductor.aoti_load_package(path).loader.run
+        loader = inductor.aoti_load_package(path).loader
+    written = loader.get_metadata()
+    joined = {name: join(parts) for name, parts in json.loads(written["joined"]).items()}
+    numbers = {name: _from_json(one) for name, one in json.loads(written["numbers"]).items()}
+    known, wanted = {**weights, **joined, **numbers}, loader.get_constant_fqns()
+    if missing := set(wanted) - known.keys():
+        raise RuntimeError(f"it needs {', '.join(sorted(missing))}, which no module holds")
+    run: Any = partial(loader.run)
+    run.weights = {name: known[name] for name in wanted}  # theirs is the memory that the program reads
+    loader.load_constants(run.weights, use_inactive=False, check_full_update=True, user_managed=True)
+    return run
+
+
+def _as_json(number: Tensor) -> list[Any]:
+    return [number.tolist(), str(number.dtype).removeprefix("torch."), str(number.device)]
+
+
+def _from_json(written: list[Any]) -> Tensor:
+    value, dtype, device = written
+    return torch.tensor(value, dtype=getattr(torch, dtype), device=device)
 
 
 def compile_for_gpu(path: Path, exported: Any, folder: Path) -> None:
@@ -290,8 +322,7 @@ def compile_for_gpu(path: Path, exported: Any, folder: Path) -> None:
         if one.kind.name in ("PARAMETER", "BUFFER"):
             held.append(one.target)
         elif one.kind.name == "CONSTANT_TENSOR":
-            value = exported.constants[one.target]
-            held.append([value.tolist(), str(value.dtype).removeprefix("torch."), str(value.device)])
+            held.append(_as_json(exported.constants[one.target]))
     with path.open("ab") as file:  # after the artifact, whose length the last 8 bytes tell
         file.write(json.dumps(held).encode() + path.stat().st_size.to_bytes(8, "little"))
 
@@ -311,12 +342,7 @@ def load_for_gpu(path: Path, module: nn.Module, folder: Path) -> Callable[[list[
     held = json.loads(content[size:-8])
     if missing := {one for one in held if isinstance(one, str)} - named.keys():
         raise RuntimeError(f"it needs {', '.join(sorted(missing))}, which no module holds")
-    first = [
-        named[one].detach()
-        if isinstance(one, str)
-        else torch.tensor(one[0], dtype=getattr(torch, one[1]), device=one[2])
-        for one in held
-    ]
+    first = [named[one].detach() if isinstance(one, str) else _from_json(one) for one in held]
     with _inductor(folder) as inductor, TemporaryDirectory(dir=folder) as own:
         artifact = Path(own) / "artifact"
         artifact.write_bytes(content[:size])

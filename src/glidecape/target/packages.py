@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from filelock import FileLock
@@ -91,13 +92,47 @@ def environment() -> dict[str, str]:
     }
 
 
-def weights_digest(*modules: nn.Module) -> str:
-    """sha256 of all parameters and buffers, names and values: a package holds them."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+class Weights:
+    """The parameters and buffers of a program's module, which the program reads where they are.
+
+    What several programs read, such as a draft's step and its chains, lies in memory once: while one of them is there, its
+    weights are found again by their content.
+
+    Attributes:
+        named: by name.
+        digests: sha256 of each, what it is and its values.
+    """
+
+    _kept: ClassVar[WeakValueDictionary[str, Tensor]] = WeakValueDictionary()
+
+    def __init__(self, module: nn.Module) -> None:
+        found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        own = {name: tensor.detach() for name, tensor in sorted(found, key=lambda one: one[0])}
+        self.digests = {name: _digest_of(tensor) for name, tensor in own.items()}
+        self.named = {name: self._once(self.digests[name], tensor) for name, tensor in own.items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all, names and values."""
+        return hashlib.sha256(json.dumps(self.digests).encode()).hexdigest()
+
+    def joined(self, names: list[str]) -> Tensor:
+        """These one after another."""
+        return self._once(
+            " ".join(self.digests[name] for name in names), torch.cat([self.named[name] for name in names])
+        )
+
+    def _once(self, key: str, tensor: Tensor) -> Tensor:
+        kept = self._kept.get(key)
+        if kept is not None and torch.equal(kept, tensor):  # nobody has changed it since
+            return kept
+        self._kept[key] = tensor
+        return tensor
+
+
+def _digest_of(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}".encode())
+    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -116,7 +151,7 @@ class Program:
     Attributes:
         name: for messages.
         facts: all that it depends on besides weights and environment.
-        modules: whose weights it holds, as it does those of the modules in attributes of `holders`. Linear layers are
+        modules: whose weights it reads, as it does those of the modules in attributes of `holders`. Linear layers are
             streamed ones meanwhile.
         make: gives the program, example inputs, and their dynamic sizes.
         in_8_bits: may linear layers round their weights to 8 bits? A draft's may: the output stays the target's.
@@ -179,21 +214,23 @@ def _on_cpu(program: Program, mode: str, say: Callable[[str], None]) -> Run | No
         return None  # the weights, which take a while to read, need not be asked
     with streamed_layers(*program.modules, holders=program.holders, in_8_bits=program.in_8_bits):
         try:
-            facts["weights"] = weights_digest(*program.parts)
+            weights = Weights(program.make()[0])
         except Exception as error:  # quantized weights are tensors of other libraries
             raise CompileError(f"its weights cannot be read ({first_line(error)})") from None
-        path = folder / f"{kind}-{facts['weights'][:24]}.pt2"
+        facts["weights"] = weights.digest
+        path = folder / f"{kind}-{weights.digest[:24]}.pt2"
         if mode == "kept" and not _whole(path):
             return None
         if not _load_kernels(folder, make=mode != "kept"):
             return None
 
         def compile(exported: Any, to: Path) -> None:
+            joined = share_inputs(exported)
             with _workspace(folder) as own:
-                compile_to(str(to), exported, FUNCTIONS, own)
+                compile_to(str(to), exported, FUNCTIONS, joined, own)
 
         _make(program, facts, path, compile, say)
-    return load_package(str(path))
+    return load_package(str(path), weights.named, weights.joined)
 
 
 def _on_gpu(program: Program, mode: str, say: Callable[[str], None]) -> Run:
@@ -268,8 +305,6 @@ def _make(
             module, inputs, dynamic = program.make()
             with torch.no_grad():
                 exported = export_program(module, inputs, dynamic)
-                share_inputs(exported.graph_module.graph)
-                exported.graph_module.recompile()
                 compile(exported, to)
 
         _remove_unused(path.parent)
