@@ -246,7 +246,7 @@ def compare(target: Target, drafts: dict[str, object], methods: list[str], resid
         assert alone == [o.tokens for o in expected[0]], method
     chains = {key for draft in drafts.values() for key in getattr(draft, "chains", {})}
     # Those of chains and of CaPE, and of auto.
-    expected_chains = {(3, 1), (3, 3), (4, 1), (4, 5)}
+    expected_chains = {(2, 1), (3, 1), (3, 3), (4, 1), (4, 5)}
     assert chains == (expected_chains if {"glide", "glide+cape", "glide+auto"} <= set(methods) else set())
 
 
@@ -272,7 +272,20 @@ def test_tokens_are_eager_decoding_s_with_every_draft(world, monkeypatch) -> Non
     packs.cache_clear()
 
 
-OTHERS = ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "cohere", "glm", "granite"]
+OTHERS = [
+    "gpt2",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "smollm3",
+    "cohere",
+    "glm",
+    "granite",
+]
 
 
 @COMPILER

@@ -17,7 +17,7 @@ from glidecape.engine.decode import generate
 from glidecape.errors import InputError
 from glidecape.target.packed import PackedLinear
 from glidecape.target.quantize import quantize
-from glidecape.target.streamed import StreamedLinear, streamable
+from glidecape.target.streamed import StreamedLinear, dense_of
 from glidecape.target.target import Target
 from test_command_line import pair, run
 
@@ -69,7 +69,7 @@ def test_a_compiled_product_of_int8_weights_is_the_eager_one(dtype):
     torch.manual_seed(0)
     layer = nn.Linear(96, 100, dtype=dtype)
     quantize(layer, "int8")
-    assert streamable(layer)
+    assert dense_of(layer) is not None
     x = torch.randn(2, 3, 96, dtype=dtype)
     found, eager = StreamedLinear(layer.weight, layer.bias)(x), layer(x)
     torch.testing.assert_close(found, eager, atol=0.03 if dtype == torch.bfloat16 else 1e-5, rtol=0.01)
@@ -83,7 +83,7 @@ def test_int8_weights_of_another_kind_stay_eager():
 
     layer = nn.Sequential(nn.Linear(96, 64))
     quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-    assert not streamable(layer[0])
+    assert dense_of(layer[0]) is None
 
 
 @pytest.mark.slow  # a minute of compiling each

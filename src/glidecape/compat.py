@@ -30,10 +30,12 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
+from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "CACHE_ARGUMENTS",
     "Cache",
+    "Conv1D",
     "DynamicCache",
     "GenerateDecoderOnlyOutput",
     "attend_without_plans",

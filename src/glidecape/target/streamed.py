@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ..compat import int8_parts
+from ..compat import Conv1D, int8_parts
 from .operators import PANEL, panels_of, rounded, streamed_linear
 from .packed import PackedLinear
 
@@ -47,13 +47,20 @@ class StreamedLinear(nn.Module):
         return streamed_linear(values.contiguous(), self.panels, self.scales, self.bias, self.outputs).to(x.dtype)
 
 
-def streamable(layer: object) -> bool:
-    """Layers that have a `StreamedLinear` of the same outcome: packed ones, and plain ones in float32, bfloat16 or int8."""
-    if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
-        weight = layer.weight
-        plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16)
-        return plain or int8_parts(weight) is not None
-    return isinstance(layer, PackedLinear)
+def dense_of(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight `(outputs, inputs)` and bias of a layer that has a `StreamedLinear` of the same outcome, None of any other.
+
+    Packed layers have one, and plain ones in float32, bfloat16 or int8, GPT-2's transposed ones included.
+    """
+    if isinstance(layer, PackedLinear):
+        return layer.weight, layer.bias
+    if type(layer) not in (nn.Linear, Conv1D):
+        return None
+    weight, bias = layer.weight, layer.bias
+    plain = type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16)
+    if weight.device.type != "cpu" or not (plain or int8_parts(weight) is not None):
+        return None
+    return weight.T.contiguous() if isinstance(layer, Conv1D) else weight, bias
 
 
 @contextmanager
@@ -65,8 +72,9 @@ def streamed_layers(*models: nn.Module, holders: tuple[Any, ...] = (), in_8_bits
         for name, part in model.named_modules(remove_duplicate=False)
     ]
     places += [(holder, name, part) for holder in holders for name, part in vars(holder).items()]
-    swapped = [place for place in places if streamable(place[2])]
-    streamed = {id(part): StreamedLinear(part.weight, part.bias, in_8_bits) for _, _, part in swapped}
+    parts = {id(part): part for _, _, part in places}
+    streamed = {key: StreamedLinear(*found, in_8_bits) for key, part in parts.items() if (found := dense_of(part))}
+    swapped = [place for place in places if id(place[2]) in streamed]
     try:
         for module, own, part in swapped:
             setattr(module, own, streamed[id(part)])
