@@ -19,11 +19,12 @@ from drawings import Picture
 
 from glidecape import Target
 from glidecape.bench.provenance import circumstances
+from glidecape.core import pages
 from glidecape.core.cache import cache_bytes
 from glidecape.errors import GlideCapeError
 from glidecape.interface.load import compile_models, load_target
 from glidecape.measure.table import Study, Table
-from glidecape.target.streamed import streamable
+from glidecape.target.streamed import dense_of
 
 # What grows; beside it, in two curves of its own, what stands still: (nodes, batch, context).
 CURVES = {
@@ -37,8 +38,7 @@ COPY_BYTES = 2**28
 
 def copy_speed(device: torch.device, patience: float) -> float:
     """Bytes a second of a copy too large for the processor's cache, what is read and what is written together."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
-    goal = torch.empty_like(source)
+    source, goal = (pages.zeros(COPY_BYTES // 4, dtype=torch.float32, device=device).fill_(1) for _ in range(2))
     return 2 * source.nbytes / timed(lambda: goal.copy_(source), device, patience)
 
 
@@ -61,7 +61,7 @@ def weight_bytes(target: Target) -> int:
     """Bytes of the weights that a forward reads: of embeddings a few rows only, of the head and all layers everything."""
     total = 0
     for layer in target.model.modules():
-        if streamable(layer) or isinstance(layer, torch.nn.Linear):
+        if dense_of(layer) is not None or isinstance(layer, torch.nn.Linear):
             weight = layer.weight.detach()
             # A compiled program keeps a float32 weight in bfloat16 where that holds it exactly.
             halved = target.compiled is not None and torch.equal(weight.bfloat16().to(weight.dtype), weight)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..compat import Cache
 from ..errors import InputError
+from . import pages
 from .transfer import to_device
 
 
@@ -139,7 +140,7 @@ class KVCache(SlotCache):
         places = list(zip(shapes, where, strict=True))
         # Layers that are alike lie side by side, so that `keep` moves what was accepted in all of them at once.
         stacks = {
-            place: torch.zeros(
+            place: pages.zeros(
                 2 * places.count(place), batch, place[0][0], capacity, place[0][1], dtype=dtype, device=place[1]
             )
             for place in dict.fromkeys(places)

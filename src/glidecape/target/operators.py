@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import pages
 from ..core.masks import path_slots, paths_mask, slot_positions
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -40,7 +41,8 @@ def panels_of(weight: Tensor) -> Tensor:
         weight = weight.bfloat16()
     panels = -(-weight.shape[0] // PANEL)
     filled = torch.nn.functional.pad(weight, (0, 0, 0, panels * PANEL - weight.shape[0]))
-    return filled.view(panels, PANEL, -1).transpose(1, 2).contiguous()
+    found = pages.zeros(panels, weight.shape[1], PANEL, dtype=weight.dtype, device=weight.device)
+    return found.copy_(filled.view(panels, PANEL, -1).transpose(1, 2))
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

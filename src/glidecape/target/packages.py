@@ -30,6 +30,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ..compat import build_library, compile_for_gpu, compile_to, export_program, load_for_gpu, load_package
+from ..core import pages
 from ..errors import GlideCapeError, first_line
 from ..files import FOLDER, remove, remove_leftovers, user_folder, write_atomic
 from ..progress import bar
@@ -118,9 +119,9 @@ class Weights:
 
     def joined(self, names: list[str]) -> Tensor:
         """These one after another."""
-        return self._once(
-            " ".join(self.digests[name] for name in names), torch.cat([self.named[name] for name in names])
-        )
+        parts = [self.named[name] for name in names]
+        whole = pages.zeros(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
+        return self._once(" ".join(self.digests[name] for name in names), torch.cat(parts, out=whole))
 
     def _once(self, key: str, tensor: Tensor) -> Tensor:
         kept = self._kept.get(key)
