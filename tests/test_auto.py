@@ -121,7 +121,33 @@ def test_a_settled_choice_is_thought_about_every_fourth_round(target, world, mon
     late = drafted(target, drafter, 120)
     assert len(thoughts) < late.rounds / 2
     assert 4 <= len(asked) <= 10
-    assert max(b - a for a, b in pairwise(asked)) <= LONGEST + 1
+    assert max(b - a for a, b in pairwise(asked)) <= LONGEST[0] + 1
+
+
+def test_in_a_batch_a_draft_that_does_not_pay_is_asked_for_one_row(target, world, monkeypatch) -> None:
+    """What is asked changes nothing that the other rows know, nor any text; and a draft that pays again is found."""
+    prompts = PROMPTS * 2
+    rows, windows, drafter = len(prompts), list[tuple[int, int]](), auto(target, world, CHEAP)
+    never = Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((9.0,),), ((9.0,),))
+    drafter.set_prices([never] * 2)
+    drafter.copying = False
+    draft = drafter._draft
+    monkeypatch.setattr(
+        drafter, "_draft", lambda batch, *rest: (windows.append((batch.first, batch.last)), draft(batch, *rest))
+    )
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature, seed=3, max_new_tokens=90, ignore_eos=True)
+        found = generate(target, prompts, drafter, params)
+        assert [one.tokens for one in found] == [one.tokens for one in generate(target, prompts, None, params)]
+        assert all(len(one.rounds) >= 85 for one in found)
+    alone = [first for first, last in windows if last - first == 1]
+    assert len(alone) >= 3
+    assert len(windows) - len(alone) <= 8  # the first rounds
+    assert len(set(alone)) <= 2  # the same row, which has least to catch up
+    windows.clear()
+    drafter.set_prices([CHEAP] * 2)
+    generate(target, prompts, drafter, SamplingParams(max_new_tokens=120, ignore_eos=True))
+    assert (0, rows) in windows
 
 
 def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
@@ -132,7 +158,7 @@ def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
     waited = 0
     while not worth.drafts([0], [1.0]):
         waited += 1
-    assert waited <= LONGEST
+    assert waited <= LONGEST[0]
     for _ in range(3):
         worth.learn(0, gain=2.0, cost=0.5)
     assert worth.drafts([0], [1.0])

@@ -145,7 +145,7 @@ def _in_turn(
 
 
 ALONE_ROWS = (1,)
-ROWS, CONTEXTS = (1, 4, 16), (128, 1024)  # no more: the cache of the largest must fit
+ROWS, CONTEXTS = (1, 4, 8, 16), (128, 1024)  # no more: the cache of the largest must fit
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less

@@ -31,7 +31,7 @@ from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
 from .offer import Offer, copies_gain, tree_of, width_of
-from .rate import Depths, Lead, Probes, Rate, Settled, Worth
+from .rate import LONGEST, Depths, Lead, Probes, Rate, Settled, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
 
@@ -42,7 +42,8 @@ CHAINS = (2, 3, CHAIN)  # that are drafted and verified without a look at them
 RANKED = 5  # tokens after a node that are looked at
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
-STAY = 0.4  # tokens a row by which something else must be better than the chain of the last rounds: means are noisy
+STAY = 0.4  # tokens a row by which a proposal node by node must be better than the chain of the last rounds: means are noisy
+DOUBT = 0.1  # the same of no proposal at all: about the deviation of the mean of a chain's gain
 LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
 SELDOM = 4  # of so many copies that were not proposed, one is learned from
 
@@ -158,7 +159,11 @@ class AutoDrafter:
         if self.runner is not None and (chain := self._best_chain(batch, kinds, missing, costs, rate)):
             self._settle(plan, chain)
             return self._again(batch, plan)
-        if self._drafts(kinds, missing):
+        drafts = self._drafts(kinds, missing)
+        if drafts and len(rows) > 1 and self.worth.of(kinds, missing) < 0:
+            self._ask_one(batch, plan, own, costs, verify, rate / len(rows))
+            drafts = False
+        if drafts:
             self._draft(batch, plan, own, costs, rate)
         elif self._nothing_pays(plan, verify, rate):
             self._settle(plan, (0, 0.0))
@@ -208,8 +213,8 @@ class AutoDrafter:
         if not costs.chains or not batch.laws.bare or min(missing) < 1 - LIKELY:
             return None
         value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
-        stay = STAY * len(kinds) if self._had_chain else 0.0
-        self._had_chain = value + stay > 0.0 and self.lead.of(kinds) <= stay
+        had = len(kinds) * self._had_chain
+        self._had_chain = value + DOUBT * had > 0.0 and self.lead.of(kinds) <= STAY * had
         if not self._had_chain:
             self.depths.forget(kinds)
             return None
@@ -264,6 +269,35 @@ class AutoDrafter:
         plan.cost += costs.draft * len(plan.levels)
         for kind in plan.kinds:
             self.depths.want(kind, wanted)
+
+    def _ask_one(
+        self, batch: Batch, plan: Plan, own: Sequence[RowState], costs: RoundCosts, verify: Array, rate: float
+    ) -> None:
+        """A probe for a batch in which drafting does not pay: what would the draft bring one row? Nothing of it is verified.
+
+        Its first token is learned from all the same, when the target has chosen its own. `rate`: of a row.
+
+        The row has the law that waited longest, and least to catch up.
+        """
+        first, last, cache = batch.first, batch.last, batch.draft.own
+        lags = [want - have for want, have in zip(batch.cache.host_lengths, cache.host_lengths, strict=True)]
+        i = min(range(len(lags)), key=lambda row: (-self.worth.waited[plan.kinds[row]], lags[row]))
+        asked = Plan(plan.kinds[i : i + 1], plan.copies[i : i + 1], first=plan.first[i : i + 1])
+        try:
+            batch.use(first + i, first + i + 1)
+            cache.use(first + i, first + i + 1)
+            self._draft(batch, asked, own[i : i + 1], costs, rate)
+            cache.keep([[]])
+        finally:
+            batch.use(first, last)
+            cache.use(first, last)
+        chances = self._chances(asked, own[i : i + 1])
+        offer = self._offer(0, batch.rows[i], asked, chances[0])
+        order = offer.best()
+        width = self._width([[offer.reach[node] for node in order]], verify, rate)
+        asked.offers, asked.kept = [offer], [offer.numbered(order[:width])]
+        self._learn_worth(asked, chances, costs, verify, rate, many=True)
+        plan.asked, plan.asked_levels = i, asked.levels
 
     def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
         """Is a chain by one program expected to gain more than one that ends where the next depth is not worth it?"""
@@ -339,8 +373,11 @@ class AutoDrafter:
     def _width(self, reaches: list[list[float]], verify: Array, rate: float) -> int:
         return width_of(reaches, verify, rate)
 
-    def _learn_worth(self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float) -> None:
-        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row."""
+    def _learn_worth(
+        self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float, many: bool = False
+    ) -> None:
+        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: do others run with
+        those of `plan`?"""
         width = max(map(len, plan.kept))
         each = zip(plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True)
         for i, (kind, offer, kept, chance, first) in enumerate(each):
@@ -348,7 +385,7 @@ class AutoDrafter:
             plan.promised.append(promised)
             gain = self.worth.truth(kind) * promised - rate * (float(verify[width]) - 1.0)
             gain -= copies_gain(chance, verify, rate)
-            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost)
+            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost, LONGEST[many])
             if costs.chains:
                 reach = _reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
                 chain = max(self.worth.truth(kind) * sum(reach[:n]) - rate * cost for n, cost in costs.chains)
@@ -402,6 +439,8 @@ class AutoDrafter:
                 y = np.ones(known)
                 y[-1] = float(same is None)
                 self.copies.learn(kind, x, y)
+            if i == plan.asked:
+                self._learn_levels(0, kind, own, plan.asked_levels, true)
             self._learn_levels(i, kind, own, plan.levels, true)
             accepted = len(outcome.path) - 1
             if plan.chain:

@@ -51,6 +51,7 @@ class Plan:
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
         places: of each row, the rate that it counts for: by its law, and by whether copied tokens are likely.
         promised: of each row whose draft ran, the nodes that were expected to be accepted.
+        asked: the row for which the draft ran without a proposal, -1 if it did for none; `asked_levels`: what it ranked.
         cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
     """
 
@@ -65,6 +66,8 @@ class Plan:
     kept: list[list[int]] = field(default_factory=list)
     promised: list[float] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    asked: int = -1
+    asked_levels: list[Level] = field(default_factory=list)
 
 
 class AutoRows:
