@@ -128,7 +128,7 @@ def test_in_a_batch_a_draft_that_does_not_pay_is_asked_for_one_row(target, world
     """What is asked changes nothing that the other rows know, nor any text; and a draft that pays again is found."""
     prompts = PROMPTS * 2
     rows, windows, drafter = len(prompts), list[tuple[int, int]](), auto(target, world, CHEAP)
-    never = Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((9.0,),), ((9.0,),))
+    never = Prices((1,), (1,), (1, 31), (((1.0, 2.5),),), ((1.0,),), ((1.0,),))
     drafter.set_prices([never] * 2)
     drafter.copying = False
     draft = drafter._draft

@@ -30,17 +30,16 @@ from ...drafts.program import NetworkDraft
 from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
-from .offer import Offer, copies_gain, tree_of, width_of
+from .offer import Level, Offer, copies_gain, offer_of, reach_of, tree_of, width_of
 from .rate import LONGEST, Depths, Lead, Probes, Rate, Settled, Worth
 from .reliability import Offered
-from .state import GREEDY, SAMPLED, AutoRows, Level, Plan, RowState
+from .state import GREEDY, SAMPLED, AutoRows, Plan, RowState
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
 CHAIN = 4  # of which one program drafts so many
 CHAINS = (2, 3, CHAIN)  # that are drafted and verified without a look at them
 RANKED = 5  # tokens after a node that are looked at
-LEAST = 0.02  # nodes that are less probable are never worth verifying
 NEAR = 0.15  # of a row's newest round in the mean of how well it went
 STAY = 0.4  # tokens a row by which a proposal node by node must be better than the chain of the last rounds: means are noisy
 DOUBT = 0.1  # the same of no proposal at all: about the deviation of the mean of a chain's gain
@@ -387,27 +386,14 @@ class AutoDrafter:
             gain -= copies_gain(chance, verify, rate)
             self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost, LONGEST[many])
             if costs.chains:
-                reach = _reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
+                reach = reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
                 chain = max(self.worth.truth(kind) * sum(reach[:n]) - rate * cost for n, cost in costs.chains)
                 self.lead.learn(kind, gain - rate * plan.cost - chain)
 
     def _offer(self, i: int, row: Row, plan: Plan, chance: Array) -> Offer:
-        offer, parent, cap = Offer(), 0, max(0, row.budget - 1)
-        for level in plan.levels[:cap]:
-            tokens, p, log_q = (one[i, : self.ranked].tolist() for one in (level.tokens, level.p, level.log_q))
-            if log_q[0] == -math.inf:  # nothing may follow
-                break
-            above = offer.reach[parent]
-            first = offer.add(parent, tokens[0], above * p[0], log_q[0])
-            for k in range(1, len(tokens)):
-                if above * p[k] >= LEAST and log_q[k] > -math.inf:
-                    offer.add(parent, tokens[k], above * p[k], log_q[k])
-            offer.chain.append(first)
-            parent = first
         match, words = plan.copies[i]
-        if match:
-            offer.copy(words[:cap], chance.tolist()[:cap])
-        return offer
+        copied = (words, chance.tolist()) if match else ([], [])
+        return offer_of(i, plan.levels, copied, max(0, row.budget - 1), self.ranked)
 
     # --- what is learned
 
@@ -461,15 +447,3 @@ class AutoDrafter:
             accepted += 1
         if levels:
             self.depths.note(kind, accepted, missed)
-
-
-def _reach_of(p: list[float], depths: int) -> list[float]:
-    """The reach of nodes of a chain down to so many depths, from the probabilities of the first; the next are taken to be as
-    probable as these were on average.
-
-    >>> _reach_of([0.5, 0.5], 3)
-    [0.5, 0.25, 0.125]
-    """
-    reach = np.cumprod(p).tolist()
-    mean = reach[-1] ** (1 / len(reach))
-    return [*reach, *(reach[-1] * mean**more for more in range(1, 1 + depths - len(reach)))]

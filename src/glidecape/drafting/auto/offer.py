@@ -3,6 +3,7 @@ worth."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,21 @@ from torch import Tensor
 
 from ...core.transfer import to_device
 from ...core.tree import TokenTree
+from .acceptance import Array
+
+LEAST = 0.02  # nodes that are less probable are never worth verifying
+
+
+@dataclass
+class Level:
+    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
+    tokens `(batch, 1)`, on the device."""
+
+    first: Tensor
+    tokens: Array
+    log_q: Array
+    p: Array
+    x: Array
 
 
 @dataclass
@@ -63,6 +79,34 @@ class Offer:
             node = max(below, key=lambda one: self.reach[one])
             path.append(node)
         return path + sorted(set(kept) - set(path))
+
+
+def offer_of(i: int, levels: Sequence[Level], copied: tuple[list[int], list[float]], cap: int, ranked: int) -> Offer:
+    """What may be proposed to a row, its chain first.
+
+    Args:
+        i: the row.
+        levels: what the draft ranked, by depth.
+        copied: tokens, and the probability of each, given the one before.
+        cap: depths, most.
+        ranked: tokens after a node that are looked at, most.
+    """
+    offer, parent = Offer(), 0
+    for level in levels[:cap]:
+        tokens, p, log_q = (one[i, :ranked].tolist() for one in (level.tokens, level.p, level.log_q))
+        if log_q[0] == -math.inf:  # nothing may follow
+            break
+        above = offer.reach[parent]
+        first = offer.add(parent, tokens[0], above * p[0], log_q[0])
+        for k in range(1, len(tokens)):
+            if above * p[k] >= LEAST and log_q[k] > -math.inf:
+                offer.add(parent, tokens[k], above * p[k], log_q[k])
+        offer.chain.append(first)
+        parent = first
+    words, chance = copied
+    if words:
+        offer.copy(words[:cap], chance[:cap])
+    return offer
 
 
 def width_of(orders: Sequence[Sequence[float]], verify: NDArray[np.float64], rate: float) -> int:
@@ -124,3 +168,15 @@ def tree_of(
     if drafts:
         tree.memo = to_device(memo, roots.device)
     return tree
+
+
+def reach_of(p: list[float], depths: int) -> list[float]:
+    """The reach of nodes of a chain down to so many depths, from the probabilities of the first; the next are taken to be as
+    probable as these were on average.
+
+    >>> reach_of([0.5, 0.5], 3)
+    [0.5, 0.25, 0.125]
+    """
+    reach = np.cumprod(p).tolist()
+    mean = reach[-1] ** (1 / len(reach))
+    return [*reach, *(reach[-1] * mean**more for more in range(1, 1 + depths - len(reach)))]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from ..lookup import NgramIndex
-from .acceptance import Array
-from .offer import Offer
+from .offer import Level, Offer
 
 NGRAM = 3  # longest n-gram that is looked for; a match may be longer
 GREEDY, SAMPLED = 0, 1  # kinds of law
@@ -28,18 +25,6 @@ class RowState:
     drafted: float = 0.0
     copied: float = 0.0
     seen: int = 0
-
-
-@dataclass
-class Level:
-    """The tokens that the draft ranked at one depth, `(batch, ranked)` each; `x`: their features, `first`: the chain's
-    tokens `(batch, 1)`, on the device."""
-
-    first: Tensor
-    tokens: Array
-    log_q: Array
-    p: Array
-    x: Array
 
 
 @dataclass
