@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 
 import glidecape
-from glidecape import MethodOptions, SamplingParams, Target, generate, load_draft, make_drafter
+from glidecape import MethodOptions, SamplingParams, Target, costs, generate, load_draft, make_drafter
 from glidecape.core.stats import Stats
 from glidecape.costmodel import Prices
-from glidecape.costs import prices_of
+from glidecape.costs import measured_prices, prices_of
 from glidecape.disturbance import Share
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
 from glidecape.drafting.auto.rate import LONGEST, Worth
 from glidecape.drafting.auto.reliability import Bin, Offered, calibration_error
+from glidecape.drafting.auto.timing import COPIES, MEMORY, PLAIN, WHOLE, Timing
 from glidecape.drafts.glide.adapter import GlideDraft
 from glidecape.drafts.glide.config import GlideConfig
 from glidecape.drafts.glide.network import GlideModel
 from glidecape.engine.decode import decode
 from glidecape.errors import InputError
-from glidecape.interface.load import WORTH, prepared
+from glidecape.interface.load import WORTH, prepared, set_prices
 from glidecape.target.packages import FOLDER
 
 CHEAP = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((0.05,),), ((0.02,),))
@@ -150,6 +151,59 @@ def test_in_a_batch_a_draft_that_does_not_pay_is_asked_for_one_row(target, world
     assert (0, rows) in windows
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_chains_that_take_longer_than_their_price_are_left(target, world, monkeypatch, slow: bool) -> None:
+    """In a batch, on a machine on which chains take three times their price. The text is plain decoding's in any case."""
+    prompts, drafter = PROMPTS * 2, auto(target, world)
+    # A chain of 2 costs a half more than a plain round, so that it pays if a half of each depth is accepted.
+    priced = {"sizes": (1, 31), "verify": (((1.0, 1.3),),), "draft": ((3.0,),), "start": ((3.0,),)}
+    drafter.set_prices([Prices((1,), (1,), **priced, lengths=(2,), chains=(((0.5,),),))] * 2, timed=True)
+    drafter.copying = False
+    drafter._had_chain, now, chains = True, [0.0], list[bool]()
+    drafter.timing.clock = lambda: now[0]
+    note = drafter.timing.note
+
+    def noted(place: tuple[int, int], sort: str | None, cost: float) -> None:
+        chains.append(sort == WHOLE)
+        now[0] += (4.5 if slow else 1.5) if sort == WHOLE else 1.0
+        note(place, sort, cost)
+
+    monkeypatch.setattr(drafter.timing, "note", noted)
+    monkeypatch.setattr(drafter.depths, "gain", lambda kinds, depths: 0.45 * depths * len(kinds))
+    params = SamplingParams(max_new_tokens=120, ignore_eos=True)
+    found = generate(target, prompts, drafter, params)
+    assert [one.tokens for one in found] == [one.tokens for one in generate(target, prompts, None, params)]
+    assert (sum(chains[20:]) < len(chains[20:]) / 4) == slow
+    assert any(chains)
+
+
+def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> None:
+    now = 0.0
+    timing = Timing(lambda: now)
+
+    def rounds(sort: str, seconds: float, times: int) -> None:
+        nonlocal now
+        for _ in range(times):
+            timing.begin()
+            now += seconds
+            timing.note((0, 1), sort, timing.of((0, 1), sort))
+
+    assert timing.wants_plain((0, 1))
+    rounds(WHOLE, 9.0, 9)  # nothing is known of plain rounds
+    assert timing.of((0, 1), WHOLE) == 1.0
+    rounds(PLAIN, 1.0, 5)
+    assert not timing.wants_plain((0, 1))
+    rounds(WHOLE, 1.0, 5)
+    rounds(WHOLE, 60.0, 1)
+    assert 1.0 < timing.of((0, 1), WHOLE) < 1.15
+    rounds(PLAIN, 2.0, 40)
+    rounds(COPIES, 2.0, 40)
+    assert 0.95 < timing.of((0, 1), COPIES) < 1.1
+    assert timing.of((0, 2), WHOLE) == 1.0  # another number of rows
+    rounds(COPIES, 2.0, MEMORY)
+    assert timing.wants_plain((0, 1))
+
+
 def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
     worth = Worth(1)
     for _ in range(200):
@@ -266,6 +320,60 @@ def test_prices_that_were_measured_beside_other_programs_are_not_kept(
     assert len(list((tmp_path / "packages").glob("prices-*.json"))) == kept
     assert said[1:] == ([] if kept else [said[-1]])
     assert kept or said[-1].startswith("other programs were running")
+
+
+def test_on_a_slow_machine_few_sizes_are_timed_and_the_others_follow(target, world, monkeypatch) -> None:
+    shapes: list[int] = []
+    forgotten = costs._forgotten
+
+    def timed(on: Target, drafter: Any, batch: Any) -> Stats:
+        shapes.append(drafter.shape.nodes)
+        stats = forgotten(on, drafter, batch)
+        stats.total_s = 0.2 + 0.01 * drafter.shape.nodes
+        return stats
+
+    monkeypatch.setattr(costs, "_forgotten", timed)
+    found = measured_prices(target, auto(target, world), rows=(2,))
+    assert max(shapes) == costs.LONG  # of 24
+    assert found.sizes == costs.NODES
+    assert found.verify[0][0] == pytest.approx([0.2 + 0.01 * (nodes - 1) for nodes in costs.NODES])
+    assert len(shapes) < 40 * len(found.contexts)
+
+
+def test_a_bench_of_single_prompts_takes_prices_of_one_row_unless_all_are_known(
+    target, world, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "glidecape.interface.load.prices_of", lambda *_, rows=None: asked.append(rows) or [CHEAP, CHEAP]
+    )
+    drafter = auto(target, world)
+    set_prices(target, [drafter], alone=True)
+    set_prices(target, [drafter])
+    file = costs.prices_file(target, drafter)
+    assert file is not None
+    file.write_text("[]")
+    set_prices(target, [drafter], alone=True)
+    assert asked == [costs.ALONE_ROWS, None, None]
+
+
+def test_what_a_draft_reads_has_few_widths(target, world, monkeypatch) -> None:
+    """A CPU generates code for each width."""
+    drafter, widths = make_drafter("glide", load_draft(world["glide"], target)), set[int]()
+    catch_up = GlideDraft.catch_up
+    monkeypatch.setattr(
+        GlideDraft,
+        "catch_up",
+        lambda self, tokens, *rest: (widths.add(tokens.shape[1]), catch_up(self, tokens, *rest))[1],
+    )
+    for length in range(40, 60, 3):
+        prompt = [1 + i % 50 for i in range(length)]
+        params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+        assert (
+            generate(target, [prompt], drafter, params)[0].tokens == generate(target, [prompt], None, params)[0].tokens
+        )
+    assert widths <= {32, 64}
 
 
 def test_the_share_of_a_thread_that_waits_is_small() -> None:

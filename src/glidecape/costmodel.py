@@ -58,6 +58,23 @@ class RoundCosts:
         chains = ((n, cost + float(np.interp(1 + n, self.sizes, more))) for n, cost in self.chains)
         return replace(self, verification=ratios, chains=tuple(chains))
 
+    def slower(self, steps: float, chains: float) -> RoundCosts:
+        """Costs where a round that drafts step by step takes so many times as long, and one of a whole chain.
+
+        >>> RoundCosts(0.25, (1, 2), (1.0, 1.5), chains=((3, 1.0),)).slower(2.0, 1.5)
+        RoundCosts(draft=0.5, sizes=(1, 2), verification=(1.0, 2.0), start=1.0, length=0, whole=0.0, chains=((3, 2.0),))
+        """
+        if steps == chains == 1.0:
+            return self
+        return replace(
+            self,
+            draft=steps * self.draft,
+            verification=tuple(1.0 + steps * (one - 1.0) for one in self.verification),
+            start=max(0.0, steps * (1.0 + self.start) - 1.0),
+            whole=max(0.0, steps * (1.0 + self.whole) - 1.0) if self.length else 0.0,
+            chains=tuple((n, max(0.0, chains * (1.0 + cost) - 1.0)) for n, cost in self.chains),
+        )
+
     def of(self, depths: int, nodes: int) -> float:
         """A round that drafts `depths` depths and verifies `nodes` nodes and the root."""
         return (self.start if depths else 0.0) + self.draft * depths + self.verify(1 + nodes)

@@ -150,7 +150,8 @@ NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
 ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
 TOKENS = 4096  # of a row, most, where nobody says
-LIMIT_S = 2.0  # a cell that has taken more is measured once after its warm-up
+LIMIT_S = 1.0  # a cell that has taken more is measured once after its warm-up
+DEAR_S = 0.1  # rounds of more nodes than one that takes so long are not timed
 
 
 @torch.no_grad()
@@ -219,34 +220,58 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     rounds = FixedRounds(drafter)
     batch = _unread(target, rounds, count, context, temperature, max(NODES))
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
-    shapes = [Shape(0, nodes - 1) for nodes in NODES]
-    if deepest:
-        shapes += [Shape(0, LONG), Shape(SHORT, LONG), Shape(deepest, LONG)]
-    if drafter.length:
-        shapes.append(Shape(drafter.length, LONG, whole=True))
-    chains = [Shape(length, length, chain=True) for length in drafter.lengths]
 
     def round_of(shape: Shape) -> float:
         rounds.shape = shape
         return _forgotten(target, rounds, batch).total_s
 
-    times = list(map(min, _in_turn([partial(round_of, shape) for shape in shapes], patience=PATIENCE_S)))
-
-    def among_its_like(shape: Shape) -> float:
-        return min([round_of(shape) for _ in range(2 * ALONE)][ALONE:])
-
-    alone = among_its_like(shapes[0])
+    sizes = _affordable(lambda nodes: round_of(Shape(0, nodes - 1)))
+    shapes = [Shape(0, nodes - 1) for nodes in sizes]
+    if deepest:
+        shapes += [Shape(0, LONG), Shape(SHORT, LONG), Shape(deepest, LONG)]
+    if drafter.length:
+        shapes.append(Shape(drafter.length, LONG, whole=True))
+    chains = [Shape(length, length, chain=True) for length in drafter.lengths]
+    timed = [partial(round_of, shape) for shape in shapes]
+    times = list(map(min, _in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
+    alone = _among_its_like(partial(round_of, shapes[0]))
     among = max(0.0, times[0] - alone) if deepest else 0.0
-    of_nodes, rest = times[: len(NODES)], times[len(NODES) :]
+    of_nodes, rest = times[: len(sizes)], times[len(sizes) :]
     # More nodes never take less time, whatever was measured.
-    rising = tuple((np.maximum.accumulate(of_nodes) - among).tolist())
+    rising = tuple((np.maximum.accumulate(_continued(sizes, of_nodes)) - among).tolist())
     if not deepest:
         return Cell(rising)
     bare, short, long = rest[:3]
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
     start = max(0.0, short - bare - depth) + among
     whole = max(0.0, rest[3] - bare) + among if drafter.length else 0.0
-    return Cell(rising, depth, start, whole, tuple(max(0.0, among_its_like(shape) - alone) for shape in chains))
+    wholes = (_among_its_like(partial(round_of, shape)) for shape in chains)
+    return Cell(rising, depth, start, whole, tuple(max(0.0, one - alone) for one in wholes))
+
+
+def _affordable(once: Callable[[int], float]) -> tuple[int, ...]:
+    """Those of `NODES` up to the first with which a round takes long, three at least: on a slow machine a large batch would be
+    timed for minutes at sizes that are never chosen there."""
+    dear = (k for k, nodes in enumerate(NODES) if once(nodes) > DEAR_S and k >= 2)
+    return NODES[: next(dear, len(NODES)) + 1]
+
+
+def _continued(sizes: Sequence[int], times: Sequence[float]) -> list[float]:
+    """Times at all of `NODES`: beyond `sizes` they go on with the last slope.
+
+    >>> _continued((1, 2, 3), (0.1, 0.12, 0.15))[-1]
+    0.81
+    """
+    slope = max(0.0, times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
+    return [*times, *(round(times[-1] + slope * (n - sizes[-1]), 9) for n in NODES[len(sizes) :])]
+
+
+def _among_its_like(once: Callable[[], float]) -> float:
+    """The fastest of rounds that follow others of their kind."""
+    times: list[float] = []
+    while len(times) < 2 * ALONE and (len(times) < 4 or sum(times) < LIMIT_S / 2):
+        times.append(once())
+    return min(times[len(times) // 2 :])
 
 
 def _unread(target: Target, drafter: Drafter, count: int, context: int, temperature: float, nodes: int) -> Batch:
@@ -313,11 +338,10 @@ def length_prices(
             whole.limit = whole.length = size - 1
             return _forgotten(target, whole if size > 1 else NoDraft(), batch).total_s
 
-        found = list(
-            map(min, _in_turn([partial(round_of, size) for size in sizes], patience=PATIENCE_S, limit=LIMIT_S))
-        )
+        timed = [partial(round_of, size) for size in sizes]
+        found = list(map(min, _in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
         # A server that drafts nothing runs plain rounds among their like.
-        alone = min([round_of(1) for _ in range(2 * ALONE)][ALONE:]) if sum(found) < LIMIT_S else found[0]
+        alone = _among_its_like(partial(round_of, 1))
         done(1 / len(contexts))
         return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
 
@@ -349,6 +373,7 @@ def prices_file(
     """Where the prices of this pair on this machine are kept, whether they are there or not; None: nowhere."""
     runner: Any = drafter.runner if isinstance(drafter, AutoDrafter) else drafter.inner
     model = getattr(runner, "model", None)
+    own = [drafter.length, *drafter.lengths] if isinstance(drafter, AutoDrafter) else [repr(drafter), tokens]
     facts = {
         "target": target.weights_digest,
         "dtype": str(target.dtype),
@@ -359,11 +384,7 @@ def prices_file(
         "draft": repr(model),
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
-        "chain": (
-            [drafter.length, *drafter.lengths, list(rows or ROWS)]
-            if isinstance(drafter, AutoDrafter)
-            else [repr(drafter), list(rows or ROWS), tokens]
-        ),
+        "chain": [*own, list(rows or ROWS)],
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -371,6 +392,11 @@ def prices_file(
         return cache_folder() / f"prices-{name}.json"
     except CompileError:
         return None
+
+
+def are_kept(file: Path | None) -> bool:
+    """Are there prices in this file? See `prices_file`."""
+    return file is not None and file.is_file()
 
 
 def prices_of(
@@ -385,7 +411,7 @@ def prices_of(
 
     Args:
         again: measure in any case.
-        rows: batch sizes; None: 1, 4 and 16.
+        rows: batch sizes; None: `ROWS`.
         tokens: of `length_prices`.
     """
     rows = rows or ROWS
@@ -400,9 +426,8 @@ def prices_of(
         if isinstance(drafter, AutoDrafter)
         else partial(length_prices, target, drafter, tokens)
     )
-    heats = (0.0, 1.0)
-    with bar("measuring what a round costs", len(heats) * len(rows)) as shown:
-        prices = [measure(temperature, rows=rows, done=shown.advance) for temperature in heats]
+    with bar("measuring what a round costs", 2 * len(rows)) as shown:
+        prices = [measure(heat, rows=rows, done=shown.advance) for heat in (0.0, 1.0)]
     if min(one.share for one in prices) < LEAST_SHARE:
         say("other programs were running, so these prices are not kept, and are measured again next time")
     elif path is not None:

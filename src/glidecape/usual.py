@@ -7,9 +7,8 @@ first used, if that takes a few seconds. Else it is a fixed length, as the draft
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from .costs import ALONE_ROWS, ROWS, is_idle, prices_file, prices_of
+from .costs import ALONE_ROWS, ROWS, are_kept, is_idle, prices_file, prices_of
 from .drafting.auto.drafter import AutoDrafter
 from .drafting.drafter import Drafter
 from .drafting.methods import AnyDraft, make_drafter, method_for
@@ -42,7 +41,7 @@ def take_prices(target: Target, drafter: AutoDrafter, many: bool = False, say: C
     """
     rows = _rows_to_price(target, drafter, many)
     if rows is not None:
-        drafter.set_prices(prices_of(target, drafter, say, rows=rows))
+        drafter.set_prices(prices_of(target, drafter, say, rows=rows), timed=True)
     return rows is not None
 
 
@@ -56,12 +55,8 @@ def usual_drafter(target: Target, draft: AnyDraft | None) -> Drafter:
 
 def _rows_to_price(target: Target, drafter: AutoDrafter, many: bool) -> tuple[int, ...] | None:
     """Numbers of rows whose costs are known or are to be measured now; None: they are unknown, and would take too long."""
-    if many or _are_kept(prices_file(target, drafter, ROWS)):
+    if many or are_kept(prices_file(target, drafter, ROWS)):
         return ROWS
-    if _are_kept(prices_file(target, drafter, ALONE_ROWS)):
+    if are_kept(prices_file(target, drafter, ALONE_ROWS)):
         return ALONE_ROWS
     return ALONE_ROWS if target.num_parameters <= QUICK and is_idle(target, drafter) else None
-
-
-def _are_kept(file: Path | None) -> bool:
-    return file is not None and file.is_file()

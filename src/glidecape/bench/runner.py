@@ -154,7 +154,7 @@ def _drafters(plan: Plan, folder: RunFolder) -> dict[str, Drafter]:
             fits[one.name] = asdict(with_fitted_threshold(plan.target, made[one.name], prompts, params)[1])
             folder.keep(fits=fits)
         made[one.name] = one.drafter(plan.drafts, fits[one.name]["threshold"])
-    set_prices(plan.target, made.values())
+    set_prices(plan.target, made.values(), alone=plan.settings.batch == 1)
     return made
 
 

@@ -317,7 +317,7 @@ def auto(
     autos = [one for one in drafters.values() if isinstance(one, AutoDrafter)]
     prices = prices_of(opened.target, autos[0], note, rows=ALONE_ROWS)
     for one in autos:
-        one.set_prices(prices)
+        one.set_prices(prices, timed=True)
     jobs = mixed_jobs(opened.target, opened.suites, list(opened.each_temperature()))
     opened.study.tables += study_auto(opened.target, drafters, judged, jobs, run.repeats)
     opened.finish()

@@ -24,6 +24,9 @@ from .expansions.chain import Chain
 from .law import draft_law
 from .stop import AdaptiveStop, FixedLength, StopPolicy
 
+WIDTHS = (
+    32  # the draft reads multiples of so many tokens: a CPU generates code for each new width, which takes milliseconds
+)
 LAG = 32  # tokens that the first step of a draft catches up with, most
 
 
@@ -189,7 +192,7 @@ class ModelDrafter:
             # Padding is written, too, and must fit behind the row that is known best.
             most = min(chunk, own.capacity - own.longest)
             pieces = [row.tokens[have : min(want, have + most)] for row, have, want in spans]
-            tokens, positions = _padded(pieces, own)
+            tokens, positions = _padded(pieces, own, most)
             self.model.catch_up(tokens, positions, own, cache)
             own.commit([len(piece) for piece in pieces])
 
@@ -357,13 +360,14 @@ def _run_by_chain(batch: int, length: int, width: int, device: torch.device) -> 
     return nodes.repeat(batch, 1)
 
 
-def _side_by_side(pieces: list[list[int]], own: KVCache) -> Tensor:
-    """Tokens `(rows, width)`, padded."""
+def _side_by_side(pieces: list[list[int]], own: KVCache, room: int = 0) -> Tensor:
+    """Tokens `(rows, width)`, padded; `room`: to a multiple of `WIDTHS`, and at most so wide."""
     width = max(map(len, pieces))
+    width = max(width, min(room, -(-width // WIDTHS) * WIDTHS))
     return to_device([piece + [0] * (width - len(piece)) for piece in pieces], own.device)
 
 
-def _padded(pieces: list[list[int]], own: KVCache) -> tuple[Tensor, Tensor]:
+def _padded(pieces: list[list[int]], own: KVCache, room: int = 0) -> tuple[Tensor, Tensor]:
     """The same, and their positions if they follow what `own` has committed."""
-    tokens = _side_by_side(pieces, own)
+    tokens = _side_by_side(pieces, own, room)
     return tokens, own.lengths[:, None] + torch.arange(tokens.shape[1], device=own.device)

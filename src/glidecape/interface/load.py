@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..costs import prices_of
+from ..costs import ALONE_ROWS, are_kept, prices_file, prices_of
 from ..drafting.auto.drafter import AutoDrafter
 from ..drafting.drafter import Drafter
 from ..drafting.methods import BY_DRAFT, DRAFTLESS, make_drafter, method_for, parse_method
@@ -225,11 +225,16 @@ def compile_models(
         drafter.compile(mode, say)
 
 
-def set_prices(target: Target, drafters: Iterable[Drafter]) -> None:
-    """Let `auto` know what a round costs, once it is decided what is compiled."""
+def set_prices(target: Target, drafters: Iterable[Drafter], alone: bool = False) -> None:
+    """Let `auto` know what a round costs, once it is decided what is compiled.
+
+    Args:
+        alone: each row is decoded alone. Then the costs of one row will do, unless those of batches are kept already.
+    """
     for drafter in drafters:
         if isinstance(drafter, AutoDrafter):
-            drafter.set_prices(prices_of(target, drafter, note))
+            rows = ALONE_ROWS if alone and not are_kept(prices_file(target, drafter)) else None
+            drafter.set_prices(prices_of(target, drafter, note, rows=rows), timed=True)
 
 
 def _target_of_draft(name: str | Path) -> str | None:

@@ -11,7 +11,7 @@ import uvicorn
 
 from ..core.cache import KVCache
 from ..core.params import SamplingParams
-from ..costs import prices_of
+from ..costs import ROWS, prices_of
 from ..drafting.drafter import Drafter, ModelDrafter
 from ..drafting.lookup import LookupDrafter
 from ..drafting.priced import PricedDrafter
@@ -98,7 +98,7 @@ def priced(target: Target, drafter: Drafter, settings: ServeSettings) -> Drafter
     if not isinstance(drafter, ModelDrafter | LookupDrafter):
         return drafter
     made, tokens = PricedDrafter(drafter), min(settings.max_context or target.context, target.context)
-    rows = sorted({settings.max_batch, *(count for count in (1, 4, 16) if count < settings.max_batch)})
+    rows = sorted({settings.max_batch, *(count for count in ROWS if count < settings.max_batch)})
     made.set_prices(prices_of(target, made, note, rows=rows, tokens=tokens))
     return made
 

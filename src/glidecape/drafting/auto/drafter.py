@@ -23,28 +23,28 @@ from torch import Tensor
 from ...batch.batch import Batch
 from ...batch.row import Outcome, Row
 from ...core.cache import KVCache
-from ...core.transfer import to_host_arrays
 from ...core.tree import TokenTree
 from ...costmodel import Prices, RoundCosts
 from ...drafts.program import NetworkDraft
 from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
-from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features, drafted_features
-from .offer import Level, Offer, copies_gain, offer_of, reach_of, tree_of, width_of
-from .rate import LONGEST, Depths, Lead, Probes, Rate, Settled, Worth
+from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features
+from .offer import Level, Offer, copies_gain, levels_of, offer_of, reach_of, tree_of, width_of
+from .rate import Depths, Lead, Probes, Rate, Settled, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Plan, RowState
+from .timing import COPIES, STEPS, WHOLE, Timing
 
 NODES = 24  # verified in a round, most, the root not counted
 DEPTH = 12  # drafted, most
 CHAIN = 4  # of which one program drafts so many
 CHAINS = (2, 3, CHAIN)  # that are drafted and verified without a look at them
 RANKED = 5  # tokens after a node that are looked at
-NEAR = 0.15  # of a row's newest round in the mean of how well it went
 STAY = 0.4  # tokens a row by which a proposal node by node must be better than the chain of the last rounds: means are noisy
 DOUBT = 0.1  # the same of no proposal at all: about the deviation of the mean of a chain's gain
+CLEAR = 1.3  # of a plain round's speed is more than what prices are wrong by
+LITTLE = 0.25  # tokens a row that copies of a batch must bring beyond their cost, or not each round is looked through for them
 LIKELY = 0.5  # copied tokens that are as probable are weighed node by node
-SELDOM = 4  # of so many copies that were not proposed, one is learned from
 
 
 class AutoDrafter:
@@ -72,7 +72,8 @@ class AutoDrafter:
         self.rate, self.worth = Rate(4), Worth(2)
         self.depths = Depths(2, DEPTH)
         self.lead, self.probes, self._had_chain = Lead(2), Probes(), True
-        self._settled = Settled()
+        self._settled, self.timing = Settled(), Timing()
+        self.timed = False
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
         self._costs: dict[tuple[int, int, int], tuple[RoundCosts, Array]] = {}
 
@@ -83,9 +84,10 @@ class AutoDrafter:
     def reads_hidden(self) -> bool:
         return self.runner is not None and self.runner.reads_hidden
 
-    def set_prices(self, prices: Sequence[Prices]) -> None:
-        """Take measured prices from now on, greedily and sampled."""
-        self.prices, self._costs = list(prices), {}
+    def set_prices(self, prices: Sequence[Prices], timed: bool = False) -> None:
+        """Take these prices from now on, greedily and sampled. `timed`: they were measured on this machine, and rounds are
+        timed, too, to correct them."""
+        self.prices, self._costs, self.timed = list(prices), {}, timed and self.priced
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
         """See `Drafter`."""
@@ -136,6 +138,7 @@ class AutoDrafter:
 
     def propose(self, batch: Batch) -> TokenTree:
         rows, around = batch.rows, batch.draft.around
+        self.timing.begin()
         if batch.laws.residual and self.runner is not None:
             around.plan, self.runner.limit = None, self.runner.cap
             return self.runner.propose(batch)
@@ -145,7 +148,7 @@ class AutoDrafter:
         if self._settled.rests and self._may_rest(batch, kinds):
             around.plan = plan = Plan(kinds, [(0, [])] * len(kinds), places=[2 * kind for kind in kinds])
             return self._again(batch, plan)
-        costs, verify = self._costs_of(batch, max(kinds))
+        costs, verify, copying = self._costs_of(batch, max(kinds))
         plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
         around.plan = plan
         plan.first = [
@@ -156,6 +159,8 @@ class AutoDrafter:
         rate = len(rows) * self.rate.of(plan.places)
         missing = [1.0 - p for p in plan.first]
         if self.runner is not None and (chain := self._best_chain(batch, kinds, missing, costs, rate)):
+            if self._compares(kinds, chain):
+                return self._nothing(batch, plan)
             self._settle(plan, chain)
             return self._again(batch, plan)
         drafts = self._drafts(kinds, missing)
@@ -164,14 +169,19 @@ class AutoDrafter:
             drafts = False
         if drafts:
             self._draft(batch, plan, own, costs, rate)
-        elif self._nothing_pays(plan, verify, rate):
-            self._settle(plan, (0, 0.0))
+        elif self._nothing_pays(plan, copying, rate):
+            # In a batch one row may have likely copies, and there are too few for all together: it stays so for some rounds.
+            self._settle(plan, (0, 0.0), alone=len(rows) == 1)
             return self._again(batch, plan)
-        self._settle(plan, None)
-        return self._chosen(batch, plan, self._chances(plan, own), costs, verify, rate)
+        else:
+            verify = copying
+        tree = self._chosen(batch, plan, self._chances(plan, own), costs, verify, rate)
+        little = len(rows) > 1 and not plan.levels and plan.gain(rate) < LITTLE * len(rows)
+        self._settle(plan, (0, 0.0) if little else None, alone=not little)
+        return tree
 
-    def _settle(self, plan: Plan, choice: tuple[int, float] | None) -> None:
-        self._settled.note(plan.kinds, choice, max(plan.first) > LIKELY)
+    def _settle(self, plan: Plan, choice: tuple[int, float] | None, alone: bool = True) -> None:
+        self._settled.note(plan.kinds, choice, alone and max(plan.first) > LIKELY)
 
     def _may_rest(self, batch: Batch, kinds: list[int]) -> bool:
         """May this round do as those before? Not where rows are of other laws, or the draft is to be asked again."""
@@ -213,12 +223,20 @@ class AutoDrafter:
             return None
         value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
         had = len(kinds) * self._had_chain
-        self._had_chain = value + DOUBT * had > 0.0 and self.lead.of(kinds) <= STAY * had
+        # To begin again costs a batch something, too: all rows must be caught up with.
+        doubt = had if had or len(kinds) == 1 else -len(kinds)
+        self._had_chain = value + DOUBT * doubt > 0.0 and self.lead.of(kinds) <= STAY * had
         if not self._had_chain:
             self.depths.forget(kinds)
             return None
         self.lead.forget(kinds)
         return None if self.probes.due(self.depths.gain(kinds, length) / len(kinds)) else (length, cost)
+
+    def _compares(self, kinds: list[int], chain: tuple[int, float]) -> bool:
+        """Run a plain round instead of this chain? It is to be timed where the chain gains little by its price."""
+        if not self.timed or not self.timing.wants_plain((max(kinds), len(kinds))):
+            return False
+        return 1.0 + self.depths.gain(kinds, chain[0]) / len(kinds) < CLEAR * (1.0 + chain[1])
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
         return self.runner is not None and self.worth.drafts(kinds, missing)
@@ -314,18 +332,7 @@ class AutoDrafter:
         return gain > rate * (costs.draft + node)
 
     def _levels(self, ranked: Sequence[Tensor], depth: int, kinds: list[int], recent: Array) -> list[Level]:
-        """What the draft ranked at one or more depths from `depth` on: tokens, scores, log-probabilities `(batch, depths,
-        ranked)` and entropy `(batch, depths)`."""
-        tokens, scores, log_q, entropy = to_host_arrays(*ranked)
-        x = drafted_features(scores, log_q, entropy, depth, recent)
-        p = np.stack([self.accepts.of(kind, one) for kind, one in zip(kinds, x, strict=True)])
-        if not self.calibrated:
-            p = np.exp(log_q)
-        # Only one token follows a node.
-        p = np.minimum(p / np.maximum(1.0, p.sum(2, keepdims=True)), 0.999)
-        words, tokens = ranked[0], tokens.astype(np.int64)
-        depths = range(words.shape[1])
-        return [Level(words[:, k, :1], tokens[:, k], log_q[:, k], p[:, k], x[:, k]) for k in depths]
+        return levels_of(ranked, depth, kinds, recent, self.accepts if self.calibrated else None)
 
     def _of(self, model: OnlineLogistic, kind: int, x: Array) -> Array:
         return np.minimum(model.of(kind, x), 0.999)
@@ -340,15 +347,20 @@ class AutoDrafter:
             words = words[: row.grammar.follows(words)]
         return match, words
 
-    def _costs_of(self, batch: Batch, kind: int) -> tuple[RoundCosts, Array]:
-        """Costs of a round of this batch, over a plain step of it, and v(1), v(2), …"""
-        key = kind, len(batch.rows), batch.cache.longest // 256
+    def _costs_of(self, batch: Batch, kind: int) -> tuple[RoundCosts, Array, Array]:
+        """Costs of a round of this batch, over a plain step of it; v(1), v(2), … beside the draft; and the same without it."""
+        rows = len(batch.rows)
+        key = kind, rows, batch.cache.longest // 256
         if key not in self._costs:
-            costs = self.prices[kind].at(len(batch.rows), batch.cache.longest)
+            costs = self.prices[kind].at(rows, batch.cache.longest)
             if not self.priced:
                 costs = RoundCosts(0.0, (1, 2), (1.0, 1.0))
             self._costs[key] = costs, np.array([costs.verify(1 + n) for n in range(NODES + 1)])
-        return self._costs[key]
+        costs, verify = self._costs[key]
+        steps, chain, copies = (self.timing.of((kind, rows), sort) for sort in (STEPS, WHOLE, COPIES))
+        copying = copies * verify
+        copying[0] = 1.0
+        return costs.slower(steps, chain), 1.0 + steps * (verify - 1.0), copying
 
     # --- the choice
 
@@ -384,7 +396,7 @@ class AutoDrafter:
             plan.promised.append(promised)
             gain = self.worth.truth(kind) * promised - rate * (float(verify[width]) - 1.0)
             gain -= copies_gain(chance, verify, rate)
-            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost, LONGEST[many])
+            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost, many)
             if costs.chains:
                 reach = reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
                 chain = max(self.worth.truth(kind) * sum(reach[:n]) - rate * cost for n, cost in costs.chains)
@@ -403,6 +415,8 @@ class AutoDrafter:
             self.runner.commit(batch, outcomes)
         if around.plan is not None:
             self._learn(batch, around.plan, outcomes)
+            if self.timed:
+                self.timing.note((max(around.plan.kinds), len(outcomes)), around.plan.sort, around.plan.cost)
         around.plan = None
 
     def _learn(self, batch: Batch, plan: Plan, outcomes: Sequence[Outcome]) -> None:
@@ -411,39 +425,15 @@ class AutoDrafter:
             chosen = (outcome.tokens for outcome in outcomes)
             self.offered += map(Offered, plan.offers, plan.kept, chosen)
         for i, outcome in enumerate(outcomes):
-            kind, own, words = plan.kinds[i], around.rows[batch.first + i], plan.copies[i][1]
-            self.rate.learn(plan.places[i], len(outcome.tokens), plan.cost)
-            true = outcome.tokens
-            if words and plan.first:
-                own.copied += NEAR * (float(words[0] == true[0]) - plan.first[i] - own.copied)
-            own.seen += 1
-            # Copies that are not worth verifying are learned from, too, if rarely: each costs time.
-            if words and (own.seen % SELDOM == 0 or not (plan.empty or plan.chain)):
-                same = next((j for j, (a, b) in enumerate(zip(words, true, strict=False)) if a != b), None)
-                known = min(len(words), len(true)) if same is None else same + 1
-                x = copied_features(plan.copies[i][0], known, own.copied)
-                y = np.ones(known)
-                y[-1] = float(same is None)
-                self.copies.learn(kind, x, y)
+            kind, own, true = plan.kinds[i], around.rows[batch.first + i], outcome.tokens
+            self.rate.learn(plan.places[i], len(true), plan.cost)
+            first = plan.first[i] if plan.first else 0.0
+            own.learn_copies(self.copies, kind, plan.copies[i], first, true, not (plan.empty or plan.chain))
             if i == plan.asked:
-                self._learn_levels(0, kind, own, plan.asked_levels, true)
-            self._learn_levels(i, kind, own, plan.levels, true)
+                own.learn_levels(self.accepts, self.depths, kind, 0, plan.asked_levels, true)
+            own.learn_levels(self.accepts, self.depths, kind, i, plan.levels, true)
             accepted = len(outcome.path) - 1
             if plan.chain:
                 self.depths.note(kind, accepted, accepted < outcome.depth)
             if plan.promised:
                 self.worth.correct(kind, plan.promised[i], accepted)
-
-    def _learn_levels(self, i: int, kind: int, own: RowState, levels: list[Level], true: list[int]) -> None:
-        """Learn from the nodes that the target reached: those above the first that it did not take, and that one."""
-        accepted, missed = 0, False
-        for level, token in zip(levels, true, strict=False):
-            hits = (level.tokens[i] == token).astype(float)
-            self.accepts.learn(kind, level.x[i], hits)
-            own.drafted += NEAR * (float(hits[0] - level.p[i, 0]) - own.drafted)
-            missed = not hits[0]
-            if missed:
-                break
-            accepted += 1
-        if levels:
-            self.depths.note(kind, accepted, missed)

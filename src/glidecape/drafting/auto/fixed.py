@@ -48,8 +48,8 @@ class FixedRounds(AutoDrafter):
     def _best_chain(self, *_: object) -> tuple[int, float] | None:
         return (self.shape.depths, 0.0) if self.shape.chain else None
 
-    def _settle(self, plan: Plan, choice: tuple[int, float] | None) -> None:
-        super()._settle(plan, choice)
+    def _settle(self, plan: Plan, choice: tuple[int, float] | None, alone: bool = True) -> None:
+        super()._settle(plan, choice, alone)
         self._settled.rests = 0
 
     def _drafts(self, *_: object) -> bool:

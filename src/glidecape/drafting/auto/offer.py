@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...core.transfer import to_device
+from ...core.transfer import to_device, to_host_arrays
 from ...core.tree import TokenTree
-from .acceptance import Array
+from .acceptance import Array, OnlineLogistic, drafted_features
 
 LEAST = 0.02  # nodes that are less probable are never worth verifying
 
@@ -28,6 +28,26 @@ class Level:
     log_q: Array
     p: Array
     x: Array
+
+
+def levels_of(
+    ranked: Sequence[Tensor], depth: int, kinds: Sequence[int], recent: Array, model: OnlineLogistic | None
+) -> list[Level]:
+    """What the draft ranked at one or more depths from `depth` on.
+
+    Args:
+        ranked: tokens, scores, log-probabilities `(batch, depths, ranked)` and entropy `(batch, depths)`.
+        kinds: of law, of each row; recent: of each row, how much more was accepted lately than was expected.
+        model: tells acceptance; None: the draft's own probabilities are taken for it.
+    """
+    tokens, scores, log_q, entropy = to_host_arrays(*ranked)
+    x = drafted_features(scores, log_q, entropy, depth, recent)
+    p = np.exp(log_q) if model is None else np.stack([model.of(kind, x[i]) for i, kind in enumerate(kinds)])
+    # Only one token follows a node.
+    p = np.minimum(p / np.maximum(1.0, p.sum(2, keepdims=True)), 0.999)
+    words, tokens = ranked[0], tokens.astype(np.int64)
+    depths = range(words.shape[1])
+    return [Level(words[:, k, :1], tokens[:, k], log_q[:, k], p[:, k], x[:, k]) for k in depths]
 
 
 @dataclass

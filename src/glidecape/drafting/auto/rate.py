@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
-LONGEST = 24, 48  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
+LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
 SETTLED, RESTS = 16, 3  # rounds after which a choice is settled, and rounds that then follow without a thought
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
@@ -87,7 +87,7 @@ class Worth:
     """Is it worth to run the draft node by node? It is while what it gained lately is above what it cost; else it is asked
     rarely.
 
-    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds, in batches 48, and end with the
+    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds, in batches 96, and end with the
     first that succeeds: so a hopeless draft costs about a hundredth, and a text that has become easy is noticed soon.
 
     Attributes:
@@ -116,15 +116,19 @@ class Worth:
             self.waited[kind] += 1
         return all(self.waited[kind] >= self.pause[kind] for kind in kinds)
 
-    def learn(self, kind: int, gain: float, cost: float, longest: int = LONGEST[0]) -> None:
-        """What a row's draft was expected to bring in a round in which it ran, and its cost, both in tokens."""
+    def learn(self, kind: int, gain: float, cost: float, many: bool = False) -> None:
+        """What a row's draft was expected to bring in a round in which it ran, and its cost, both in tokens. `many`: it was a
+        row of a batch, whose mean changes slowly: pauses are a fourth as long after a success, and one row that would gain is
+        followed by another soon."""
         paused = self.gain[kind] < self.cost[kind]
         part = FAST if not paused else 0.5
         self.gain[kind] += part * (gain - self.gain[kind])
         self.cost[kind] += part * (cost - self.cost[kind])
         self.waited[kind] = 0
-        worth = self.gain[kind] >= self.cost[kind]
-        self.pause[kind] = 1 if worth else min(longest, 2 * self.pause[kind]) if paused else 1
+        if self.gain[kind] >= self.cost[kind]:
+            self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
+        elif paused:
+            self.pause[kind] = 2 if many and gain >= cost else min(LONGEST[many], 2 * self.pause[kind])
 
     def correct(self, kind: int, promised: float, came: int) -> None:
         """A row's proposal was expected to have so many nodes accepted, and had."""
