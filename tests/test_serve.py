@@ -417,12 +417,13 @@ def test_threads_are_gone_when_a_server_ends(target, drafter) -> None:
 
 def test_a_killed_server_starts_again_and_sigterm_drains() -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
-    with Process("--max-context", "512", "--shadow", "0.5") as one:
+    quick = "--method", "glide", "--max-batch", "1", "--max-context", "512"  # whose prices are measured in some seconds
+    with Process(*quick, "--shadow", "0.5") as one:
         assert stream(one, PROMPTS[0], max_tokens=300)[1].readline().startswith(b"data: ")
         one.process.kill()
         one.process.wait(30)
     began, answers = time.monotonic(), []
-    with Process("--port", str(one.port), "--max-context", "512") as two:
+    with Process("--port", str(one.port), *quick) as two:
         assert time.monotonic() - began < 60
         asking = threading.Thread(target=lambda: answers.append(two.ask("/v1/completions", body)))
         asking.start()
