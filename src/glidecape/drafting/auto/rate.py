@@ -87,8 +87,9 @@ class Worth:
     """Is it worth to run the draft node by node? It is while what it gained lately is above what it cost; else it is asked
     rarely.
 
-    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds, in batches 96, and end with the
-    first that succeeds: so a hopeless draft costs about a hundredth, and a text that has become easy is noticed soon.
+    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds; in a batch each is four times as
+    long as the one before, up to 96. They end with the first probe that succeeds. So a hopeless draft costs about a hundredth,
+    and a text that has become easy is noticed soon.
 
     Attributes:
         gain: tokens a round and row over a plain round, before their cost; cost: in tokens at the rate of then. Both are
@@ -128,7 +129,7 @@ class Worth:
         if self.gain[kind] >= self.cost[kind]:
             self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
         elif paused:
-            self.pause[kind] = 2 if many and gain >= cost else min(LONGEST[many], 2 * self.pause[kind])
+            self.pause[kind] = 2 if many and gain >= cost else min(LONGEST[many], (4 if many else 2) * self.pause[kind])
 
     def correct(self, kind: int, promised: float, came: int) -> None:
         """A row's proposal was expected to have so many nodes accepted, and had."""
