@@ -34,6 +34,7 @@ from glidecape.bench.tables import show
 from glidecape.bench.watch import overlap, watch
 from glidecape.core.params import SamplingParams
 from glidecape.costmodel import Prices
+from glidecape.costs import ALONE_ROWS
 from glidecape.drafting.auto.drafter import AutoDrafter
 from glidecape.drafting.auto.reliability import Bin
 from glidecape.drafting.drafter import ModelDrafter, NoDraft
@@ -704,11 +705,16 @@ def test_a_record_of_auto_counts_what_it_offered_by_predicted_probability() -> N
 
 def test_what_is_measured_of_auto_knows_what_rounds_cost(monkeypatch) -> None:
     prices = [Prices.guess(0.123), Prices.guess(0.456)]
-    monkeypatch.setattr("glidecape.interface.load.prices_of", lambda target, drafter, say: prices)
+    priced: list[object] = []
+    monkeypatch.setattr("glidecape.interface.load.prices_file", lambda *_: None)  # a toy has no digest
+    monkeypatch.setattr("glidecape.interface.load.prices_of", lambda *_, rows: priced.append(rows) or prices)
     methods = read_methods(["plain", "lookup+auto", "glide+auto"], MethodOptions())
     plan = runner.Plan(TARGET, {"glide": DRAFT}, {}, methods, [], Settings())
     made = runner._drafters(plan, SimpleNamespace(header={}))
     assert [made[name].prices for name in ("lookup+auto", "glide+auto")] == [prices, prices]
+    assert priced == [ALONE_ROWS, ALONE_ROWS]  # batch 1
+    runner._drafters(replace(plan, settings=Settings(batch=4)), SimpleNamespace(header={}))
+    assert priced[2:] == [None, None]  # all
 
 
 def test_the_report_shows_behind_a_fold_how_true_auto_s_predictions_are(tmp_path: Path, monkeypatch) -> None:
