@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def sort(self) -> str | None:
-        """For `Timing`; None where it was a round as there are few."""
+        """The sort of this round, for `Timing`; None: a round of a rare kind, which is not timed."""
         if self.asked >= 0:
             return None
         return WHOLE if self.chain else STEPS if self.levels else PLAIN if self.empty else COPIES

@@ -10,7 +10,7 @@ PLAIN, COPIES, WHOLE, STEPS = "plain", "copies", "whole chain", "steps"  # sorts
 LEARNED = 1 / 4  # of a round's error in the correction of its sort
 MEMORY = 256  # rounds of a place after which half of a correction is forgotten
 LEAST_PLAIN = 3  # plain rounds that must have been timed before others are compared with them
-CLIP = math.log(1.5)  # one round says so much, most: it may have been disturbed
+CLIP = math.log(1.5)  # one round changes a correction by a part of this at most, because it may have been disturbed
 MOST, LEAST = math.log(3.0), math.log(0.75)
 
 Place = tuple[int, int]  # kind of law and number of rows
@@ -48,8 +48,8 @@ class Timing:
         self._began = self.clock()
 
     def note(self, place: Place, sort: str | None, cost: float) -> None:
-        """The round ends. `cost`: what it was expected to take, corrected, in plain rounds; `sort`: None where it was of
-        none."""
+        """The round ends. `cost`: what it was expected to take, corrected, in plain rounds; `sort`: None: a round that is
+        not timed."""
         began, self._began = self._began, None
         after, self._before = self._before, None if sort is None else (place, sort)
         if began is None or sort is None:
