@@ -23,6 +23,7 @@ from torch import Tensor
 from .batch.grammar import new_grammar
 from .batch.laws import forbid
 from .compat import cache_argument, cache_of
+from .core.cache import KVCache
 from .core.noise import gumbel
 from .core.params import NOISE, SamplingParams
 from .core.sampling import log_law, widen
@@ -290,7 +291,7 @@ class Judge:
             tree.add(parents, both, torch.zeros(both.shape, device=device))
         return self._run(tree, cache)[node]
 
-    def _run(self, tree: TokenTree, cache: Any) -> Tensor:
+    def _run(self, tree: TokenTree, cache: KVCache) -> Tensor:
         return self.target.forward(tree.tokens, tree.positions(cache.lengths), cache, tree.ancestors).logits[0]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,19 +56,19 @@ class Verification:
 
 
 class _Sized(NoDraft):
-    """Proposes `length` copies of the root, so that verification of any size can be timed."""
+    """Proposes `limit` copies of the root, so that verification of any size can be timed."""
 
     def __init__(self, most: int) -> None:
-        self.length, self.most = 0, most
+        self.limit, self.most = 0, most
 
     def budget(self, tokens: int) -> int:
         return 1 + self.most
 
     def propose(self, batch: Batch) -> TokenTree:
         roots = batch.roots
-        tree = TokenTree(roots, 1 + self.length)
+        tree = TokenTree(roots, 1 + self.limit)
         above = torch.zeros_like(roots)[:, None]
-        for _ in range(self.length):
+        for _ in range(self.limit):
             above = tree.add(above, roots[:, None], torch.zeros(tree.batch, 1, device=roots.device))
         return tree
 
@@ -112,7 +111,7 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
 
 def _verified(target: Target, sized: _Sized, batch: Batch, nodes: int) -> float:
     """Seconds of a round that verifies so many nodes, its root counted; the batch is as before then."""
-    sized.length = nodes - 1
+    sized.limit = nodes - 1
     stats = _forgotten(target, sized, batch)
     return stats.total_s - stats.draft_s
 
@@ -323,7 +322,7 @@ def length_prices(
     longest, inner = drafter.longest, drafter.inner
     sizes = sorted({1 + length for length in (0, 1, 2, 4, 8, 16, longest) if length <= longest})
     # A stop policy that looks at the text would end its drafts early in this one; prompt lookup would find nothing to copy.
-    whole: Any = _Sized(longest)
+    whole: _Sized | ModelDrafter = _Sized(longest)
     if isinstance(inner, ModelDrafter):
         whole = type(inner)(inner.model, inner.expansion, FixedLength(longest))
     nodes = max(whole.budget(1 + longest), 1 + longest)
@@ -335,7 +334,7 @@ def length_prices(
         batch = _unread(target, whole, count, context, temperature, nodes)
 
         def round_of(size: int) -> float:
-            whole.limit = whole.length = size - 1
+            whole.limit = size - 1
             return _forgotten(target, whole if size > 1 else NoDraft(), batch).total_s
 
         timed = [partial(round_of, size) for size in sizes]
@@ -371,7 +370,7 @@ def prices_file(
     tokens: int = TOKENS,
 ) -> Path | None:
     """Where the prices of this pair on this machine are kept, whether they are there or not; None: nowhere."""
-    runner: Any = drafter.runner if isinstance(drafter, AutoDrafter) else drafter.inner
+    runner = drafter.runner if isinstance(drafter, AutoDrafter) else drafter.inner
     model = getattr(runner, "model", None)
     own = [drafter.length, *drafter.lengths] if isinstance(drafter, AutoDrafter) else [repr(drafter), tokens]
     facts = {

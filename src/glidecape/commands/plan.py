@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..target.target import Target
+    from ..train.stream import Windows
 
 ROOM = 0.9  # of the free memory that a training may be planned to take
 
@@ -89,7 +90,7 @@ def free_memory(device: Any) -> int | None:
 
 
 def measure(
-    target: Target, module: nn.Module, recipe: DraftRecipe, windows: Any, length: int, seconds: float
+    target: Target, module: nn.Module, recipe: DraftRecipe, windows: Windows | None, length: int, seconds: float
 ) -> tuple[float, int]:
     """Tokens a second of training, and how many batches that was measured on.
 

@@ -16,6 +16,7 @@ from .shared import Machine, TargetName, command_line, resumable
 
 if TYPE_CHECKING:
     from ..train.loop import Budget
+    from ..train.rows import Preview
 
 Tokens = Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, such as 4e6.")]
 Minutes = Annotated[
@@ -77,7 +78,7 @@ def train(
             )
 
 
-def _show(preview: Any) -> None:
+def _show(preview: Preview) -> None:
     """With colours on a terminal; plain text where it is piped."""
     from rich.console import Console
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from .expansions.chain import Chain
 from .law import draft_law
 from .stop import AdaptiveStop, FixedLength, StopPolicy
 
-WIDTHS = (
-    32  # the draft reads multiples of so many tokens: a CPU generates code for each new width, which takes milliseconds
-)
+WIDTHS = 32  # the draft reads multiples of so many tokens: a CPU takes milliseconds to generate code for a new width
 LAG = 32  # tokens that the first step of a draft catches up with, most
 
 
@@ -140,7 +138,7 @@ class DraftState:
     ran: list[Tensor] = field(default_factory=list)
     lengths: list[int] | None = None
     first: int = 0
-    around: Any = None
+    around: DrafterState | None = None
 
     def exchange(self, one: int, other: int) -> None:
         self.own.exchange(one, other)

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from .choice import Choice, Entry, usage_of
 from .errors import ApiError
-from .job import Job
+from .job import Job, Update
 from .replies import (
     AssistantMessage,
     ChatChoice,
@@ -129,7 +129,7 @@ async def whole_answer(
     choices = [Choice(job, service.target.tokenizer, with_ids) for job in jobs]
     entries: list[list[Entry]] = [[] for _ in jobs]
 
-    async def collect(updates: asyncio.Queue[Any]) -> None:
+    async def collect(updates: asyncio.Queue[Update]) -> None:
         open_jobs = len(jobs)
         while open_jobs:
             job, item = await updates.get()

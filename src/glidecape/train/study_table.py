@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..significance import paired_permutation
@@ -57,7 +57,7 @@ def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[dict[st
     return lines
 
 
-def _mean(each: Any, measured: str, figure: str = "alpha") -> float:
+def _mean(each: Iterable[Mapping[str, Any]], measured: str, figure: str = "alpha") -> float:
     return round(statistics.mean(one[measured][figure] for one in each), 4)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class AutoDrafter:
     # --- a proposal
 
     def propose(self, batch: Batch) -> TokenTree:
-        rows, around = batch.rows, batch.draft.around
+        rows, around = batch.rows, _own(batch)
         self.timing.begin()
         if batch.laws.residual and self.runner is not None:
             around.plan, self.runner.limit = None, self.runner.cap
@@ -410,7 +411,7 @@ class AutoDrafter:
     # --- what is learned
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
-        around = batch.draft.around
+        around = _own(batch)
         if self.runner is not None:
             self.runner.commit(batch, outcomes)
         if around.plan is not None:
@@ -420,12 +421,12 @@ class AutoDrafter:
         around.plan = None
 
     def _learn(self, batch: Batch, plan: Plan, outcomes: Sequence[Outcome]) -> None:
-        around = batch.draft.around
+        rows = _own(batch).rows[batch.first : batch.last]
         if self.offered is not None:
             chosen = (outcome.tokens for outcome in outcomes)
             self.offered += map(Offered, plan.offers, plan.kept, chosen)
         for i, outcome in enumerate(outcomes):
-            kind, own, true = plan.kinds[i], around.rows[batch.first + i], outcome.tokens
+            kind, own, true = plan.kinds[i], rows[i], outcome.tokens
             self.rate.learn(plan.places[i], len(true), plan.cost)
             first = plan.first[i] if plan.first else 0.0
             own.learn_copies(self.copies, kind, plan.copies[i], first, true, not (plan.empty or plan.chain))
@@ -437,3 +438,8 @@ class AutoDrafter:
                 self.depths.note(kind, accepted, accepted < outcome.depth)
             if plan.promised:
                 self.worth.correct(kind, plan.promised[i], accepted)
+
+
+def _own(batch: Batch) -> AutoRows:
+    """What auto keeps of the rows."""
+    return cast("AutoRows", batch.draft.around)

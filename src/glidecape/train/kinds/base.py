@@ -72,7 +72,7 @@ class DraftTraining(ABC):
         return seen if output.begins is None else (seen - output.begins).clamp(min=0)
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[nn.Module]:
         """Its parts that run through torch.compile: what stands around a network's layers asks tensors for numbers, which a
         compiled graph cannot."""
         return list(self.module.layers)

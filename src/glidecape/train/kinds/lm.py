@@ -63,7 +63,7 @@ class LmTraining(DraftTraining):
         yield self.module(input_ids=tokens).logits
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[nn.Module]:
         return [self.module]
 
     def joined(self) -> tuple[str, AnyDraft]:
