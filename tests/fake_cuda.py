@@ -6,13 +6,14 @@ for its current device before they reach an operator, so they are spelt out in o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
@@ -48,11 +49,21 @@ class _Brackets(TorchFunctionMode):
             return _assign(*args[:2])
         if function in (Tensor.log_softmax, Tensor.softmax, Tensor.contiguous):
             return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        if function is scaled_dot_product_attention:  # PyTorch would take it apart, into fifty operators
+            return _like(args[0], [*args[:3], kwargs.get("attn_mask")], args[2].shape[-1])
+        if function is linear:
+            return _like(args[0], args, args[1].shape[0])
         if function is Tensor.__invert__:
             return torch.logical_not(args[0])
         if function is Tensor.to:
             return _to(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _like(x: Tensor, operands: Sequence[Tensor | None], width: int) -> Tensor:
+    """What a product gives: all operands must be on one device."""
+    assert len({one.device for one in operands if one is not None}) == 1, [one and one.device for one in operands]
+    return torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
 
 
 def _assign(goal: Tensor, value: Any) -> Tensor:
@@ -92,7 +103,8 @@ def _view(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None] | None]:
             x = torch.ops.aten.select(x, dim, part)
             continue
         elif isinstance(part, slice):
-            x = torch.ops.aten.slice(x, dim, part.start, part.stop, part.step or 1)
+            if part != slice(None):  # what changes nothing is not worth a fake operator, 0.3 ms
+                x = torch.ops.aten.slice(x, dim, part.start, part.stop, part.step or 1)
         else:
             tensors.append(part if isinstance(part, Tensor) else torch.tensor(part, device=x.device))
             continue

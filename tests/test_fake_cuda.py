@@ -68,8 +68,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @cache
 def small() -> Target:
-    """Two layers wait as seldom as four."""
-    return build("llama", num_hidden_layers=2)[0]
+    """One layer waits as seldom as four."""
+    return build("llama", num_hidden_layers=1)[0]
 
 
 def pair(method: str) -> tuple[Target, Any]:
