@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,37 @@ def test_no_package_holds_weights_and_programs_share_them(cache: Path) -> None:
     torch.testing.assert_close(first([x])[0], sum(part(2 * x) for part in module), atol=1e-3, rtol=1e-4)
     del first
     assert torch.equal(again([x[:1]])[0], again([x])[0][:1])
+
+
+@COMPILER
+def test_small_weights_lie_together_and_what_a_program_reads_is_not_moved() -> None:
+    torch.manual_seed(0)
+    first, second, third = (PackedLinear(torch.randn(512, 512)) for _ in range(3))
+
+    def run_of(*layers: nn.Module) -> Any:
+        module = nn.Sequential(*layers)
+        rows = ({0: Dim("rows", min=1, max=64)},)
+        run = compiled(
+            Program("two layers", {"kind": "pair"}, (module,), lambda: (module, (torch.ones(3, 512),), rows)),
+            "on",
+            print,
+        )
+        assert run is not None
+        return run
+
+    x = torch.randn(2, 512)
+    one = run_of(first, second)
+    before, places = one([x])[0], {name: w.data_ptr() for name, w in one.weights.items() if w.numel()}
+    assert max(places.values()) - min(places.values()) == 512 * 512 * 4
+    other = run_of(first, third)
+    shared = {w.data_ptr() for w in other.weights.values() if w.numel()} & set(places.values())
+    assert len(shared) == 1
+    assert {name: w.data_ptr() for name, w in one.weights.items() if w.numel()} == places
+    assert torch.equal(one([x])[0], before)
+    torch.testing.assert_close(before, second(first(x)), atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(other([x])[0], third(first(x)), atol=1e-2, rtol=1e-4)
+    del one
+    torch.testing.assert_close(other([x])[0], third(first(x)), atol=1e-2, rtol=1e-4)
 
 
 def test_other_weights_are_another_program() -> None:

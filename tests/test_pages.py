@@ -50,6 +50,24 @@ def test_weights_and_caches_lie_in_huge_pages():
     assert in_huge_pages(cache.keys[0]) >= cache.keys[0].nbytes
 
 
+@pytest.mark.skipif(not SYSTEM.exists() or "[never]" in SYSTEM.read_text(), reason="this system has no huge pages")
+def test_small_weights_lie_together_in_huge_pages_and_stay_what_they_are():
+    weights = [
+        torch.randn(n, 300, 64).to(dtype) for n, dtype in ((50, torch.float32), (30, torch.bfloat16), (1, torch.int8))
+    ]
+    before, held = [one.clone() for one in weights], [one[-1:] for one in weights]
+    pages.together(weights)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(weights, before, strict=True))
+    assert all(
+        torch.equal(one, other[-1:]) for one, other in zip(held, before, strict=True)
+    )  # a view keeps the old memory
+    starts = [one.data_ptr() for one in weights]
+    assert starts == sorted(starts)
+    assert starts[0] % pages.HUGE == 0
+    assert starts[-1] - starts[0] < sum(one.nbytes for one in weights)
+    assert in_huge_pages(weights[0]) >= sum(one.nbytes for one in weights)
+
+
 def test_a_kernel_or_a_system_without_them_gives_ordinary_memory(monkeypatch):
     class Refusing(mmap.mmap):
         def madvise(self, *_):

@@ -273,13 +273,13 @@ def build_library(sources: Path, path: Path, folder: Path) -> None:
 
 
 def load_package(
-    path: str, weights: dict[str, Tensor], join: Callable[[list[str]], Tensor]
+    path: str, weights: dict[str, Tensor], join: Callable[[dict[str, list[str]]], dict[str, Tensor]]
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     """The program of a package: flat inputs to flat outputs.
 
     Args:
         weights: which it reads where they are.
-        join: gives the weights of these names one after another.
+        join: makes weights, by name, of others one after another.
 
     Raises:
         RuntimeError: it cannot be loaded, or reads weights that are not there.
@@ -288,7 +288,7 @@ def load_package(
         # The loader itself: the public wrapper flattens its arguments in Python at each call.
         loader = inductor.aoti_load_package(path).loader
     written = loader.get_metadata()
-    joined = {name: join(parts) for name, parts in json.loads(written["joined"]).items()}
+    joined = join(json.loads(written["joined"]))
     numbers = {name: _from_json(one) for name, one in json.loads(written["numbers"]).items()}
     known, wanted = {**weights, **joined, **numbers}, loader.get_constant_fqns()
     if missing := set(wanted) - known.keys():

@@ -45,6 +45,11 @@ def panels_of(weight: Tensor) -> Tensor:
     return found.copy_(filled.view(panels, PANEL, -1).transpose(1, 2))
 
 
+def is_panels(tensor: Tensor) -> bool:
+    """Is it laid out as `panels_of` does? Other weights are read where their module keeps them."""
+    return tensor.ndim == 3 and tensor.shape[2] == PANEL and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight `(outputs, inputs)` in int8, and what each output is to be multiplied by, `(outputs,)`.
 

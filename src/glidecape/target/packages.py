@@ -15,12 +15,14 @@ import json
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -35,7 +37,7 @@ from ..errors import GlideCapeError, first_line
 from ..files import FOLDER, remove, remove_leftovers, user_folder, write_atomic
 from ..progress import bar
 from .graphs import Graphs, Run, flat_run
-from .operators import FUNCTIONS, KERNELS
+from .operators import FUNCTIONS, KERNELS, is_panels
 from .streamed import share_inputs, streamed_layers
 
 CPU = torch.device("cpu")
@@ -43,6 +45,7 @@ DTYPES = (torch.float32, torch.bfloat16)  # that our kernels compute in
 USUAL_S = 60.0  # of compiling a program
 UNUSED_S = 60 * 86_400.0  # after so long a package that nobody loaded is removed
 WORKSPACE, HEADERS = "compiling", "precompiled_headers"  # folders
+LOADING = threading.Lock()  # while a program is loaded, layers are exchanged and weights moved
 SOURCES = ("core", "target", "drafts", "compat.py")  # what a compiled program is made of
 
 
@@ -102,6 +105,7 @@ class Weights:
     Attributes:
         named: by name.
         digests: sha256 of each, what it is and its values.
+        unread: those that no program reads yet, so that they may be moved.
     """
 
     _kept: ClassVar[WeakValueDictionary[str, Tensor]] = WeakValueDictionary()
@@ -110,6 +114,7 @@ class Weights:
         found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         own = {name: tensor.detach() for name, tensor in sorted(found, key=lambda one: one[0])}
         self.digests = {name: _digest_of(tensor) for name, tensor in own.items()}
+        self.unread: list[Tensor] = []
         self.named = {name: self._once(self.digests[name], tensor) for name, tensor in own.items()}
 
     @property
@@ -117,8 +122,20 @@ class Weights:
         """sha256 of all, names and values."""
         return hashlib.sha256(json.dumps(self.digests).encode()).hexdigest()
 
-    def joined(self, names: list[str]) -> Tensor:
-        """These one after another."""
+    def joined(self, parts: dict[str, list[str]]) -> dict[str, Tensor]:
+        """By name, weights that are made of others, one after another. Then the panels that are read lie together in memory."""
+        made = {name: self._joined(names) for name, names in parts.items()}
+        read = {**self.named, **made}
+        for name in chain.from_iterable(parts.values()):
+            read.pop(name, None)
+        new = {id(one) for one in self.unread}
+        small = [one for one in read.values() if id(one) in new and is_panels(one) and one.nbytes < pages.WORTH]
+        if small:
+            pages.together(list(dict.fromkeys(small)))
+        self.unread.clear()
+        return made
+
+    def _joined(self, names: list[str]) -> Tensor:
         parts = [self.named[name] for name in names]
         whole = pages.zeros(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
         return self._once(" ".join(self.digests[name] for name in names), torch.cat(parts, out=whole))
@@ -128,6 +145,7 @@ class Weights:
         if kept is not None and torch.equal(kept, tensor):  # nobody has changed it since
             return kept
         self._kept[key] = tensor
+        self.unread.append(tensor)
         return tensor
 
 
@@ -186,7 +204,8 @@ def compiled(program: Program, mode: str, say: Callable[[str], None]) -> Run | N
     tell: Callable[[str], None] = say if mode == "on" else lambda _: None
     try:
         if program.device.type == "cpu":
-            return _on_cpu(program, mode, tell)
+            with LOADING:
+                return _on_cpu(program, mode, tell)
         return _on_gpu(program, mode, tell)
     except (OSError, RuntimeError, CompileError) as error:
         tell(f"{program.name} is not compiled: {_reason(error)}")
