@@ -177,6 +177,16 @@ def test_chains_that_take_longer_than_their_price_are_left(target, world, monkey
     assert any(chains)
 
 
+def test_a_row_alone_is_priced_as_measured(target, world) -> None:
+    drafter = auto(target, world)
+    drafter.set_prices([CHEAP] * 2, timed=True)
+    generate(target, PROMPTS[:1], drafter, SamplingParams(max_new_tokens=48, ignore_eos=True))
+    assert not drafter.timing._places
+    generate(target, PROMPTS[:2], drafter, SamplingParams(max_new_tokens=48, ignore_eos=True))
+    assert (0, 2) in drafter.timing._places
+    assert (0, 1) not in drafter.timing._places
+
+
 def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> None:
     now = 0.0
     timing = Timing(lambda: now)
@@ -194,8 +204,11 @@ def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> 
     rounds(PLAIN, 1.0, 5)
     assert not timing.wants_plain((0, 1))
     rounds(WHOLE, 1.0, 5)
-    rounds(WHOLE, 60.0, 1)
-    assert 1.0 < timing.of((0, 1), WHOLE) < 1.15
+    rounds(WHOLE, 60.0, 2)
+    assert timing.of((0, 1), WHOLE) == 1.0
+    rounds(WHOLE, 1.5, 8)
+    assert 1.45 < timing.of((0, 1), WHOLE) <= 1.5
+    rounds(PLAIN, 90.0, 2)
     rounds(PLAIN, 2.0, 40)
     rounds(COPIES, 2.0, 40)
     assert 0.95 < timing.of((0, 1), COPIES) < 1.1

@@ -1,17 +1,22 @@
-"""What rounds take in truth, over their price: prices were measured in another process, on rounds that look at nothing."""
+"""What rounds of a batch take in truth, over their price: that was measured in another process, on rounds that look at nothing.
+
+Medians are kept, because a round that another program disturbed takes ten times as long.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter
 
 PLAIN, COPIES, WHOLE, STEPS = "plain", "copies", "whole chain", "steps"  # sorts of rounds
-LEARNED = 1 / 4  # of a round's error in the correction of its sort
+WINDOW = 9  # rounds of a sort whose median counts
+ENOUGH = 3  # rounds of a sort that must have been timed
+NEAR = 32  # rounds that are compared with plain ones after these: later the machine may run at another speed
 MEMORY = 256  # rounds of a place after which half of a correction is forgotten
-LEAST_PLAIN = 3  # plain rounds that must have been timed before others are compared with them
-CLIP = math.log(1.5)  # one round changes a correction by a part of this at most, because it may have been disturbed
-MOST, LEAST = math.log(3.0), math.log(0.75)
+MOST, LEAST = math.log(2.0), math.log(0.75)
 
 Place = tuple[int, int]  # kind of law and number of rows
 
@@ -31,7 +36,7 @@ class Timing:
     ...         timing.note((0, 4), sort, cost * timing.of((0, 4), sort))
     >>> rounds(PLAIN, 1.0, 0.5, 8); rounds(WHOLE, 2.0, 1.5, 16)
     >>> round(timing.of((0, 4), WHOLE), 2), timing.of((0, 4), COPIES)
-    (1.49, 1.0)
+    (1.5, 1.0)
     >>> rounds(PLAIN, 1.0, 0.5, 2 * MEMORY)
     >>> round(timing.of((0, 4), WHOLE), 2)
     1.11
@@ -59,7 +64,7 @@ class Timing:
     def wants_plain(self, place: Place) -> bool:
         """Is it unknown how long plain rounds take there now?"""
         there = self._places.get(place)
-        return there is None or there.plains < LEAST_PLAIN or there.waited > MEMORY
+        return there is None or len(there.plain) < ENOUGH or there.waited > MEMORY
 
     def of(self, place: Place, sort: str) -> float:
         """A round of this sort takes so many times its price."""
@@ -68,32 +73,35 @@ class Timing:
 
 
 class _Place:
-    """Seconds of a plain round, and the logarithm of each sort's correction, of one kind of law and number of rows."""
+    """Seconds of plain rounds, and the logarithm of each sort's correction, of one kind of law and number of rows.
+
+    Attributes:
+        waited: rounds since the last plain one.
+        found: logarithms of seconds over their price, by sort.
+    """
 
     def __init__(self) -> None:
-        self.plain_s, self.plains, self.waited = 0.0, 0, 0
+        self.plain: deque[float] = deque(maxlen=WINDOW)
+        self.waited = 0
+        self.found: dict[str, deque[float]] = {}
         self.errors: dict[str, float] = {}
 
     def note(self, sort: str, seconds: float, cost: float, among_its_like: bool) -> None:
+        compared = len(self.plain) >= ENOUGH and self.waited < NEAR
         for other in self.errors:
-            if other != sort:
+            if other != sort or not compared:
                 self.errors[other] *= 0.5 ** (1 / MEMORY)
         self.waited += 1
         # The first round of its sort finds other weights in the CPU's cache, and the draft may have much to read.
         if not among_its_like and sort != COPIES:
             return
         if sort == PLAIN:
-            self._plain(seconds)
-        elif self.plains >= LEAST_PLAIN and self.waited <= MEMORY:
-            error = math.log(max(1e-9, seconds) / (self.plain_s * max(1e-9, cost)))
-            learned = self.errors.get(sort, 0.0) + LEARNED * max(-CLIP, min(CLIP, error))
-            self.errors[sort] = max(LEAST, min(MOST, learned))
-        elif sort in self.errors:
-            self.errors[sort] *= 0.5 ** (1 / MEMORY)
-
-    def _plain(self, seconds: float) -> None:
-        self.waited, self.plains = 0, self.plains + 1
-        if self.plains == 1:
-            self.plain_s = seconds
-        usual = max(self.plain_s / 1.5, min(1.5 * self.plain_s, seconds))
-        self.plain_s += max(LEARNED / 2, 1 / self.plains) * (usual - self.plain_s)
+            self.plain.append(seconds)
+            self.waited = 0
+        elif compared:
+            found = self.found.setdefault(sort, deque(maxlen=WINDOW))
+            found.append(
+                self.errors.get(sort, 0.0) + math.log(max(1e-9, seconds) / max(1e-9, median(self.plain) * cost))
+            )
+            if len(found) >= ENOUGH:
+                self.errors[sort] = max(LEAST, min(MOST, median(found)))
