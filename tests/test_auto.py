@@ -196,25 +196,25 @@ def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> 
         for _ in range(times):
             timing.begin()
             now += seconds
-            timing.note((0, 1), sort, timing.of((0, 1), sort))
+            timing.note((0, 2), sort, timing.of((0, 2), sort))
 
-    assert timing.wants_plain((0, 1))
+    assert timing.wants_plain((0, 2))
     rounds(WHOLE, 9.0, 9)  # nothing is known of plain rounds
-    assert timing.of((0, 1), WHOLE) == 1.0
+    assert timing.of((0, 2), WHOLE) == 1.0
     rounds(PLAIN, 1.0, 5)
-    assert not timing.wants_plain((0, 1))
+    assert not timing.wants_plain((0, 2))
     rounds(WHOLE, 1.0, 5)
     rounds(WHOLE, 60.0, 2)
-    assert timing.of((0, 1), WHOLE) == 1.0
+    assert timing.of((0, 2), WHOLE) == 1.0
     rounds(WHOLE, 1.5, 8)
-    assert 1.45 < timing.of((0, 1), WHOLE) <= 1.5
+    assert 1.45 < timing.of((0, 2), WHOLE) <= 1.5
     rounds(PLAIN, 90.0, 2)
     rounds(PLAIN, 2.0, 40)
     rounds(COPIES, 2.0, 40)
-    assert 0.95 < timing.of((0, 1), COPIES) < 1.1
-    assert timing.of((0, 2), WHOLE) == 1.0  # another number of rows
+    assert 0.95 < timing.of((0, 2), COPIES) < 1.1
+    assert timing.of((0, 3), WHOLE) == 1.0  # another number of rows
     rounds(COPIES, 2.0, MEMORY)
-    assert timing.wants_plain((0, 1))
+    assert timing.wants_plain((0, 2))
 
 
 def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:

@@ -30,10 +30,8 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -
     size = prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < WORTH or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype, device=device)
-    whole_pages = -(-size // HUGE) * HUGE
-    held = mmap.mmap(
-        -1, whole_pages + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # zeros, as the system gives them
+    room = -(-size // HUGE) * HUGE + HUGE
+    held = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # zeros, as the system gives them
     with suppress(OSError):  # a kernel without huge pages: these are pages like any others
         held.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(held, dtype=torch.uint8)  # keeps `held`

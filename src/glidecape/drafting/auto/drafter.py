@@ -86,8 +86,8 @@ class AutoDrafter:
         return self.runner is not None and self.runner.reads_hidden
 
     def set_prices(self, prices: Sequence[Prices], timed: bool = False) -> None:
-        """Take these prices from now on, greedily and sampled. `timed`: they were measured on this machine, and rounds of
-        batches are timed, too, to correct them. At one row they are right, and a machine of changing speed would spoil them."""
+        """Take these prices from now on, greedily and sampled. `timed`: they were measured on this machine, and rounds are
+        timed, too, to correct them."""
         self.prices, self._costs, self.timed = list(prices), {}, timed and self.priced
 
     def compile(self, mode: str = "on", say: Callable[[str], None] = print) -> bool:
@@ -235,7 +235,7 @@ class AutoDrafter:
 
     def _compares(self, kinds: list[int], chain: tuple[int, float]) -> bool:
         """Run a plain round instead of this chain? It is to be timed where the chain gains little by its price."""
-        if not self.timed or len(kinds) == 1 or not self.timing.wants_plain((max(kinds), len(kinds))):
+        if not self.timed or not self.timing.wants_plain((max(kinds), len(kinds))):
             return False
         return 1.0 + self.depths.gain(kinds, chain[0]) / len(kinds) < CLEAR * (1.0 + chain[1])
 
@@ -416,7 +416,7 @@ class AutoDrafter:
             self.runner.commit(batch, outcomes)
         if around.plan is not None:
             self._learn(batch, around.plan, outcomes)
-            if self.timed and len(outcomes) > 1:
+            if self.timed:
                 self.timing.note((max(around.plan.kinds), len(outcomes)), around.plan.sort, around.plan.cost)
         around.plan = None
 

@@ -24,6 +24,8 @@ Place = tuple[int, int]  # kind of law and number of rows
 class Timing:
     """By sort of round and by place, how much longer rounds take than priced, over what plain rounds take there.
 
+    One row is not timed: prices are right there, and a machine of changing speed would spoil them.
+
     Only ratios count, so that a machine that slows down as a whole changes nothing. A correction fades while its sort is not
     run, and while no plain round is: then the sort is tried again.
 
@@ -57,14 +59,14 @@ class Timing:
         not timed."""
         began, self._began = self._began, None
         after, self._before = self._before, None if sort is None else (place, sort)
-        if began is None or sort is None:
+        if began is None or sort is None or place[1] == 1:
             return
         self._places.setdefault(place, _Place()).note(sort, self.clock() - began, cost, after == (place, sort))
 
     def wants_plain(self, place: Place) -> bool:
         """Is it unknown how long plain rounds take there now?"""
         there = self._places.get(place)
-        return there is None or len(there.plain) < ENOUGH or there.waited > MEMORY
+        return place[1] > 1 and (there is None or len(there.plain) < ENOUGH or there.waited > MEMORY)
 
     def of(self, place: Place, sort: str) -> float:
         """A round of this sort takes so many times its price."""
