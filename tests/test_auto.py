@@ -22,7 +22,7 @@ from glidecape.disturbance import Share
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
-from glidecape.drafting.auto.rate import LONGEST, Worth
+from glidecape.drafting.auto.rate import LONGEST, Settled, Worth
 from glidecape.drafting.auto.reliability import Bin, Offered, calibration_error
 from glidecape.drafting.auto.timing import COPIES, MEMORY, PLAIN, WHOLE, Timing
 from glidecape.drafts.glide.adapter import GlideDraft
@@ -32,6 +32,7 @@ from glidecape.engine.decode import decode
 from glidecape.errors import InputError
 from glidecape.interface.load import WORTH, prepared, set_prices
 from glidecape.target.packages import FOLDER
+from glidecape.timed import forgotten_round, unread_batch
 
 CHEAP = Prices((1,), (1,), (1, 31), (((1.0, 1.3),),), ((0.05,),), ((0.02,),))
 DEAR = Prices((1,), (1,), (1, 31), (((1.0, 31.0),),), ((1.0,),), ((0.5,),))
@@ -217,6 +218,61 @@ def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> 
     assert timing.wants_plain((0, 2))
 
 
+def test_plain_rounds_right_after_chains_are_no_measure_of_plain_rounds() -> None:
+    """The draft has driven the target's weights out of the CPU's cache."""
+    now, timing = 0.0, Timing(lambda: now)
+
+    def rounds(sort: str, seconds: float, times: int) -> None:
+        nonlocal now
+        for _ in range(times):
+            timing.begin()
+            now += seconds
+            timing.note((0, 2), sort, timing.of((0, 2), sort))
+
+    for _ in range(30):
+        rounds(PLAIN, 1.5, 2)
+        rounds(WHOLE, 1.5, 20)
+    assert timing.wants_plain((0, 2))
+    assert timing.of((0, 2), WHOLE) == 1.0
+    rounds(PLAIN, 1.5, 2)
+    rounds(PLAIN, 1.0, 3)
+    assert not timing.wants_plain((0, 2))
+    rounds(WHOLE, 1.5, 8)
+    assert 1.45 < timing.of((0, 2), WHOLE) <= 1.5
+    # After long the machine may run at another speed: what plain rounds took then is forgotten.
+    rounds(WHOLE, 3.0, MEMORY)
+    rounds(PLAIN, 2.0, 3)
+    assert timing.wants_plain((0, 2))
+    rounds(PLAIN, 2.0, 2)
+    rounds(WHOLE, 3.0, 9)
+    assert 1.4 < timing.of((0, 2), WHOLE) < 1.6
+
+
+def test_a_batch_in_which_nothing_pays_rests_for_15_rounds_and_a_row_alone_for_3() -> None:
+    def rested(rows: int, choice: tuple[int, float]) -> int:
+        settled = Settled()
+        for thought in range(40):
+            settled.note([0] * (rows - thought % 2 * (rows > 2)), choice, False)  # a row more or less is no change
+        return settled.rests
+
+    assert rested(8, (0, 0.0)) == 15
+    assert rested(8, (3, 1.2)) == rested(1, (0, 0.0)) == 3
+    settled = Settled()
+    for _ in range(40):
+        settled.note([0, 0], (0, 0.0), False)
+    settled.note([0], (0, 0.0), False)
+    assert settled.rests == 0
+
+
+def test_prices_are_of_rows_of_different_lengths_whose_drafts_lag(target, world) -> None:
+    batch = unread_batch(target, auto(target, world), 4, 40, 0.0, 4)
+    assert batch.cache.host_lengths == [39, 35, 31, 27]
+    assert batch.draft.own.host_lengths == [39, 34, 31, 26]
+    forgotten_round(target, auto(target, world), batch)
+    assert batch.cache.host_lengths == [39, 35, 31, 27]
+    assert batch.draft.own.host_lengths == [39, 34, 31, 26]
+
+
 def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
     worth = Worth(1)
     for _ in range(200):
@@ -337,7 +393,7 @@ def test_prices_that_were_measured_beside_other_programs_are_not_kept(
 
 def test_on_a_slow_machine_few_sizes_are_timed_and_the_others_follow(target, world, monkeypatch) -> None:
     shapes: list[int] = []
-    forgotten = costs._forgotten
+    forgotten = costs.forgotten_round
 
     def timed(on: Target, drafter: Any, batch: Any) -> Stats:
         shapes.append(drafter.shape.nodes)
@@ -345,7 +401,7 @@ def test_on_a_slow_machine_few_sizes_are_timed_and_the_others_follow(target, wor
         stats.total_s = 0.2 + 0.01 * drafter.shape.nodes
         return stats
 
-    monkeypatch.setattr(costs, "_forgotten", timed)
+    monkeypatch.setattr(costs, "forgotten_round", timed)
     found = measured_prices(target, auto(target, world), rows=(2,))
     assert max(shapes) == costs.LONG  # of 24
     assert found.sizes == costs.NODES

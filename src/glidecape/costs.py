@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,8 @@ import numpy as np
 import torch
 
 from .batch.batch import Batch
-from .core.cache import KVCache
 from .core.params import SamplingParams
 from .core.stats import Stats
-from .core.tree import TokenTree
 from .costmodel import Prices
 from .disturbance import LEAST_SHARE, Share
 from .drafting.auto.drafter import AutoDrafter
@@ -32,14 +29,14 @@ from .drafting.expansions.chain import Chain
 from .drafting.priced import PricedDrafter
 from .drafting.stop import FixedLength
 from .drafts.base import DraftModel
-from .engine.decode import new_rows, start
-from .engine.engine import Engine
-from .engine.round import run_round, seconds
+from .engine.decode import start
+from .engine.round import seconds
 from .errors import CheckpointError, InputError
 from .files import write_atomic
 from .progress import bar
 from .target.packages import CompileError, cache_folder, environment
 from .target.target import Target
+from .timed import LIMIT_S, Sized, among_its_like, forgotten_round, in_turn, unread_batch
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 24, 33, 48)
 REPEATS = 15
@@ -53,24 +50,6 @@ class Verification:
     sizes: tuple[int, ...]
     ratios: tuple[float, ...]
     step_s: float
-
-
-class _Sized(NoDraft):
-    """Proposes `limit` copies of the root, so that verification of any size can be timed."""
-
-    def __init__(self, most: int) -> None:
-        self.limit, self.most = 0, most
-
-    def budget(self, tokens: int) -> int:
-        return 1 + self.most
-
-    def propose(self, batch: Batch) -> TokenTree:
-        roots = batch.roots
-        tree = TokenTree(roots, 1 + self.limit)
-        above = torch.zeros_like(roots)[:, None]
-        for _ in range(self.limit):
-            above = tree.add(above, roots[:, None], torch.zeros(tree.batch, 1, device=roots.device))
-        return tree
 
 
 def verification_ratios(
@@ -90,11 +69,11 @@ def verification_ratios(
     """
     if list(sizes)[:1] != [1]:
         raise InputError("v(n) is a ratio over one node: let the sizes begin with 1")
-    sized = _Sized(max(sizes) - 1)
+    sized = Sized(max(sizes) - 1)
     params = SamplingParams(temperature, max_new_tokens=max(sizes) + 1, ignore_eos=True)
     batch = start(target, sized, prompts, params)
     timed = [partial(_verified, target, sized, batch, size) for size in sizes]
-    times = [statistics.median(one) for one in _in_turn(timed, 1 + repeats)]
+    times = [statistics.median(one) for one in in_turn(timed, 1 + repeats)]
     return Verification(tuple(sizes), tuple(round(one / times[0], 4) for one in times), times[0])
 
 
@@ -105,14 +84,14 @@ def draft_step_s(target: Target, model: DraftModel, prompt: Sequence[int], repea
     params = SamplingParams(max_new_tokens=LONG + 2)
     batches = {length: start(target, drafter, [prompt], params) for length, drafter in drafters.items()}
     timed = [partial(_drafted, drafter, batches[length]) for length, drafter in drafters.items()]
-    long, short = map(statistics.median, _in_turn(timed, 1 + repeats))
+    long, short = map(statistics.median, in_turn(timed, 1 + repeats))
     return max(0.0, long - short) / (LONG - SHORT)
 
 
-def _verified(target: Target, sized: _Sized, batch: Batch, nodes: int) -> float:
+def _verified(target: Target, sized: Sized, batch: Batch, nodes: int) -> float:
     """Seconds of a round that verifies so many nodes, its root counted; the batch is as before then."""
     sized.limit = nodes - 1
-    stats = _forgotten(target, sized, batch)
+    stats = forgotten_round(target, sized, batch)
     return stats.total_s - stats.draft_s
 
 
@@ -126,30 +105,12 @@ def _drafted(drafter: Drafter, batch: Batch) -> float:
     return took
 
 
-def _in_turn(
-    timed: Sequence[Callable[[], float]], turns: int = 4, patience: float = 0.0, limit: float = math.inf
-) -> list[list[float]]:
-    """The times of each, all one after the other in each turn, since a machine that drifts slows all of them; the first turn is
-    a warm-up, and left out. There are `turns`, more as long as all took less than `patience` seconds, and only two where they
-    take more than `limit`."""
-    times: list[list[float]] = [[] for _ in timed]
-    while (
-        len(times[0]) < 2
-        or (len(times[0]) < turns and sum(map(sum, times)) < limit)
-        or (len(times[0]) < 40 and sum(map(sum, times)) < patience)
-    ):
-        for column, one in zip(times, timed, strict=True):
-            column.append(one())
-    return [column[1:] for column in times]
-
-
 ALONE_ROWS = (1,)
 ROWS, CONTEXTS = (1, 4, 8, 16), (128, 1024)  # no more: the cache of the largest must fit
 NODES = (1, 2, 3, 5, 7, 9, 13, 17, 25)
-ALONE = 8  # rounds of one kind after which the next are among their like
 PATIENCE_S = 0.4  # a cell is measured again as long as it has taken less
+ROUNDS = 2  # how they are timed: prices that were measured in another way are measured again
 TOKENS = 4096  # of a row, most, where nobody says
-LIMIT_S = 1.0  # a cell that has taken more is measured once after its warm-up
 DEAR_S = 0.1  # rounds of more nodes than one that takes so long are not timed
 
 
@@ -217,12 +178,12 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     which many follow one another, are timed among their like.
     """
     rounds = FixedRounds(drafter)
-    batch = _unread(target, rounds, count, context, temperature, max(NODES))
+    batch = unread_batch(target, rounds, count, context, temperature, max(NODES))
     deepest = 0 if drafter.runner is None else min(LONG, drafter.runner.model.max_lag)
 
     def round_of(shape: Shape) -> float:
         rounds.shape = shape
-        return _forgotten(target, rounds, batch).total_s
+        return forgotten_round(target, rounds, batch).total_s
 
     sizes = _affordable(lambda nodes: round_of(Shape(0, nodes - 1)))
     shapes = [Shape(0, nodes - 1) for nodes in sizes]
@@ -232,8 +193,8 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
         shapes.append(Shape(drafter.length, LONG, whole=True))
     chains = [Shape(length, length, chain=True) for length in drafter.lengths]
     timed = [partial(round_of, shape) for shape in shapes]
-    times = list(map(min, _in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
-    alone = _among_its_like(partial(round_of, shapes[0]))
+    times = list(map(min, in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
+    alone = among_its_like(partial(round_of, shapes[0]))
     among = max(0.0, times[0] - alone) if deepest else 0.0
     of_nodes, rest = times[: len(sizes)], times[len(sizes) :]
     # More nodes never take less time, whatever was measured.
@@ -244,7 +205,7 @@ def _priced(target: Target, drafter: AutoDrafter, count: int, context: int, temp
     depth = max(0.0, (long - short) / (deepest - SHORT) if deepest > SHORT else short - bare)
     start = max(0.0, short - bare - depth) + among
     whole = max(0.0, rest[3] - bare) + among if drafter.length else 0.0
-    wholes = (_among_its_like(partial(round_of, shape)) for shape in chains)
+    wholes = (among_its_like(partial(round_of, shape)) for shape in chains)
     return Cell(rising, depth, start, whole, tuple(max(0.0, one - alone) for one in wholes))
 
 
@@ -265,45 +226,6 @@ def _continued(sizes: Sequence[int], times: Sequence[float]) -> list[float]:
     return [*times, *(round(times[-1] + slope * (n - sizes[-1]), 9) for n in NODES[len(sizes) :])]
 
 
-def _among_its_like(once: Callable[[], float]) -> float:
-    """The fastest of rounds that follow others of their kind."""
-    times: list[float] = []
-    while len(times) < 2 * ALONE and (len(times) < 4 or sum(times) < LIMIT_S / 2):
-        times.append(once())
-    return min(times[len(times) // 2 :])
-
-
-def _unread(target: Target, drafter: Drafter, count: int, context: int, temperature: float, nodes: int) -> Batch:
-    """So many rows with so many tokens before them, which nobody has read: for rounds of so many nodes, most."""
-    params = SamplingParams(temperature, max_new_tokens=nodes + 1, ignore_eos=True)
-    text = [(7 * i * i + i) % target.vocab_size for i in range(context)]
-    batch = Engine(target, drafter, count, context + nodes + 2, nodes + 1).batch
-    for row in new_rows(target, [text] * count, params):
-        batch.admit(row)
-    batch.use(0, count)
-    for cache in _caches(batch):
-        for one in (*cache.keys, *cache.values):
-            one.fill_(0.01)  # memory that was never written may be read from one page
-        cache.commit([context - 1] * count)
-    return batch
-
-
-def _caches(batch: Batch) -> list[KVCache]:
-    own = getattr(batch.draft, "own", None)
-    return [batch.cache] if own is None else [batch.cache, own]
-
-
-def _forgotten(target: Target, drafter: Drafter, batch: Batch) -> Stats:
-    """What a round took; the batch is as before then."""
-    stats = Stats()
-    run_round(target, drafter, batch, stats)
-    for row in batch.rows:
-        del row.tokens[row.prompt_length :]
-    for cache in _caches(batch):
-        cache.truncate([row.prompt_length - 1 for row in batch.rows])
-    return stats
-
-
 @torch.no_grad()
 def length_prices(
     target: Target,
@@ -322,7 +244,7 @@ def length_prices(
     longest, inner = drafter.longest, drafter.inner
     sizes = sorted({1 + length for length in (0, 1, 2, 4, 8, 16, longest) if length <= longest})
     # A stop policy that looks at the text would end its drafts early in this one; prompt lookup would find nothing to copy.
-    whole: _Sized | ModelDrafter = _Sized(longest)
+    whole: Sized | ModelDrafter = Sized(longest)
     if isinstance(inner, ModelDrafter):
         whole = type(inner)(inner.model, inner.expansion, FixedLength(longest))
     nodes = max(whole.budget(1 + longest), 1 + longest)
@@ -331,16 +253,16 @@ def length_prices(
     share = Share()
 
     def times(count: int, context: int) -> tuple[float, ...]:
-        batch = _unread(target, whole, count, context, temperature, nodes)
+        batch = unread_batch(target, whole, count, context, temperature, nodes)
 
         def round_of(size: int) -> float:
             whole.limit = size - 1
-            return _forgotten(target, whole if size > 1 else NoDraft(), batch).total_s
+            return forgotten_round(target, whole if size > 1 else NoDraft(), batch).total_s
 
         timed = [partial(round_of, size) for size in sizes]
-        found = list(map(min, _in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
+        found = list(map(min, in_turn(timed, patience=PATIENCE_S, limit=LIMIT_S)))
         # A server that drafts nothing runs plain rounds among their like.
-        alone = _among_its_like(partial(round_of, 1))
+        alone = among_its_like(partial(round_of, 1))
         done(1 / len(contexts))
         return (min(alone, found[0]), *np.maximum.accumulate(found)[1:].tolist())
 
@@ -355,11 +277,11 @@ def is_idle(target: Target, drafter: AutoDrafter, trial_s: float = 0.3) -> bool:
     """Do rounds have the processors for themselves? Of costs that are measured beside other programs none is kept, and it takes
     minutes."""
     share, rounds = Share(), FixedRounds(drafter)
-    batch = _unread(target, rounds, 1, min(CONTEXTS[0], target.context // 2), 0.0, 2)
+    batch = unread_batch(target, rounds, 1, min(CONTEXTS[0], target.context // 2), 0.0, 2)
     rounds.shape = Shape(0, 1)
     with share.counting():
         while share.so_far < trial_s:
-            _forgotten(target, rounds, batch)
+            forgotten_round(target, rounds, batch)
     return share.value >= LEAST_SHARE
 
 
@@ -384,6 +306,7 @@ def prices_file(
         "config": str(getattr(model, "config", None)),
         "steps": bool(getattr(model, "compiled", False)),
         "chain": [*own, list(rows or ROWS)],
+        "rounds": ROUNDS,
         **environment(),
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -143,12 +143,12 @@ class AutoDrafter:
         if batch.laws.residual and self.runner is not None:
             around.plan, self.runner.limit = None, self.runner.cap
             return self.runner.propose(batch)
-        own = around.rows[batch.first : batch.last]
-        batch.draft.own.use(batch.first, batch.last)
         kinds = [GREEDY if row.params.greedy else SAMPLED for row in rows]
         if self._settled.rests and self._may_rest(batch, kinds):
             around.plan = plan = Plan(kinds, [(0, [])] * len(kinds), places=[2 * kind for kind in kinds])
             return self._again(batch, plan)
+        own = around.rows[batch.first : batch.last]
+        batch.draft.own.use(batch.first, batch.last)
         costs, verify, copying = self._costs_of(batch, max(kinds))
         plan = Plan(kinds, [self._copy(row, one) for row, one in zip(rows, own, strict=True)])
         around.plan = plan
@@ -187,7 +187,7 @@ class AutoDrafter:
     def _may_rest(self, batch: Batch, kinds: list[int]) -> bool:
         """May this round do as those before? Not where rows are of other laws, or the draft is to be asked again."""
         settled = self._settled
-        if kinds != settled.kinds or not batch.laws.bare:
+        if settled.place != settled.place_of(kinds) or not batch.laws.bare:
             settled.rests = 0
             return False
         settled.rests -= 1
@@ -224,8 +224,8 @@ class AutoDrafter:
             return None
         value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
         had = len(kinds) * self._had_chain
-        # To begin again costs a batch something, too: all rows must be caught up with.
-        doubt = had if had or len(kinds) == 1 else -len(kinds)
+        # To begin again costs a batch something: all rows must be caught up with. So it begins where that is clearly worth it.
+        doubt = had if len(kinds) == 1 else had - len(kinds)
         self._had_chain = value + DOUBT * doubt > 0.0 and self.lead.of(kinds) <= STAY * had
         if not self._had_chain:
             self.depths.forget(kinds)
@@ -243,12 +243,9 @@ class AutoDrafter:
         return self.runner is not None and self.worth.drafts(kinds, missing)
 
     def _nothing(self, batch: Batch, plan: Plan) -> TokenTree:
-        """The empty proposal."""
+        """The empty proposal. Not even the root was run, so the draft is not told of it, either."""
         plan.cost, plan.empty = 1.0, True
-        tree = lone_roots(batch.roots)
-        if self.runner is not None:
-            tree.memo = torch.full((tree.batch, 1), -1, device=batch.device)  # not even the root was run
-        return tree
+        return lone_roots(batch.roots)
 
     def _draft(self, batch: Batch, plan: Plan, own: Sequence[RowState], costs: RoundCosts, rate: float) -> None:
         """Run the draft, as long as another depth is expected to bring more than it costs: the first few depths by one
@@ -412,7 +409,7 @@ class AutoDrafter:
 
     def commit(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         around = _own(batch)
-        if self.runner is not None:
+        if self.runner is not None and (around.plan is None or not around.plan.empty):
             self.runner.commit(batch, outcomes)
         if around.plan is not None:
             self._learn(batch, around.plan, outcomes)

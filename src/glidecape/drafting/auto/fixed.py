@@ -56,7 +56,7 @@ class FixedRounds(AutoDrafter):
         return self.shape.depths > 0
 
     def _nothing_pays(self, *_: object) -> bool:
-        return False
+        return self.shape.nodes == 0
 
     def _by_one_program(self, *_: object) -> bool:
         return self.shape.whole

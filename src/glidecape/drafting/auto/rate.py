@@ -7,7 +7,11 @@ from collections.abc import Sequence
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
 LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
-SETTLED, RESTS = 16, 3  # rounds after which a choice is settled, and rounds that then follow without a thought
+SETTLED, RESTS = (
+    16,
+    (3, 15),
+)  # rounds after which a choice is settled, and rounds that then follow without a thought: at most
+# so many, and where nothing pays for a batch
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
 
 
@@ -129,7 +133,8 @@ class Worth:
         if self.gain[kind] >= self.cost[kind]:
             self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
         elif paused:
-            self.pause[kind] = 2 if many and gain >= cost else min(LONGEST[many], (4 if many else 2) * self.pause[kind])
+            longer = min(LONGEST[many], (4 if many else 2) * self.pause[kind])
+            self.pause[kind] = max(2, self.pause[kind] // 4) if many and gain >= cost else longer
 
     def correct(self, kind: int, promised: float, came: int) -> None:
         """A row's proposal was expected to have so many nodes accepted, and had."""
@@ -200,7 +205,7 @@ class Settled:
     do as those before: the same chain, or nothing.
 
     Attributes:
-        kinds: laws of the rows of the last choice.
+        place: laws of the rows of the last choice, and whether they were several. One row more or less changes little.
         length, cost: of the chain that was chosen last, over a plain round; 0: nothing was.
         rests: rounds that may follow without a thought.
 
@@ -209,23 +214,35 @@ class Settled:
     ...     settled.note([0], (3, 0.4), False)
     >>> settled.rests, settled.note([0], (3, 0.4), True), settled.rests
     (3, None, 0)
+    >>> for _ in range(SETTLED + 4):
+    ...     settled.note([0, 0], (0, 0.0), False)
+    >>> settled.rests
+    15
     """
 
     def __init__(self) -> None:
-        self.kinds: list[int] = []
+        self.place: tuple[set[int], bool] | None = None
         self.length, self.cost = 0, 0.0
-        self.rounds = self.rests = 0
+        self.rounds = self.rests = self.rested = 0
 
     def note(self, kinds: list[int], choice: tuple[int, float] | None, copies: bool) -> None:
         """What was chosen: a chain's length and cost, zeros for nothing, or None for a proposal node by node. `copies`: was
         there something likely to be copied, which a rest would miss?"""
+        before, self.place = self.place, self.place_of(kinds)
         if choice is None:
             self.rounds = max(0, self.rounds - 4)  # a probe, perhaps
-        elif copies or kinds != self.kinds or bool(choice[0]) != bool(self.length):
+        elif copies or self.place != before or bool(choice[0]) != bool(self.length):
             self.rounds = 0
         else:
             self.rounds = min(self.rounds + 1, SETTLED)
         if choice is not None:
             self.length, self.cost = choice
-        self.kinds = kinds
-        self.rests = RESTS if choice is not None and self.rounds == SETTLED else 0
+        rests = choice is not None and self.rounds == SETTLED
+        most = RESTS[len(kinds) > 1 and not self.length]
+        # They double: what has been so for long will be so for some time.
+        self.rested = self.rests = min(most, max(RESTS[0], 2 * self.rested)) if rests else 0
+
+    @staticmethod
+    def place_of(kinds: list[int]) -> tuple[set[int], bool]:
+        """See `place`."""
+        return set(kinds), len(kinds) > 1

@@ -14,6 +14,7 @@ from time import perf_counter
 PLAIN, COPIES, WHOLE, STEPS = "plain", "copies", "whole chain", "steps"  # sorts of rounds
 WINDOW = 9  # rounds of a sort whose median counts
 ENOUGH = 3  # rounds of a sort that must have been timed
+COLD = 2  # rounds of a sort that do not count after those of another: they find other weights in the CPU's cache
 NEAR = 32  # rounds that are compared with plain ones after these: later the machine may run at another speed
 MEMORY = 256  # rounds of a place after which half of a correction is forgotten
 MOST, LEAST = math.log(2.0), math.log(0.75)
@@ -48,7 +49,8 @@ class Timing:
         self.clock = clock
         self._began: float | None = None
         self._places: dict[Place, _Place] = {}
-        self._before: tuple[Place, str] | None = None
+        self._now: tuple[Place, str | None] | None = None
+        self._alike = 0  # rounds in a row at this place and of this sort
 
     def begin(self) -> None:
         """A round begins."""
@@ -58,10 +60,11 @@ class Timing:
         """The round ends. `cost`: what it was expected to take, corrected, in plain rounds; `sort`: None: a round that is
         not timed."""
         began, self._began = self._began, None
-        after, self._before = self._before, None if sort is None else (place, sort)
+        self._alike = self._alike + 1 if self._now == (place, sort) else 1
+        self._now = place, sort
         if began is None or sort is None or place[1] == 1:
             return
-        self._places.setdefault(place, _Place()).note(sort, self.clock() - began, cost, after == (place, sort))
+        self._places.setdefault(place, _Place()).note(sort, self.clock() - began, cost, self._alike > COLD)
 
     def wants_plain(self, place: Place) -> bool:
         """Is it unknown how long plain rounds take there now?"""
@@ -88,16 +91,18 @@ class _Place:
         self.found: dict[str, deque[float]] = {}
         self.errors: dict[str, float] = {}
 
-    def note(self, sort: str, seconds: float, cost: float, among_its_like: bool) -> None:
+    def note(self, sort: str, seconds: float, cost: float, warm: bool) -> None:
         compared = len(self.plain) >= ENOUGH and self.waited < NEAR
         for other in self.errors:
             if other != sort or not compared:
                 self.errors[other] *= 0.5 ** (1 / MEMORY)
         self.waited += 1
-        # The first round of its sort finds other weights in the CPU's cache, and the draft may have much to read.
-        if not among_its_like and sort != COPIES:
+        # Copies come in between, and cost what they cost there.
+        if not warm and sort != COPIES:
             return
         if sort == PLAIN:
+            if self.waited > NEAR:
+                self.plain.clear()
             self.plain.append(seconds)
             self.waited = 0
         elif compared:
