@@ -231,6 +231,7 @@ class AutoDrafter:
             self.depths.forget(kinds)
             return None
         self.lead.forget(kinds)
+        self.worth.pays(kinds)
         return None if self.probes.due(self.depths.gain(kinds, length) / len(kinds)) else (length, cost)
 
     def _compares(self, kinds: list[int], chain: tuple[int, float]) -> bool:
@@ -311,7 +312,7 @@ class AutoDrafter:
         order = offer.best()
         width = self._width([[offer.reach[node] for node in order]], verify, rate)
         asked.offers, asked.kept = [offer], [offer.numbered(order[:width])]
-        self._learn_worth(asked, chances, costs, verify, rate, many=True)
+        self._learn_worth(asked, chances, costs, verify, rate, True)
         plan.asked, plan.asked_levels = i, asked.levels
 
     def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
@@ -373,7 +374,7 @@ class AutoDrafter:
         width = max(map(len, kept))
         plan.offers, plan.kept = offers, kept
         if plan.levels:
-            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds))
+            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds), len(plan.kinds) > 1)
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
@@ -383,10 +384,9 @@ class AutoDrafter:
         return width_of(reaches, verify, rate)
 
     def _learn_worth(
-        self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float, many: bool = False
+        self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float, many: bool
     ) -> None:
-        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: do others run with
-        those of `plan`?"""
+        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: is it a batch?"""
         width = max(map(len, plan.kept))
         each = zip(plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True)
         for i, (kind, offer, kept, chance, first) in enumerate(each):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
-LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
+LONGEST = (
+    24,
+    256,
+)  # rounds between two probes of a draft that does not pay, at most: of one that did lately, and of others
+FADES, GONE = 0.9, 0.1  # with each probe that fails a draft's record becomes less, and below this it counts no more
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
 SETTLED, RESTS = (
     16,
@@ -91,11 +95,13 @@ class Worth:
     """Is it worth to run the draft node by node? It is while what it gained lately is above what it cost; else it is asked
     rarely.
 
-    A probe costs a draft step or two. Pauses double as long as probes fail, up to 24 rounds; in a batch each is four times as
-    long as the one before, up to 96. They end with the first probe that succeeds. So a hopeless draft costs about a hundredth,
-    and a text that has become easy is noticed soon.
+    A probe costs one or two plain rounds, because nothing of the draft is in the CPU's cache any more. Pauses double as long as
+    probes fail, up to 24 rounds where the draft paid lately: a text that has become easy is noticed soon. They go on to 256
+    rounds for a draft that has not, about 20 probes on, and in a batch, where each pause is four times as long as the one
+    before: a hopeless draft costs about a hundredth. They end with the first probe that succeeds.
 
     Attributes:
+        record: 1 where the draft pays, and less with each probe that fails.
         gain: tokens a round and row over a plain round, before their cost; cost: in tokens at the rate of then. Both are
             running means that a few rounds change.
         promised, came: accepted nodes that were expected, and those that came: of many predictions the best are taken, which
@@ -107,6 +113,7 @@ class Worth:
         self.promised, self.came = [1.0] * kinds, [1.0] * kinds
         self.pause = [1] * kinds
         self.waited = [0] * kinds
+        self.record = [0.5] * kinds
 
     def of(self, kinds: Sequence[int], missing: Sequence[float]) -> float:
         """What drafting is expected to gain over its cost. `missing`: of each row, the part that copied tokens do not bring
@@ -130,11 +137,18 @@ class Worth:
         self.gain[kind] += part * (gain - self.gain[kind])
         self.cost[kind] += part * (cost - self.cost[kind])
         self.waited[kind] = 0
+        self.record[kind] *= FADES
         if self.gain[kind] >= self.cost[kind]:
+            self.pays([kind])
             self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
         elif paused:
-            longer = min(LONGEST[many], (4 if many else 2) * self.pause[kind])
+            longer = min(LONGEST[many or self.record[kind] < GONE], (4 if many else 2) * self.pause[kind])
             self.pause[kind] = max(2, self.pause[kind] // 4) if many and gain >= cost else longer
+
+    def pays(self, kinds: Sequence[int]) -> None:
+        """The draft is worth its cost now."""
+        for kind in kinds:
+            self.record[kind] = 1.0
 
     def correct(self, kind: int, promised: float, came: int) -> None:
         """A row's proposal was expected to have so many nodes accepted, and had."""
