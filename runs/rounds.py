@@ -1,6 +1,7 @@
 """What a round's time consists of: networks alone, bookkeeping around them, and padding that the networks compute.
 
 .venv/bin/python runs/rounds.py --batch 4 --batch 16 --threads 2
+.venv/bin/python runs/rounds.py --batch 1 --threads 2 --compile on --rounds 48
 
 Two passes over the same prompts emit the same tokens. The first times whole rounds. The second times each call of a network
 alone: it is made three times in a row, and the median counts. The last lines compare plain decoding with
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from glidecape import SamplingParams, Target, load_draft, make_drafter
 from glidecape.bench.prompts import stdlib_prompts
+from glidecape.core.cache import KVCache
 from glidecape.drafting.drafter import NoDraft
 from glidecape.engine.decode import start
 from glidecape.engine.round import run_round
@@ -28,12 +30,17 @@ class Alone:
         self.call, self.seconds, self.tokens = call, 0.0, 0
 
     def __call__(self, *args, **kwargs):
+        caches = [one for one in (*args, *kwargs.values()) if isinstance(one, KVCache)]
+        before = [(one, list(one.host_lengths), one.scratch) for one in caches]
         times = []
         for _ in range(3):
+            for cache, lengths, scratch in before:
+                cache.truncate(lengths)
+                cache.scratch = scratch
             started = time.perf_counter()
             result = self.call(*args, **kwargs)
             times.append(time.perf_counter() - started)
-            self.tokens += args[0].numel()
+            self.tokens += args[0].numel() if isinstance(args[0], torch.Tensor) else 0
         self.seconds += statistics.median(times)
         return result
 
@@ -55,11 +62,12 @@ def networks_alone(target, drafter, prompts, params, number):
     """Seconds of draft and target alone in these rounds, and how many of the tokens they ran were padding."""
     batch = start(target, drafter, prompts, params)
     model = getattr(drafter, "model", None)
-    target.forward, inner = Alone(target.forward), target.forward
-    alone = [target.forward]
-    if model is not None:
-        model.step, step = Alone(model.step), model.step
-        alone.append(model.step)
+    # A compiled draft runs a chain or a step by one program, and `step` where there is none.
+    drafts = [name for name in ("step", "ranked_step", "draft_chain") if hasattr(model, name)]
+    parts = [(target, "forward"), *((model, name) for name in drafts)]
+    alone = [Alone(getattr(of, name)) for of, name in parts]
+    for (of, name), one in zip(parts, alone, strict=True):
+        setattr(of, name, one)
     drafted, verified, padding = [], [], 0
     try:
         for _ in range(number):
@@ -72,11 +80,10 @@ def networks_alone(target, drafter, prompts, params, number):
             events = run_round(target, drafter, batch)
             padding += (alone[0].tokens - before) // 3 - sum(event.stats.drafted + 1 for event in events)
             verified.append(alone[0].seconds)
-            drafted.append(alone[1].seconds if model is not None else 0.0)
+            drafted.append(sum(one.seconds for one in alone[1:]))
     finally:
-        target.forward = inner
-        if model is not None:
-            model.step = step
+        for of, name in parts:
+            delattr(of, name)
     return drafted, verified, 3 * padding / sum(one.tokens for one in alone)
 
 
@@ -105,20 +112,24 @@ def main():
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--compile", choices=["on", "off"], default="off")
     parser.add_argument("--method", action="append", help="methods of `generate`")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     target = Target.from_pretrained("models/pysource/target", dtype=torch.float32, pack=True)
+    target.compile(options.compile)
     reference = AutoModelForCausalLM.from_pretrained("models/pysource/target", dtype=torch.float32)
-    print(f"torch {torch.__version__}, {options.threads} threads, fp32, shipped pair, {options.rounds} rounds, medians")
+    print(f"torch {torch.__version__}, {options.threads} threads, fp32, shipped pair, {options.rounds} rounds, medians, compiled programs {options.compile}")
     print("| batch | method | round ms | draft alone | verify alone | ratio | padding | tokens/s |")
     for size in options.batch or [1, 4, 16]:
         prompts = [target.encode(text) for text in stdlib_prompts(size)]
         prompts = [p[: len(p) - 17 * i % 97] for i, p in enumerate(prompts)]
-        params = SamplingParams(max_new_tokens=options.rounds * 8, ignore_eos=True)
+        params = SamplingParams(options.temperature, seed=1, max_new_tokens=options.rounds * 8, ignore_eos=True)
         for method in options.method or ["plain", "glide", "glide+cape"]:
             draft = None if method == "plain" else load_draft("models/pysource/glide", target)
             drafter = make_drafter(method, draft, length=4)
+            drafter.compile(options.compile)
             rounds(target, drafter, prompts, params, 3)
             whole, ratios, alone, paces = [], [], [], []
             for _ in range(options.repeats):

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from glidecape.core.tree import TokenTree
-from glidecape.core.verify import PointLaw, RandomChance, Verdict, verify_points, verify_row
+from glidecape.core.verify import PointLaw, RandomChance, Verdict, verdict_numbers, verify_points, verify_row
+from glidecape.drafting.drafter import lone_roots
+from glidecape.engine.round import _bonus_alone, _verify_points
+from glidecape.errors import UnsupportedError
 
 VOCAB = 3  # so few that siblings often hold the same token, and the target often agrees
 ROWS = 50
@@ -101,3 +104,16 @@ def test_the_comparison_sees_a_wrong_verdict() -> None:
         Verdict(right.path, right.length, right.bonus, right.end, ~right.is_first),
     ):
         assert disagreements(tree, chosen, wrong) > 0
+
+
+def test_without_a_proposal_the_bonus_is_what_the_verdict_says() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for rows in (1, 5):
+        tree = lone_roots(torch.randint(0, 9, (rows,), generator=generator))
+        scores = torch.randint(0, 4, (rows, 1, 50), generator=generator).float()  # many are equal: the first counts
+        asked = list(range(0, rows, 2))
+        assert _bonus_alone(scores, asked) == _verify_points(tree, scores, asked, verdict_numbers)
+        scores[0, 0, 7] = float("nan")
+        with pytest.raises(UnsupportedError):
+            _bonus_alone(scores, asked)
+        assert _bonus_alone(scores, asked[1:]) == _verify_points(tree, scores, asked[1:], verdict_numbers)

@@ -70,7 +70,8 @@ def verify(batch: Batch, tree: TokenTree, logits: Tensor, verdict: Verdict = ver
     outcomes: dict[int, Outcome] = {}
     if laws.points:
         scores = laws.scores(logits, roots, positions, tree.depth, tree.levels)
-        outcomes = _verify_points(tree, scores, laws.points, verdict)
+        alone = tree.nodes == 1 and tree.memo is None
+        outcomes = _bonus_alone(scores, laws.points) if alone else _verify_points(tree, scores, laws.points, verdict)
     noise = None
     if laws.one_by_one and laws.ahead is not None:
         noise = laws.ahead.at(roots, positions, tree.depth, tree.levels, logits.shape[-1])
@@ -94,6 +95,20 @@ def _verify_points(tree: TokenTree, scores: Tensor, rows: list[int], verdict: Ve
         origins = ["chain" if chain else "sibling" for chain in first[1:]]
         memo = numbers[6 + 4 * size :]
         outcomes[i] = Outcome(path, [*tokens[1:], bonus], origins, drafted, depth, bool(rejects), before, memo)
+    return outcomes
+
+
+def _bonus_alone(scores: Tensor, rows: list[int]) -> dict[int, Outcome]:
+    """The same where no row has a proposal: nothing can be accepted, and the verdict's program would be a large part of a short
+    round."""
+    best = scores[:, 0].max(-1)
+    host = to_host(torch.stack([best.indices, best.values.isnan()], 1))
+    outcomes = {}
+    for i in rows:
+        bonus, is_broken = host[i]
+        if is_broken:
+            refuse_no_number()
+        outcomes[i] = Outcome([0], [bonus], [], 0, 0, False, [0], [])
     return outcomes
 
 
