@@ -120,7 +120,8 @@ def main():
     target = Target.from_pretrained("models/pysource/target", dtype=torch.float32, pack=True)
     target.compile(options.compile)
     reference = AutoModelForCausalLM.from_pretrained("models/pysource/target", dtype=torch.float32)
-    print(f"torch {torch.__version__}, {options.threads} threads, fp32, shipped pair, {options.rounds} rounds, medians, compiled programs {options.compile}")
+    how = f"{options.threads} threads, fp32, T={options.temperature:g}, compiled programs {options.compile}"
+    print(f"torch {torch.__version__}, {how}, shipped pair, {options.rounds} rounds, medians")
     print("| batch | method | round ms | draft alone | verify alone | ratio | padding | tokens/s |")
     for size in options.batch or [1, 4, 16]:
         prompts = [target.encode(text) for text in stdlib_prompts(size)]
