@@ -112,23 +112,26 @@ def main():
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--target", default="models/pysource/target")
+    parser.add_argument("--draft", default="models/pysource/glide", help="a GliDe draft of the target")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--compile", choices=["on", "off"], default="off")
     parser.add_argument("--method", action="append", help="methods of `generate`")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    target = Target.from_pretrained("models/pysource/target", dtype=torch.float32, pack=True)
+    target = Target.from_pretrained(options.target, dtype=getattr(torch, options.dtype), pack=True)
     target.compile(options.compile)
-    reference = AutoModelForCausalLM.from_pretrained("models/pysource/target", dtype=torch.float32)
-    how = f"{options.threads} threads, fp32, T={options.temperature:g}, compiled programs {options.compile}"
-    print(f"torch {torch.__version__}, {how}, shipped pair, {options.rounds} rounds, medians")
+    reference = AutoModelForCausalLM.from_pretrained(options.target, dtype=target.dtype)
+    how = f"{options.threads} threads, {options.dtype}, T={options.temperature:g}, compiled programs {options.compile}"
+    print(f"torch {torch.__version__}, {how}, {options.target}, {options.rounds} rounds, medians")
     print("| batch | method | round ms | draft alone | verify alone | ratio | padding | tokens/s |")
     for size in options.batch or [1, 4, 16]:
         prompts = [target.encode(text) for text in stdlib_prompts(size)]
         prompts = [p[: len(p) - 17 * i % 97] for i, p in enumerate(prompts)]
         params = SamplingParams(options.temperature, seed=1, max_new_tokens=options.rounds * 8, ignore_eos=True)
         for method in options.method or ["plain", "glide", "glide+cape"]:
-            draft = None if method == "plain" else load_draft("models/pysource/glide", target)
+            draft = None if method == "plain" else load_draft(options.draft, target)
             drafter = make_drafter(method, draft, length=4)
             drafter.compile(options.compile)
             rounds(target, drafter, prompts, params, 3)
