@@ -22,7 +22,7 @@ from glidecape.disturbance import Share
 from glidecape.drafting.auto.acceptance import OnlineLogistic
 from glidecape.drafting.auto.drafter import DEPTH, AutoDrafter
 from glidecape.drafting.auto.offer import Offer, width_of
-from glidecape.drafting.auto.rate import LONGEST, Settled, Worth
+from glidecape.drafting.auto.rate import LONGEST, RARELY, Settled, Worth
 from glidecape.drafting.auto.reliability import Bin, Offered, calibration_error
 from glidecape.drafting.auto.timing import COPIES, MEMORY, PLAIN, WHOLE, Timing
 from glidecape.drafts.glide.adapter import GlideDraft
@@ -148,7 +148,7 @@ def test_in_a_batch_a_draft_that_does_not_pay_is_asked_for_one_row(target, world
     assert len(set(alone)) <= 2  # the same row, which has least to catch up
     windows.clear()
     drafter.set_prices([CHEAP] * 2)
-    for _ in range(3):  # asked once in 256 rounds
+    for _ in range(3):  # it is asked rarely
         generate(target, prompts, drafter, SamplingParams(max_new_tokens=120, ignore_eos=True))
     assert (0, rows) in windows
 
@@ -299,7 +299,7 @@ def test_a_draft_that_became_good_is_used_again_within_32_rounds() -> None:
     # One that has not paid for long is asked once in 256 rounds.
     hard(2000)
     worth.learn(0, gain=0.02, cost=0.4)
-    assert waited() == LONGEST[1] - 1
+    assert waited() == RARELY - 1
 
 
 def test_the_most_probable_nodes_are_kept_as_far_as_they_pay() -> None:

@@ -374,7 +374,7 @@ class AutoDrafter:
         width = max(map(len, kept))
         plan.offers, plan.kept = offers, kept
         if plan.levels:
-            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds), len(plan.kinds) > 1)
+            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds), False)
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
@@ -386,7 +386,8 @@ class AutoDrafter:
     def _learn_worth(
         self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float, many: bool
     ) -> None:
-        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: is it a batch?"""
+        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: do others run with
+        those of `plan`?"""
         width = max(map(len, plan.kept))
         each = zip(plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True)
         for i, (kind, offer, kept, chance, first) in enumerate(each):

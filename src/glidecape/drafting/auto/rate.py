@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
-LONGEST = (
-    24,
-    256,
-)  # rounds between two probes of a draft that does not pay, at most: of one that did lately, and of others
+LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
+RARELY = 256  # the same of a draft that has not paid for long
 FADES, GONE = 0.9, 0.1  # with each probe that fails a draft's record becomes less, and below this it counts no more
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
 SETTLED, RESTS = (
@@ -96,9 +94,9 @@ class Worth:
     rarely.
 
     A probe costs one or two plain rounds, because nothing of the draft is in the CPU's cache any more. Pauses double as long as
-    probes fail, up to 24 rounds where the draft paid lately: a text that has become easy is noticed soon. They go on to 256
-    rounds for a draft that has not, about 20 probes on, and in a batch, where each pause is four times as long as the one
-    before: a hopeless draft costs about a hundredth. They end with the first probe that succeeds.
+    probes fail, up to 24 rounds: a text that has become easy is noticed soon. In a batch each is four times as long as the one
+    before, up to 96. After about 20 probes that all failed pauses go on to 256 rounds: a hopeless draft costs about a
+    hundredth. They end with the first probe that succeeds.
 
     Attributes:
         record: 1 where the draft pays, and less with each probe that fails.
@@ -142,7 +140,8 @@ class Worth:
             self.pays([kind])
             self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
         elif paused:
-            longer = min(LONGEST[many or self.record[kind] < GONE], (4 if many else 2) * self.pause[kind])
+            longest = RARELY if self.record[kind] < GONE else LONGEST[many]
+            longer = min(longest, (4 if many else 2) * self.pause[kind])
             self.pause[kind] = max(2, self.pause[kind] // 4) if many and gain >= cost else longer
 
     def pays(self, kinds: Sequence[int]) -> None:
