@@ -189,17 +189,23 @@ def test_a_row_alone_is_priced_as_measured(target, world) -> None:
     assert (0, 1) not in drafter.timing._places
 
 
-def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> None:
-    now = 0.0
-    timing = Timing(lambda: now)
+class Clock:
+    """A `Timing` whose rounds of two rows take as long as they are told to."""
 
-    def rounds(sort: str, seconds: float, times: int) -> None:
-        nonlocal now
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timing = Timing(lambda: self.now)
+
+    def rounds(self, sort: str, seconds: float, times: int) -> None:
         for _ in range(times):
-            timing.begin()
-            now += seconds
-            timing.note((0, 2), sort, timing.of((0, 2), sort))
+            self.timing.begin()
+            self.now += seconds
+            self.timing.note((0, 2), sort, self.timing.of((0, 2), sort))
 
+
+def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> None:
+    clock = Clock()
+    timing, rounds = clock.timing, clock.rounds
     assert timing.wants_plain((0, 2))
     rounds(WHOLE, 9.0, 9)  # nothing is known of plain rounds
     assert timing.of((0, 2), WHOLE) == 1.0
@@ -221,15 +227,8 @@ def test_one_slow_round_and_a_machine_that_slows_down_change_no_correction() -> 
 
 def test_plain_rounds_right_after_chains_are_no_measure_of_plain_rounds() -> None:
     """The draft has driven the target's weights out of the CPU's cache."""
-    now, timing = 0.0, Timing(lambda: now)
-
-    def rounds(sort: str, seconds: float, times: int) -> None:
-        nonlocal now
-        for _ in range(times):
-            timing.begin()
-            now += seconds
-            timing.note((0, 2), sort, timing.of((0, 2), sort))
-
+    clock = Clock()
+    timing, rounds = clock.timing, clock.rounds
     for _ in range(30):
         rounds(PLAIN, 1.5, 2)
         rounds(WHOLE, 1.5, 20)

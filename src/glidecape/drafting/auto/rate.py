@@ -9,11 +9,8 @@ LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at m
 RARELY = 256  # the same of a draft that has not paid for long
 FADES, GONE = 0.9, 0.1  # with each probe that fails a draft's record becomes less, and below this it counts no more
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
-SETTLED, RESTS = (
-    16,
-    (3, 15),
-)  # rounds after which a choice is settled, and rounds that then follow without a thought: at most
-# so many, and where nothing pays for a batch
+SETTLED = 16  # rounds after which a choice is settled
+RESTS = 3, 15  # rounds that then follow without a thought: at most so many, and where nothing pays for a batch
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
 
 
