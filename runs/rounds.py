@@ -40,7 +40,7 @@ class Alone:
             started = time.perf_counter()
             result = self.call(*args, **kwargs)
             times.append(time.perf_counter() - started)
-            self.tokens += args[0].numel() if isinstance(args[0], torch.Tensor) else 0
+            self.tokens += getattr(args[0], "tokens", args[0]).numel()  # a draft's queries, or tokens
         self.seconds += statistics.median(times)
         return result
 

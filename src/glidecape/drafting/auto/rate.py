@@ -92,7 +92,7 @@ class Worth:
 
     A probe costs one or two plain rounds, because nothing of the draft is in the CPU's cache any more. Pauses double as long as
     probes fail, up to 24 rounds: a text that has become easy is noticed soon. In a batch each is four times as long as the one
-    before, up to 96. After about 20 probes that all failed pauses go on to 256 rounds: a hopeless draft costs about a
+    before, up to 96. After about 20 probes that all failed pauses go on to 256 rounds: those of a hopeless draft cost about a
     hundredth. They end with the first probe that succeeds.
 
     Attributes:
