@@ -20,6 +20,7 @@ from glidecape.bench.metrics import (
 )
 from glidecape.bench.records import Counts, Difference, Item, Record
 from glidecape.bench.settings import Settings
+from glidecape.bench.tables import cells
 from glidecape.core.stats import loops, repetition
 from glidecape.costmodel import RoundCosts
 from glidecape.drafting.options import MethodOptions
@@ -35,13 +36,15 @@ def plain(job: int, tokens: int = 10, each_us: int = 10_000, repeat: int = 0) ->
     """Plain decoding: a round a token, 8 of 10 parts in the target's forward."""
     zeros, ones = [0] * tokens, [1] * tokens
     counts = Counts(zeros, zeros, zeros, zeros, ones)
-    return Record(job, repeat, "plain", [counts], zeros, [each_us * 8 // 10] * tokens, [each_us] * tokens, 30_000)
+    return Record(
+        job, repeat, "plain", [counts], zeros, [each_us * 8 // 10] * tokens, [each_us] * tokens, 30_000, differs=[]
+    )
 
 
 def drafted(job: int, round_us: int = 20_000, repeat: int = 0, method: str = "glide") -> Record:
     """Chains of 3: one all accepted, one with 1 accepted, one with none, one of 2 cut by the limit after 2 accepted."""
     counts = Counts([3, 3, 3, 2], [3, 3, 3, 2], [3, 1, 0, 2], [3, 2, 1, 2], [4, 2, 1, 3])
-    return Record(job, repeat, method, [counts], [6_000] * 4, [12_000] * 4, [round_us] * 4, 40_000, 1000)
+    return Record(job, repeat, method, [counts], [6_000] * 4, [12_000] * 4, [round_us] * 4, 40_000, 1000, [])
 
 
 def test_counts_of_four_rounds() -> None:
@@ -142,6 +145,15 @@ def test_differences_are_counted_by_prompt() -> None:
         record.differs = [Difference(0, 4, 7, 9)]
     row = rows_of(group([item(0)], records, ["plain", "glide"], "all", "steady"), [])[1]
     assert (row["equal"], row["differing"]) == (False, 1)
+    assert cells(row)["equal"] == "NO (1)"
+
+
+def test_what_was_not_compared_is_not_called_equal() -> None:
+    """A peer at T=1 draws by its own means, and under the residual rule so does every method."""
+    records = [replace(plain(0), differs=None), drafted(0)]
+    first, row = rows_of(group([item(0)], records, ["plain", "glide"], "all", "steady"), [])
+    assert (first["equal"], cells(first)["equal"]) == (None, "not compared")
+    assert (row["equal"], cells(row)["equal"]) == (True, "yes")
 
 
 def test_pairs_test_speed_and_acceptance_over_prompts() -> None:

@@ -183,8 +183,9 @@ def rows_of(one: Group, peers: Sequence[str], memory: bool = True) -> list[dict[
         row["over"] = {
             other: faster(pace[name], pace[other]) for other in ("plain", *peers) if other != name and other in pace
         }
-        differs = [d for record in records for d in record.differs]
-        row["equal"] = not differs
+        differs = [d for record in records for d in record.differs or ()]
+        compared = all(record.differs is not None for record in records)
+        row["equal"] = not differs if differs or compared else None
         row["differing"] = len({d.item for d in differs})
         if name not in peers:
             row |= _row(Totals.of(records), plain, records)

@@ -85,7 +85,7 @@ class Record:
         draft_us, verify_us, round_us: microseconds of each round: drafting, the target's forward, all of it.
         prefill_us: reading the prompt, the draft's part included.
         peak_bytes: most memory in use while it ran: the device's, or the process's; None where that is not known.
-        differs: outputs that are not plain decoding's.
+        differs: outputs that are not plain decoding's; None: they were not compared, as the draws are not the same.
         calibration: of a method with auto, the nodes that it offered, by tenths of their predicted probability; each as in
             `reliability.Bin`. Of other methods empty.
         peer: another library: one entry of `emitted` and `round_us` a prompt, for the tokens after the first.
@@ -100,7 +100,7 @@ class Record:
     round_us: list[int] = field(default_factory=list)
     prefill_us: int = 0
     peak_bytes: int | None = None
-    differs: list[Difference] = field(default_factory=list)
+    differs: list[Difference] | None = None
     calibration: list[tuple[int, int, float, int]] = field(default_factory=list)
     peer: bool = False
 

@@ -51,7 +51,7 @@ def cells(row: Row) -> dict[str, str]:
         "share": " / ".join(f"{100 * share[k]:.0f}" for k in ("draft", "verify", "overhead")) if share else "",
         "first_token_ms": f"{row['first_token_ms']:.1f}" if "first_token_ms" in row else "",
         "peak": f"{row['peak_bytes'] / 2**20:.0f}" if row.get("peak_bytes") else "",
-        "equal": "yes" if row["equal"] else f"NO ({row['differing']})",
+        "equal": _equal(row),
     }
     for name, digits in (
         ("acceptance_length", 2),
@@ -65,6 +65,12 @@ def cells(row: Row) -> dict[str, str]:
     for other, figures in row["over"].items():
         made[f"over_{other}"] = f"{figures['ratio']:.2f}"
     return made
+
+
+def _equal(row: Row) -> str:
+    if row["equal"] is None:
+        return "not compared"
+    return "yes" if row["equal"] else f"NO ({row['differing']})"
 
 
 def columns_of(
