@@ -117,6 +117,7 @@ def heard() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run side by side, and prices are kept all the same."""
+def prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run side by side, and prices are kept all the same; and no test needs them exact."""
     monkeypatch.setattr("glidecape.costs.LEAST_SHARE", 0.0)
+    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)

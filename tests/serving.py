@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import uvicorn
 from pydantic import BaseModel, Field
@@ -151,5 +152,12 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 
 
 def alone(target: Target, prompt: str | list[int], **options: Any) -> str:
-    """What plain decoding says."""
-    return generate(target, prompt, None, SamplingParams(**options))[0].text
+    """What plain decoding says; one prompt is decoded once for all tests of a target."""
+    known = _ALONE.setdefault(target, {})
+    asked = repr((prompt, sorted(options.items())))
+    if asked not in known:
+        known[asked] = generate(target, prompt, None, SamplingParams(**options))[0].text
+    return known[asked]
+
+
+_ALONE: WeakKeyDictionary[Target, dict[str, str]] = WeakKeyDictionary()

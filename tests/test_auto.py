@@ -333,7 +333,6 @@ def test_estimates_become_calibrated_though_chains_stop_early() -> None:
 
 def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     said: list[str] = []
     drafter = auto(target, world)
@@ -355,7 +354,6 @@ def test_prices_are_measured_once_and_damaged_ones_again(target, world, tmp_path
 
 def test_measured_costs_decide_unless_a_method_is_asked_for(world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)  # it is not what this is about
     pair = world["target"], world["glide"]
     chosen = glidecape.load(*pair)
@@ -378,7 +376,6 @@ def test_on_a_busy_machine_nothing_is_measured_at_first_use(world, tmp_path: Pat
 
 def test_costs_of_a_large_model_are_measured_where_much_is_decoded(world, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr("glidecape.usual.ROWS", (2,))
     monkeypatch.setattr("glidecape.usual.QUICK", 0)
     monkeypatch.setattr("glidecape.interface.load.compile_models", lambda *_: None)

@@ -250,7 +250,6 @@ def test_figures_that_are_none_are_refused(target, world, tmp_path) -> None:
 
 def test_the_command_prints_a_table_or_json(world, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path / "kept"))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr(measured_prices, "__defaults__", (0.0, (1,), lambda _: None))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     words = [

@@ -271,7 +271,6 @@ def test_measured_costs_decide_where_no_method_is_asked_for(world, monkeypatch, 
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv(FOLDER, str(tmp_path))  # no costs are known
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr("glidecape.usual.is_idle", lambda *_: True)
     model = AutoModelForCausalLM.from_pretrained(world["target"], dtype=torch.float32)
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}

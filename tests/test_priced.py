@@ -138,7 +138,6 @@ def test_a_row_that_drafts_again_after_a_long_pause_catches_up_beside_a_full_one
 @pytest.mark.parametrize("method", ["glide+cape", "glide+svip", "lookup"])
 def test_prices_of_a_method_are_those_of_its_whole_rounds(target, tmp_path, monkeypatch, method) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     draft = None if method == "lookup" else load_draft(MODELS / "glide", target)
     said: list[str] = []
     made, again = (

@@ -32,7 +32,6 @@ def target(world) -> Target:
 def quick(tmp_path: Path, monkeypatch) -> Path:
     """Prices in a folder of their own, measured in a moment."""
     monkeypatch.setenv(FOLDER, str(tmp_path / "kept"))
-    monkeypatch.setattr("glidecape.costs.PATIENCE_S", 0.0)
     monkeypatch.setattr("glidecape.costs.ROWS", (1,))
     return tmp_path / "kept"
 

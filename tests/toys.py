@@ -11,6 +11,7 @@ import copy
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -71,13 +72,14 @@ def _read(
     out[..., -1] = 9.0  # what a dummy says
     for row, own in enumerate(positions.tolist()):
         for query, position in enumerate(own):
-            found = [slot for slot, see in enumerate(seen[row][query]) if see]
-            at = {places[row][slot]: ids[row][slot] for slot in found}
-            right = len(at) == len(found) and sorted(at) == list(range(position + 1))
+            found = list(compress(places[row], seen[row][query]))
+            at = dict(zip(found, compress(ids[row], seen[row][query]), strict=True))
+            context = tuple(map(at.get, range(position + 1)))
+            right = len(at) == len(found) == position + 1 and None not in context
             dummy = lenient and cache.scratch > 0 and position == cache.host_lengths[row]  # runs the root once more
-            assert right or dummy, f"row {row} query {query} at {position} sees {[places[row][s] for s in found]}"
+            assert right or dummy, f"row {row} query {query} at {position} sees {found}"
             if right:
-                out[row, query] = rule(tuple(at[place] for place in range(position + 1)))
+                out[row, query] = rule(context)
     return out
 
 
