@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -31,7 +32,7 @@ from ..drafter import DraftState, ModelDrafter, lone_roots
 from ..law import draft_law
 from .acceptance import COPIED, DRAFTED, Array, OnlineLogistic, copied_features
 from .offer import Level, Offer, copies_gain, levels_of, offer_of, reach_of, tree_of, width_of
-from .rate import Depths, Lead, Probes, Rate, Settled, Worth
+from .rate import Depths, Lead, Probes, Rate, Settled, Tries, Worth
 from .reliability import Offered
 from .state import GREEDY, SAMPLED, AutoRows, Plan, RowState
 from .timing import COPIES, STEPS, WHOLE, Timing
@@ -73,6 +74,8 @@ class AutoDrafter:
         self.rate, self.worth = Rate(4), Worth(2)
         self.depths = Depths(2, DEPTH)
         self.lead, self.probes, self._had_chain = Lead(2), Probes(), True
+        # Of the newest round: may chains be tried for this batch, and do they not pay?
+        self.tries, self._has_tries, self._hopeless = Tries(), False, False
         self._settled, self.timing = Settled(), Timing()
         self.timed = False
         self.offered: list[Offered] | None = None  # a list: every round's offers are put into it, for `reliability`
@@ -160,15 +163,13 @@ class AutoDrafter:
         rate = len(rows) * self.rate.of(plan.places)
         missing = [1.0 - p for p in plan.first]
         if self.runner is not None and (chain := self._best_chain(batch, kinds, missing, costs, rate)):
-            if self._compares(kinds, chain):
-                return self._nothing(batch, plan)
-            self._settle(plan, chain)
-            return self._again(batch, plan)
-        drafts = self._drafts(kinds, missing)
-        if drafts and len(rows) > 1 and self.worth.of(kinds, missing) < 0:
-            self._ask_one(batch, plan, own, costs, verify, rate / len(rows))
-            drafts = False
-        if drafts:
+            if not self._hopeless:
+                if self._compares(kinds, chain):
+                    return self._nothing(batch, plan)
+                self._settle(plan, chain)
+            self.tries.ran(not self._hopeless)
+            return self._chain(batch, plan, chain)
+        if self._drafts(kinds, missing):
             self._draft(batch, plan, own, costs, rate)
         elif self._nothing_pays(plan, copying, rate):
             # In a batch one row may have likely copies, and there are too few for all together: it stays so for some rounds.
@@ -194,14 +195,19 @@ class AutoDrafter:
         if settled.length:
             self.probes.chains += 1
             return True
+        if self._hopeless:
+            return not self.tries.wait()
         return self.runner is None or not self.worth.drafts(kinds, [1.0] * len(kinds))
 
     def _again(self, batch: Batch, plan: Plan) -> TokenTree:
         """The chain that was chosen last, or nothing."""
-        if not self._settled.length:
-            return self._nothing(batch, plan)
+        length, cost = self._settled.length, self._settled.cost
+        return self._chain(batch, plan, (length, cost)) if length else self._nothing(batch, plan)
+
+    def _chain(self, batch: Batch, plan: Plan, chain: tuple[int, float]) -> TokenTree:
+        """The runner's own, of this length and cost."""
         assert self.runner is not None
-        self.runner.limit, plan.cost, plan.chain = self._settled.length, 1.0 + self._settled.cost, True
+        self.runner.limit, plan.cost, plan.chain = chain[0], 1.0 + chain[1], True
         return self.runner.propose(batch)
 
     def _nothing_pays(self, plan: Plan, verify: Array, rate: float) -> bool:
@@ -220,19 +226,30 @@ class AutoDrafter:
     ) -> tuple[int, float] | None:
         """Length and cost of the runner's own chain that is worth most; None: it is not worth more than a proposal node by
         node, which takes longer to think of, or than none."""
-        if not costs.chains or not batch.laws.bare or min(missing) < 1 - LIKELY:
+        rows, had, many = len(kinds), self._had_chain, len(kinds) > 1
+        possible = bool(costs.chains) and batch.laws.bare
+        self._has_tries = many and possible
+        self._hopeless = self._has_tries and self._hopeless
+        if not possible or min(missing) < 1 - LIKELY:
             return None
-        value, length, cost = max((self.depths.gain(kinds, n) - rate * cost, n, cost) for n, cost in costs.chains)
-        had = len(kinds) * self._had_chain
+        # A few lucky rounds do not begin chains in a batch: a try does, or what its texts are like over a longer time.
+        gain = partial(self.depths.gain, kinds, usual=many and not had)
+        value, length, cost = max((gain(n) - rate * cost, n, cost) for n, cost in costs.chains)
         # To begin again costs a batch something: all rows must be caught up with. So it begins where that is clearly worth it.
-        doubt = had if len(kinds) == 1 else had - len(kinds)
-        self._had_chain = value + DOUBT * doubt > 0.0 and self.lead.of(kinds) <= STAY * had
+        doubt = had - many
+        pays = value + DOUBT * rows * doubt > 0.0
+        self._hopeless = many and not pays
+        if self._hopeless and self.tries.left:
+            self._had_chain = True
+            return length, cost
+        self._had_chain = pays and self.lead.of(kinds) <= STAY * rows * had
         if not self._had_chain:
             self.depths.forget(kinds)
             return None
         self.lead.forget(kinds)
         self.worth.pays(kinds)
-        return None if self.probes.due(self.depths.gain(kinds, length) / len(kinds)) else (length, cost)
+        probed = self.probes.due(self.depths.gain(kinds, length) / rows)
+        return None if probed and not (many and self.worth.of(kinds, missing) < 0) else (length, cost)
 
     def _compares(self, kinds: list[int], chain: tuple[int, float]) -> bool:
         """Run a plain round instead of this chain? It is to be timed where the chain gains little by its price."""
@@ -241,7 +258,11 @@ class AutoDrafter:
         return 1.0 + self.depths.gain(kinds, chain[0]) / len(kinds) < CLEAR * (1.0 + chain[1])
 
     def _drafts(self, kinds: list[int], missing: list[float]) -> bool:
-        return self.runner is not None and self.worth.drafts(kinds, missing)
+        if self._hopeless:
+            self.tries.wait()
+        if self._hopeless or self.runner is None:
+            return False
+        return self.worth.of(kinds, missing) >= 0 if self._has_tries else self.worth.drafts(kinds, missing)
 
     def _nothing(self, batch: Batch, plan: Plan) -> TokenTree:
         """The empty proposal. Not even the root was run, so the draft is not told of it, either."""
@@ -285,35 +306,6 @@ class AutoDrafter:
         plan.cost += costs.draft * len(plan.levels)
         for kind in plan.kinds:
             self.depths.want(kind, wanted)
-
-    def _ask_one(
-        self, batch: Batch, plan: Plan, own: Sequence[RowState], costs: RoundCosts, verify: Array, rate: float
-    ) -> None:
-        """A probe for a batch in which drafting does not pay: what would the draft bring one row? Nothing of it is verified.
-
-        Its first token is learned from all the same, when the target has chosen its own. `rate`: of a row.
-
-        The row has the law that waited longest, and least to catch up.
-        """
-        first, last, cache = batch.first, batch.last, batch.draft.own
-        lags = [want - have for want, have in zip(batch.cache.host_lengths, cache.host_lengths, strict=True)]
-        i = min(range(len(lags)), key=lambda row: (-self.worth.waited[plan.kinds[row]], lags[row]))
-        asked = Plan(plan.kinds[i : i + 1], plan.copies[i : i + 1], first=plan.first[i : i + 1])
-        try:
-            batch.use(first + i, first + i + 1)
-            cache.use(first + i, first + i + 1)
-            self._draft(batch, asked, own[i : i + 1], costs, rate)
-            cache.keep([[]])
-        finally:
-            batch.use(first, last)
-            cache.use(first, last)
-        chances = self._chances(asked, own[i : i + 1])
-        offer = self._offer(0, batch.rows[i], asked, chances[0])
-        order = offer.best()
-        width = self._width([[offer.reach[node] for node in order]], verify, rate)
-        asked.offers, asked.kept = [offer], [offer.numbered(order[:width])]
-        self._learn_worth(asked, chances, costs, verify, rate, True)
-        plan.asked, plan.asked_levels = i, asked.levels
 
     def _by_one_program(self, kinds: list[int], costs: RoundCosts, rate: float) -> bool:
         """Is a chain by one program expected to gain more than one that ends where the next depth is not worth it?"""
@@ -374,7 +366,7 @@ class AutoDrafter:
         width = max(map(len, kept))
         plan.offers, plan.kept = offers, kept
         if plan.levels:
-            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds), False)
+            self._learn_worth(plan, chances, costs, verify, rate / len(plan.kinds))
         plan.cost += float(verify[width])
         if width == 0 and not plan.levels:
             return self._nothing(batch, plan)
@@ -383,11 +375,8 @@ class AutoDrafter:
     def _width(self, reaches: list[list[float]], verify: Array, rate: float) -> int:
         return width_of(reaches, verify, rate)
 
-    def _learn_worth(
-        self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float, many: bool
-    ) -> None:
-        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row; `many`: do others run with
-        those of `plan`?"""
+    def _learn_worth(self, plan: Plan, chances: list[Array], costs: RoundCosts, verify: Array, rate: float) -> None:
+        """What the draft is expected to bring beyond copies, and beyond a chain. `rate`: of a row."""
         width = max(map(len, plan.kept))
         each = zip(plan.kinds, plan.offers, plan.kept, chances, plan.first, strict=True)
         for i, (kind, offer, kept, chance, first) in enumerate(each):
@@ -395,7 +384,7 @@ class AutoDrafter:
             plan.promised.append(promised)
             gain = self.worth.truth(kind) * promised - rate * (float(verify[width]) - 1.0)
             gain -= copies_gain(chance, verify, rate)
-            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost, many)
+            self.worth.learn(kind, gain / max(0.2, 1.0 - first), rate * plan.cost)
             if costs.chains:
                 reach = reach_of([float(level.p[i, 0]) for level in plan.levels], costs.chains[-1][0])
                 chain = max(self.worth.truth(kind) * sum(reach[:n]) - rate * cost for n, cost in costs.chains)
@@ -428,8 +417,6 @@ class AutoDrafter:
             self.rate.learn(plan.places[i], len(true), plan.cost)
             first = plan.first[i] if plan.first else 0.0
             own.learn_copies(self.copies, kind, plan.copies[i], first, true, not (plan.empty or plan.chain))
-            if i == plan.asked:
-                own.learn_levels(self.accepts, self.depths, kind, 0, plan.asked_levels, true)
             own.learn_levels(self.accepts, self.depths, kind, i, plan.levels, true)
             accepted = len(outcome.path) - 1
             if plan.chain:

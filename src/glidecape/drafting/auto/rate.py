@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SLOWER, SLOW, FAST, FORGET = 1 / 128, 1 / 32, 1 / 4, 1 / 2
-LONGEST = 24, 96  # rounds between two probes of a draft that does not pay, at most: of a row alone, and of a batch
+LONGEST = 24  # rounds between two probes of a draft that does not pay, at most
 RARELY = 256  # the same of a draft that has not paid for long
 FADES, GONE = 0.9, 0.1  # with each probe that fails a draft's record becomes less, and below this it counts no more
 OFTEN, SELDOM = 24, 96  # rounds between two probes of another proposal than a chain, at least and at most
+PAUSES = 16, 256  # rounds between two tries of chains that do not pay for a batch, at least and at most
+TRIED = 3  # rounds of such a try: the first of them finds nothing of the draft in the CPU's cache
+GUESSED = 8  # rounds of a row that count as much as what is guessed of chains before the first
+SURE = 8  # rounds of chains that pay, after which pauses are short again
 SETTLED = 16  # rounds after which a choice is settled
 RESTS = 3, 15  # rounds that then follow without a thought: at most so many, and where nothing pays for a batch
 MOVED = 0.25  # share of its gain by which a chain's gain changes before it counts as another text
@@ -66,10 +70,10 @@ class Depths:
         """
         mean, usual = self.reach[kind], self.usual[kind]
         self.rounds[kind] += 1
-        slow = max(SLOWER, 1 / (1 + self.rounds[kind]))
+        fast, slow = max(SLOW, 1 / (GUESSED + self.rounds[kind])), max(SLOWER, 1 / (1 + self.rounds[kind]))
         for depth in range(len(mean) if missed else accepted):
             one = float(depth < accepted)
-            mean[depth] += SLOW * (one - mean[depth])
+            mean[depth] += fast * (one - mean[depth])
             usual[depth] += slow * (one - usual[depth])
 
     def forget(self, kinds: Sequence[int]) -> None:
@@ -79,10 +83,10 @@ class Depths:
             for depth, usual in enumerate(self.usual[kind]):
                 mean[depth] += SLOW * (usual - mean[depth])
 
-    def gain(self, kinds: Sequence[int], depths: float) -> float:
-        """Tokens that chains of so many depths are expected to bring, all rows together."""
+    def gain(self, kinds: Sequence[int], depths: float, usual: bool = False) -> float:
+        """Tokens that chains of so many depths are expected to bring, all rows together. `usual`: over a longer time."""
         whole = int(depths)
-        means = [self.reach[kind] for kind in kinds]
+        means = [(self.usual if usual else self.reach)[kind] for kind in kinds]
         return sum(sum(mean[:whole]) + (depths - whole) * sum(mean[whole : whole + 1]) for mean in means)
 
 
@@ -91,9 +95,8 @@ class Worth:
     rarely.
 
     A probe costs one or two plain rounds, because nothing of the draft is in the CPU's cache any more. Pauses double as long as
-    probes fail, up to 24 rounds: a text that has become easy is noticed soon. In a batch each is four times as long as the one
-    before, up to 96. After about 20 probes that all failed pauses go on to 256 rounds: those of a hopeless draft cost about a
-    hundredth. They end with the first probe that succeeds.
+    probes fail, up to 24 rounds: a text that has become easy is noticed soon. After about 20 probes that all failed they go on
+    to 256 rounds: those of a hopeless draft cost about a hundredth. They end with the first probe that succeeds.
 
     Attributes:
         record: 1 where the draft pays, and less with each probe that fails.
@@ -123,10 +126,8 @@ class Worth:
             self.waited[kind] += 1
         return all(self.waited[kind] >= self.pause[kind] for kind in kinds)
 
-    def learn(self, kind: int, gain: float, cost: float, many: bool = False) -> None:
-        """What a row's draft was expected to bring in a round in which it ran, and its cost, both in tokens. `many`: it was a
-        row of a batch, whose mean changes slowly: pauses are a fourth as long after a success, and one row that would gain is
-        followed by another soon."""
+    def learn(self, kind: int, gain: float, cost: float) -> None:
+        """What a row's draft was expected to bring in a round in which it ran, and its cost, both in tokens."""
         paused = self.gain[kind] < self.cost[kind]
         part = FAST if not paused else 0.5
         self.gain[kind] += part * (gain - self.gain[kind])
@@ -135,11 +136,10 @@ class Worth:
         self.record[kind] *= FADES
         if self.gain[kind] >= self.cost[kind]:
             self.pays([kind])
-            self.pause[kind] = max(1, self.pause[kind] // 4) if many else 1
+            self.pause[kind] = 1
         elif paused:
-            longest = RARELY if self.record[kind] < GONE else LONGEST[many]
-            longer = min(longest, (4 if many else 2) * self.pause[kind])
-            self.pause[kind] = max(2, self.pause[kind] // 4) if many and gain >= cost else longer
+            longest = RARELY if self.record[kind] < GONE else LONGEST
+            self.pause[kind] = min(longest, 2 * self.pause[kind])
 
     def pays(self, kinds: Sequence[int]) -> None:
         """The draft is worth its cost now."""
@@ -154,6 +154,41 @@ class Worth:
     def truth(self, kind: int) -> float:
         """Of what is promised, the share that comes."""
         return self.came[kind] / max(1e-6, self.promised[kind])
+
+
+class Tries:
+    """When chains are tried again in a batch for which they do not pay: a few rounds in a row, of all rows.
+
+    A try brings tokens, and says of each row how far its chain goes. Pauses become four times as long while tries fail.
+
+    Attributes:
+        left: rounds of a try that are still to be run.
+
+    >>> tries = Tries()
+    >>> for _ in range(tries.left):
+    ...     tries.ran(False)
+    >>> [round for round in range(400) if tries.wait() and not any(tries.ran(False) for _ in range(TRIED))]
+    [15, 79, 335]
+    """
+
+    def __init__(self) -> None:
+        self.left, self.waited, self.paid, self.pause = TRIED, 0, 0, PAUSES[0]
+
+    def ran(self, pays: bool) -> None:
+        """A chain was run. `pays`: not as a try."""
+        if pays:
+            self.left, self.waited, self.paid = 0, 0, self.paid + 1
+            if self.paid >= SURE:
+                self.pause = PAUSES[0]
+        else:
+            self.left, self.paid = self.left - 1, 0
+
+    def wait(self) -> bool:
+        """A round passes without a chain; is one to be tried in the next?"""
+        self.waited += 1
+        if self.waited >= self.pause:
+            self.left, self.waited, self.pause = TRIED, 0, min(PAUSES[1], 4 * self.pause)
+        return self.left > 0
 
 
 class Lead:

@@ -91,7 +91,6 @@ class Plan:
         copies: of each row, the length of the match and the tokens that followed it; `first`: the probability of the first.
         places: of each row, the rate that it counts for: by its law, and by whether copied tokens are likely.
         promised: of each row whose draft ran, the nodes that were expected to be accepted.
-        asked: the row for which the draft ran without a proposal, -1 if it did for none; `asked_levels`: what it ranked.
         cost: in plain rounds; empty: nothing was proposed; chain: the runner's own chain was.
     """
 
@@ -106,8 +105,6 @@ class Plan:
     kept: list[list[int]] = field(default_factory=list)
     promised: list[float] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    asked: int = -1
-    asked_levels: list[Level] = field(default_factory=list)
 
     def gain(self, rate: float) -> float:
         """Tokens that the chosen nodes are expected to bring beyond a plain round and their cost, at a rate of all rows."""
@@ -115,10 +112,8 @@ class Plan:
         return sum(offer.reach[node] for offer, kept in nodes for node in kept) - rate * (self.cost - 1.0)
 
     @property
-    def sort(self) -> str | None:
-        """The sort of this round, for `Timing`; None: a round of a rare kind, which is not timed."""
-        if self.asked >= 0:
-            return None
+    def sort(self) -> str:
+        """The sort of this round, for `Timing`."""
         return WHOLE if self.chain else STEPS if self.levels else PLAIN if self.empty else COPIES
 
 
