@@ -224,8 +224,8 @@ class AutoDrafter:
     def _best_chain(
         self, batch: Batch, kinds: list[int], missing: list[float], costs: RoundCosts, rate: float
     ) -> tuple[int, float] | None:
-        """Length and cost of the runner's own chain that is worth most; None: it is not worth more than a proposal node by
-        node, which takes longer to think of, or than none."""
+        """Length and cost of the runner's own chain that is worth most, or that a batch tries; None: it is not worth more than
+        a proposal node by node, which takes longer to think of, or than none."""
         rows, had, many = len(kinds), self._had_chain, len(kinds) > 1
         possible = bool(costs.chains) and batch.laws.bare
         self._has_tries = many and possible
