@@ -164,7 +164,7 @@ def test_chains_that_take_longer_than_their_price_are_left(target, world, monkey
     drafter.timing.clock = lambda: now[0]
     note = drafter.timing.note
 
-    def noted(place: tuple[int, int], sort: str | None, cost: float) -> None:
+    def noted(place: tuple[int, int], sort: str, cost: float) -> None:
         chains.append(sort == WHOLE)
         now[0] += (4.5 if slow else 1.5) if sort == WHOLE else 1.0
         note(place, sort, cost)

@@ -248,8 +248,8 @@ class AutoDrafter:
             return None
         self.lead.forget(kinds)
         self.worth.pays(kinds)
-        probed = self.probes.due(self.depths.gain(kinds, length) / rows)
-        return None if probed and not (many and self.worth.of(kinds, missing) < 0) else (length, cost)
+        asks = not many or self.worth.of(kinds, missing) >= 0
+        return None if asks and self.probes.due(self.depths.gain(kinds, length) / rows) else (length, cost)
 
     def _compares(self, kinds: list[int], chain: tuple[int, float]) -> bool:
         """Run a plain round instead of this chain? It is to be timed where the chain gains little by its price."""

@@ -15,7 +15,6 @@ PLAIN, COPIES, WHOLE, STEPS = "plain", "copies", "whole chain", "steps"  # sorts
 WINDOW = 9  # rounds of a sort whose median counts
 ENOUGH = 3  # rounds of a sort that must have been timed
 COLD = 2  # rounds of a sort that do not count after those of another: they find other weights in the CPU's cache
-TRIED = 2 * (COLD + ENOUGH)  # plain rounds that are asked for, at most
 NEAR = 32  # rounds that are compared with plain ones after these: later the machine may run at another speed
 MEMORY = 256  # rounds of a place after which half of a correction is forgotten
 MOST, LEAST = math.log(2.0), math.log(0.75)
@@ -50,30 +49,26 @@ class Timing:
         self.clock = clock
         self._began: float | None = None
         self._places: dict[Place, _Place] = {}
-        self._now: tuple[Place, str | None] | None = None
+        self._now: tuple[Place, str] | None = None
         self._alike = 0  # rounds in a row at this place and of this sort
 
     def begin(self) -> None:
         """A round begins."""
         self._began = self.clock()
 
-    def note(self, place: Place, sort: str | None, cost: float) -> None:
-        """The round ends. `cost`: what it was expected to take, corrected, in plain rounds; `sort`: None: a round that is
-        not timed."""
+    def note(self, place: Place, sort: str, cost: float) -> None:
+        """The round ends. `cost`: what it was expected to take, corrected, in plain rounds."""
         began, self._began = self._began, None
         self._alike = self._alike + 1 if self._now == (place, sort) else 1
         self._now = place, sort
-        if began is None or sort is None or place[1] == 1:
+        if began is None or place[1] == 1:
             return
         self._places.setdefault(place, _Place()).note(sort, self.clock() - began, cost, self._alike > COLD)
 
     def wants_plain(self, place: Place) -> bool:
         """Is it unknown how long plain rounds take there now?"""
-        there = self._places.setdefault(place, _Place())
-        wants = place[1] > 1 and (len(there.plain) < ENOUGH or there.waited > MEMORY)
-        there.wanted += wants
-        # Rounds with copied tokens may come between them for long, so that none ever counts.
-        return wants and there.wanted <= TRIED
+        there = self._places.get(place)
+        return place[1] > 1 and (there is None or len(there.plain) < ENOUGH or there.waited > MEMORY)
 
     def of(self, place: Place, sort: str) -> float:
         """A round of this sort takes so many times its price."""
@@ -85,13 +80,13 @@ class _Place:
     """Seconds of plain rounds, and the logarithm of each sort's correction, of one kind of law and number of rows.
 
     Attributes:
-        waited: rounds since the last plain one that counted; wanted: how often one was asked for meanwhile.
+        waited: rounds since the last plain one that counted.
         found: logarithms of seconds over their price, by sort.
     """
 
     def __init__(self) -> None:
         self.plain: deque[float] = deque(maxlen=WINDOW)
-        self.waited = self.wanted = 0
+        self.waited = 0
         self.found: dict[str, deque[float]] = {}
         self.errors: dict[str, float] = {}
 
@@ -108,7 +103,7 @@ class _Place:
             if self.waited > NEAR:
                 self.plain.clear()
             self.plain.append(seconds)
-            self.waited = self.wanted = 0
+            self.waited = 0
         elif compared:
             found = self.found.setdefault(sort, deque(maxlen=WINDOW))
             found.append(
